@@ -1,0 +1,1 @@
+"""Diffusion and flow mathematics, and the distillation methods written against it."""

@@ -1,0 +1,1 @@
+"""LaytonGen: text to image tokens to images, and the alternative decoders."""

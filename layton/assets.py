@@ -1,0 +1,31 @@
+"""Where the embedded weights lie, and how a name becomes a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def resolve(name: Path | str, *, part: str = "") -> Path:
+    """The folder that ``name`` means.
+
+    A path that exists wins; otherwise the name of an embedded model, of which ``part`` is a sub-folder. Finished
+    weights win over interim ones (those of a training that goes on).
+
+    Args:
+        name: A folder, or the name of an embedded model such as ``"mini"``.
+        part: Sub-folder of the embedded model, e.g. ``"perceptual"``.
+
+    Raises:
+        ValueError: If neither exists.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    for root in (ASSETS, ASSETS / "interim"):
+        embedded = root / str(name) / part
+        if Path(name).name == str(name) and embedded.is_dir():
+            return embedded
+    known = sorted(path.name for path in ASSETS.glob("*") if path.is_dir() and path.name != "interim")
+    raise ValueError(f"{name!s} is neither a folder nor an embedded model with {part or 'weights'} (known: {known})")

@@ -1,0 +1,128 @@
+"""Periodic checkpoints in the run folder, written safely."""
+
+from __future__ import annotations
+
+import warnings
+from copy import deepcopy
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from layton.callbacks.checkpoint_io import SafeCheckpointIO, sweep_orphans
+
+CHECKPOINT_FOLDER = "checkpoints"
+
+
+class SafeCheckpoint(ModelCheckpoint):
+    """Lightning's ModelCheckpoint with files that survive being killed, and a save at every planned end.
+
+    Beside the periodic saves it saves at the step where the run ends: last step or epoch, time limit, SIGTERM or
+    SIGINT (with `GracefulStop`), early stopping. Weights that are not finite are never saved, so the kept files stay
+    good. Files are ``<run folder>/checkpoints/step=N.ckpt``, each with its digest beside it.
+
+    Args:
+        every_n_train_steps: save after so many optimizer steps; None to save by time or metric only.
+        every_minutes: save after so many minutes of training; excludes every_n_train_steps.
+        keep: how many are kept, the newest ones, or the best ones when monitor is given; -1 for all.
+        monitor: a logged metric, for example ``"val/loss"``; saves after validation then.
+        mode: whether the smallest or the largest value of monitor is the best.
+        dirpath: another folder than ``<run folder>/checkpoints``.
+        filename: name pattern without suffix, as in ModelCheckpoint.
+
+    Raises:
+        ValueError: keep is 0 or below -1, or nothing says when to save.
+    """
+
+    def __init__(
+        self,
+        every_n_train_steps: int | None = None,
+        every_minutes: float | None = None,
+        keep: int = 2,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        dirpath: str | None = None,
+        filename: str | None = None,
+    ) -> None:
+        if keep == 0 or keep < -1:
+            raise ValueError(f"keep must be positive, or -1 for all, got {keep}")
+        if every_n_train_steps is None and every_minutes is None and monitor is None:
+            raise ValueError("say when to save: every_n_train_steps, every_minutes or monitor")
+        self.periodic = monitor is None
+        self._loops_at_step: dict[str, Any] | None = None
+        super().__init__(
+            dirpath=dirpath,
+            filename=filename or ("step={step:08d}" if self.periodic else "best-step={step:08d}"),
+            monitor=monitor or "step",  # the newest are the ones with the highest step
+            mode=mode if monitor is not None else "max",
+            save_top_k=keep,
+            every_n_train_steps=every_n_train_steps,
+            train_time_interval=timedelta(minutes=every_minutes) if every_minutes is not None else None,
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Install the safe writer, choose the folder, sweep what a killed run left."""
+        if not isinstance(trainer.strategy, ModelParallelStrategy):
+            trainer.strategy.checkpoint_io = SafeCheckpointIO()
+        if self.dirpath is None:
+            self.dirpath = str(Path(trainer.default_root_dir).absolute() / CHECKPOINT_FOLDER)
+        if trainer.is_global_zero and stage == "fit":
+            sweep_orphans(Path(self.dirpath))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+            super().setup(trainer, pl_module, stage)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Periodic save, or the save at the step where the run ends."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self.periodic and _ends_here(trainer):
+            self.save_now(trainer)
+        fetcher = trainer.fit_loop._data_fetcher
+        if fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher):
+            # Validation follows. Saved during it, the run must resume as if saved here.
+            self._loops_at_step = deepcopy(trainer._checkpoint_connector._get_loops_state_dict())
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A periodic file made during validation gets the progress of the training step before it."""
+        if self.periodic and trainer.validating and self._loops_at_step is not None:
+            checkpoint["loops"] = self._loops_at_step
+
+    def save_now(self, trainer: Trainer) -> None:
+        """Save the current step, unless it is saved already."""
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing for periodic files: they are saved at steps."""
+        if not self.periodic:
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the best ones."""
+        if not self.periodic:
+            super().on_validation_end(trainer, pl_module)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        module = trainer.lightning_module
+        finite = all(bool(torch.isfinite(p).all()) for p in module.parameters() if p.requires_grad)
+        if not trainer.strategy.reduce_boolean_decision(finite, all=True):
+            warnings.warn(
+                f"weights that are not finite at step {trainer.global_step}: nothing saved to {filepath}", stacklevel=2
+            )
+            return
+        super()._save_checkpoint(trainer, filepath)
+
+
+def _ends_here(trainer: Trainer) -> bool:
+    if trainer.should_stop or (trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps):
+        return True
+    last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
+    return bool(last_epoch and trainer.is_last_batch)

@@ -1,0 +1,48 @@
+"""The averaged weights as model folders, when a run is done."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from layton.callbacks.ema import averaged_weights
+from layton.callbacks.stop import GracefulStop
+from layton.tasks.base import LaytonTask
+
+
+class ExportWeights(Callback):
+    """Writes ``<run folder>/export`` with `LaytonTask.export` when training has reached its planned end."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export, unless the task has nothing to export or a signal ended the run."""
+        stopped = any(isinstance(c, GracefulStop) and c.signal_number for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if (
+            stopped
+            or getattr(trainer, "fast_dev_run", False)
+            or not isinstance(pl_module, LaytonTask)
+            or not trainer.is_global_zero
+        ):
+            return
+        if is_overridden("export", pl_module, LaytonTask):
+            with averaged_weights(trainer, pl_module):
+                export_atomically(pl_module, Path(trainer.default_root_dir) / "export")
+
+
+def export_atomically(task: LaytonTask, folder: Path) -> None:
+    """Let a task write its parts to a new folder that takes the place of ``folder`` only when it is whole."""
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        task.export(part)
+        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        if folder.exists():
+            folder.replace(old)
+        part.replace(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

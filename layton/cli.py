@@ -1,0 +1,137 @@
+"""The one command line, ``layton``. Light: nothing heavy is imported before the command is known."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from layton.commands import COMMANDS, Command
+from layton.errors import UsageError
+
+TRAINING = {
+    "fit": "train a stage: layton fit --config RUN.yaml [--config OVERLAY.yaml] [--run_dir DIR] [--resume auto]",
+    "validate": "evaluate a stage on its validation split: layton validate --config RUN.yaml --ckpt_path auto",
+    "test": "evaluate a stage on its test split: layton test --config RUN.yaml --ckpt_path auto",
+}
+_DISTILL_HELP = "distil a diffusion model: layton distill METHOD, the same as fit on configs/distill/METHOD.yaml"
+
+
+def main(args: Sequence[str] | None = None, *, allow: Iterable[str] = ()) -> int:
+    """Run the command line.
+
+    Args:
+        args: arguments without the program's name; those of the process when None.
+        allow: modules, beside this library's, torch's and lightning's, that run files may name.
+
+    Returns:
+        0 success; 1 failure, told in one line; 2 wrong usage; 128 + n when signal n ended training after a save.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    debug = _take_flag(words, "--debug")
+    allowed = [*allow, *_take_values(words, "--allow")]
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(_help())
+        return 0 if words else 2
+    if words[0] == "--version":
+        from layton import __version__
+
+        sys.stdout.write(f"layton {__version__}\n")
+        return 0
+    try:
+        return _dispatch(words, allowed)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except Exception as error:  # the border of the program: every failure becomes one line
+        if debug:
+            raise
+        return _complain(_one_line(error), 2 if isinstance(error, UsageError) else 1)
+
+
+def _dispatch(words: list[str], allowed: list[str]) -> int:
+    name, rest = words[0], words[1:]
+    if name in TRAINING:
+        return _train(name, rest, allowed)
+    if name == "distill":
+        return _distill(rest, allowed)
+    for length in (2, 1):  # "evaluate reconstruction" before "evaluate"
+        command = COMMANDS.get(" ".join(words[:length]))
+        if command is not None:
+            return _call(" ".join(words[:length]), command, words[length:])
+    group = [full for full in COMMANDS if full.startswith(f"{name} ")]
+    if group:
+        wanted = ", ".join(full.split(" ", 1)[1] for full in group)
+        if rest and rest[0] in ("-h", "--help"):
+            sys.stdout.write("".join(f"layton {full:<28}{COMMANDS[full].help}\n" for full in group))
+            return 0
+        raise UsageError(f"layton {name} needs one of: {wanted}")
+    raise UsageError(f"unknown command {name!r}; `layton --help` lists them")
+
+
+def _train(name: str, rest: list[str], allowed: list[str]) -> int:
+    from layton.training import run
+
+    return run(name, rest, allow=allowed)
+
+
+def _distill(rest: list[str], allowed: list[str]) -> int:
+    folder = find_configs() / "distill"
+    methods = sorted(path.stem for path in folder.glob("*.yaml"))
+    if not rest or rest[0].startswith("-"):
+        raise UsageError(f"layton distill needs a method; there are {', '.join(methods) or f'none in {folder}'}")
+    if rest[0] not in methods:
+        raise UsageError(f"no run file for {rest[0]!r} in {folder}; there are {', '.join(methods) or 'none'}")
+    return _train("fit", ["--config", str(folder / f"{rest[0]}.yaml"), *rest[1:]], allowed)
+
+
+def find_configs() -> Path:
+    """The folder of run files: ``configs`` here, beside the packages (a checkout), or inside the installed package."""
+    package = Path(__file__).resolve().parent
+    candidates = (Path("configs"), package.parent / "configs", package / "configs")
+    return next((path for path in candidates if path.is_dir()), candidates[0])
+
+
+def _call(name: str, command: Command, rest: list[str]) -> int:
+    from layton.commands.calling import call_function
+
+    return call_function(name, command, rest)
+
+
+def _help() -> str:
+    rows = {**TRAINING, "distill": _DISTILL_HELP, **{name: row.help for name, row in COMMANDS.items()}}
+    lines = [f"  {name:<28}{text}" for name, text in sorted(rows.items())]
+    return (
+        "usage: layton COMMAND [ARGUMENTS] [--debug]\n\n"
+        "An image becomes 256 tokens and comes back; text becomes an image.\n\ncommands:\n"
+        + "\n".join(lines)
+        + "\n\n`layton COMMAND --help` explains one. Exit status: 0 success, 1 failure, 2 wrong usage.\n"
+        "--debug shows where a failure came from; --allow MODULE lets run files name your own modules.\n"
+    )
+
+
+def _take_flag(words: list[str], flag: str) -> bool:
+    found = flag in words
+    words[:] = [word for word in words if word != flag]
+    return found
+
+
+def _take_values(words: list[str], option: str) -> list[str]:
+    values = []
+    while option in words:
+        place = words.index(option)
+        values += words[place + 1 : place + 2]
+        del words[place : place + 2]
+    return values
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, ValueError | RuntimeError | OSError) else f"{type(error).__name__}: {text}"
+
+
+def _complain(text: str, status: int) -> int:
+    sys.stderr.write(f"layton: {text}{os.linesep}")
+    return status

@@ -1,0 +1,108 @@
+"""Typed functions as commands, through jsonargparse."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from docstring_parser import parse as parse_docstring
+from jsonargparse import ArgumentParser
+
+from layton.commands import Command
+
+
+def call_function(name: str, command: Command, args: Sequence[str]) -> int:
+    """Parse ``args`` for a command's function and call it.
+
+    Args:
+        name: the command as typed, for the help text.
+        command: its row in the table.
+        args: what follows the name; ``--two-words`` and ``--two_words`` are the same.
+
+    Returns:
+        The function's exit status, 0 for None.
+
+    Raises:
+        SystemExit: status 2 after telling what is wrong with ``args``, 0 after help.
+    """
+    function: Callable[..., int | None] = getattr(import_module(command.module), command.function)
+    parser = function_parser(function, program=f"layton {name}")
+    given = parser.parse_args([_underscored(word) for word in args]).as_dict()
+    positional = [given.pop(parameter.name) for parameter in _positional(function)]
+    status = function(*positional, **given)
+    return 0 if status is None else int(status)
+
+
+def function_parser(function: Callable[..., Any], *, program: str) -> ArgumentParser:
+    """Parser of a function's parameters: positional ones as positional arguments, keyword-only ones as options.
+
+    Args:
+        function: fully annotated, with a Google docstring.
+        program: name in the usage line.
+
+    Returns:
+        The parser; a parameter annotated ``list[X]`` takes one or more values.
+    """
+    documentation = parse_docstring(inspect.getdoc(function) or "")
+    help_of = {parameter.arg_name: parameter.description or "" for parameter in documentation.params}
+    text = "\n\n".join(part for part in (documentation.short_description, documentation.long_description) if part)
+    parser = ArgumentParser(prog=program, description=text)
+    hints = get_type_hints(function)
+    taken: set[int | str] = set()
+    for name, parameter in inspect.signature(function).parameters.items():
+        item, option = _item_type(hints[name]), parameter.kind is parameter.KEYWORD_ONLY
+        if option and item is None:
+            continue
+        kind: dict[str, Any] = {"type": hints[name]} if item is None else {"type": item, "nargs": "+"}
+        if parameter.default is not parameter.empty:
+            kind["default"] = parameter.default
+            if not option:
+                kind["nargs"] = "?" if item is None else "*"
+        elif option:
+            kind["required"] = True
+        parser.add_argument(f"--{name}" if option else name, help=help_of.get(name, ""), **kind)
+        taken.add(name)
+    parser.add_function_arguments(function, skip=taken)
+    return parser
+
+
+def _item_type(hint: Any) -> Any:
+    """X for ``list[X]``, ``Sequence[X]`` and their union with None; None for anything else."""
+    members = [member for member in get_args(hint) if member is not type(None)] if _is_union(hint) else [hint]
+    listed = len(members) == 1 and get_origin(members[0]) in (list, Sequence)
+    return get_args(members[0])[0] if listed else None
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, UnionType)
+
+
+def _positional(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [parameter for parameter in inspect.signature(function).parameters.values() if parameter.kind in kinds]
+
+
+def _underscored(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    option, equals, value = word.partition("=")
+    return "--" + option[2:].replace("-", "_") + equals + value
+
+
+def progress(total: int | None, text: str) -> Any:
+    """A progress bar on standard error for long work; invisible when that is no terminal.
+
+    Args:
+        total: number of steps, None when unknown.
+        text: what is going on.
+
+    Returns:
+        A ``tqdm`` bar: a context manager with ``update(n)``.
+    """
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    return tqdm(total=total, desc=text, disable=not sys.stderr.isatty())

@@ -1,0 +1,31 @@
+"""``layton export``: the parts of a training checkpoint in ``save_pretrained`` formats."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from layton.errors import UsageError
+
+
+def export(checkpoint: Path, *, out: Path, averaged: bool = True) -> None:
+    """Write what the task of a training checkpoint exports, as ``layton fit`` does at the end of a run.
+
+    Args:
+        checkpoint: a file that `layton fit` wrote.
+        out: folder to write; must not exist.
+        averaged: the averaged weights (EMA), if the run kept them; else those in training.
+    """
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
+    from layton.callbacks import export_atomically
+    from layton.tasks.base import LaytonTask
+    from layton.training import load_task
+
+    if out.exists():
+        raise UsageError(f"{out} exists already")
+    task = load_task(checkpoint, averaged=averaged)
+    if not is_overridden("export", task, LaytonTask):
+        raise UsageError(f"{type(task).__name__} has nothing to export")
+    export_atomically(task, out)
+    sys.stdout.write(f"{out}\n")

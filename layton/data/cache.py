@@ -1,0 +1,281 @@
+"""Tensors computed once (latents, codes, text features) and read many times, with a fingerprint of what made them.
+
+On disk a cache is a folder: parts of a few thousand samples as safetensors, and `cache.json`, written last, which lists
+them. A folder without it is no cache: an interrupted build leaves nothing that could be taken for a finished one.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from layton.data.sources import SampleSource
+
+Fingerprint = Mapping[str, str | int | float | bool]
+ComputeFn = Callable[[dict[str, Any]], Mapping[str, Tensor]]
+
+_MANIFEST = "cache.json"
+_FORMAT = 1
+
+
+class CacheMismatchError(ValueError):
+    """A cache was made by something else than what the caller has; the message names every field that differs."""
+
+
+class CachedTensors(SampleSource):
+    """A finished cache, read as a source: each sample has its tensors, its "key" and its "caption".
+
+    Args:
+        folder: What `build` wrote.
+        fingerprint: What must have made it; None accepts any.
+        in_memory: Read everything now; otherwise samples are read from disk one by one.
+
+    Raises:
+        CacheMismatchError: If the fingerprint is another one.
+        ValueError: If the folder is no finished cache, or damaged.
+    """
+
+    def __init__(self, folder: str, *, fingerprint: Fingerprint | None = None, in_memory: bool = True) -> None:
+        self.folder = Path(folder)
+        manifest = _read_manifest(self.folder)
+        self.fingerprint: dict[str, str | int | float | bool] = manifest["fingerprint"]
+        if fingerprint is not None:
+            _check_fingerprint(self.folder, self.fingerprint, fingerprint)
+        self._names: list[str] = manifest["tensors"]
+        self._paths = [self.folder / part["file"] for part in manifest["parts"]]
+        self._ends = list(accumulate(int(part["samples"]) for part in manifest["parts"]))
+        self._texts = [_read_texts(path) for path in self._paths]
+        counts = [len(texts["key"]) for texts in self._texts]
+        if list(accumulate(counts)) != self._ends:
+            raise ValueError(f"{folder}: damaged cache: parts hold {counts} samples, {self._ends} were expected in sum")
+        self._memory: dict[str, Tensor] | None = None
+        if in_memory:
+            self._memory = {name: torch.cat([self._read(path, name) for path in self._paths]) for name in self._names}
+
+    @classmethod
+    def build(
+        cls,
+        batches: Iterable[dict[str, Any]],
+        compute: ComputeFn,
+        folder: str,
+        *,
+        fingerprint: Fingerprint,
+        part_size: int = 2048,
+        in_memory: bool = True,
+    ) -> CachedTensors:
+        """Compute the tensors of all batches and write them; memory is bounded by one part.
+
+        Args:
+            batches: Batches with "key" and, if there are any, "caption" (an `OrderedLoader` for instance).
+            compute: Batch to tensors (B, ...); it chooses their type, fp16 halves the size.
+            folder: Where to write; must not hold a cache.
+            fingerprint: What makes these tensors: weights' digest, size, crop, source, seed and so on.
+            part_size: Samples in a file.
+            in_memory: As for the constructor.
+
+        Returns:
+            The cache, opened.
+
+        Raises:
+            ValueError: If there is a cache already, no batch, or a tensor of another length or not finite.
+        """
+        if part_size < 1:
+            raise ValueError(f"part_size must be >= 1, got {part_size}")
+        target = Path(folder)
+        if (target / _MANIFEST).exists():
+            raise ValueError(f"{folder}: holds a finished cache already")
+        target.mkdir(parents=True, exist_ok=True)
+        writer = _PartWriter(target, part_size)
+        for batch in batches:
+            with torch.no_grad():
+                writer.add(batch, compute(batch))
+        writer.flush()
+        if not writer.parts:
+            raise ValueError(f"{folder}: there was no batch to cache")
+        manifest = {
+            "format": _FORMAT,
+            "fingerprint": dict(fingerprint),
+            "tensors": writer.names,
+            "parts": writer.parts,
+        }
+        _write_atomically(target / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+        return cls(folder, fingerprint=fingerprint, in_memory=in_memory)
+
+    @classmethod
+    def open_or_build(
+        cls,
+        batches: Callable[[], Iterable[dict[str, Any]]],
+        compute: ComputeFn,
+        folder: str,
+        *,
+        fingerprint: Fingerprint,
+        part_size: int = 2048,
+        in_memory: bool = True,
+    ) -> CachedTensors:
+        """Open the cache of a folder, or build it when there is none.
+
+        Args:
+            batches: Gives the batches if they are needed.
+            compute: As for `build`.
+            folder: As for `build`.
+            fingerprint: As for `build`; a finished cache with another one is refused, never overwritten.
+            part_size: As for `build`.
+            in_memory: As for the constructor.
+
+        Raises:
+            CacheMismatchError: If the folder holds a cache made by something else.
+        """
+        if (Path(folder) / _MANIFEST).exists():
+            return cls(folder, fingerprint=fingerprint, in_memory=in_memory)
+        return cls.build(batches(), compute, folder, fingerprint=fingerprint, part_size=part_size, in_memory=in_memory)
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return self._ends[-1]
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of all samples, in order."""
+        return [key for texts in self._texts for key in texts["key"]]
+
+    def sample(self, index: int, *, seed: int = 0) -> dict[str, Any]:
+        """Tensors and texts of one sample; the seed has no influence. See `SampleSource.sample`."""
+        part = bisect.bisect_right(self._ends, index)
+        row = index - (self._ends[part - 1] if part else 0)
+        sample: dict[str, Any] = {name: values[row] for name, values in self._texts[part].items()}
+        if self._memory is not None:
+            return sample | {name: tensor[index] for name, tensor in self._memory.items()}
+        with safe_open(self._paths[part], framework="pt") as file:
+            return sample | {name: file.get_slice(name)[row : row + 1][0] for name in self._names}
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor of all samples (n, ...).
+
+        Args:
+            name: Its name.
+
+        Raises:
+            ValueError: If there is none of that name.
+        """
+        if name not in self._names:
+            raise ValueError(f"{self.folder}: no tensor {name!r}, only {', '.join(self._names)}")
+        if self._memory is not None:
+            return self._memory[name]
+        return torch.cat([self._read(path, name) for path in self._paths])
+
+    def _read(self, path: Path, name: str) -> Tensor:
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: damaged cache ({error})") from error
+        return tensor
+
+
+class _PartWriter:
+    """Collects batches and writes a part whenever enough samples are there."""
+
+    def __init__(self, folder: Path, part_size: int) -> None:
+        self.parts: list[dict[str, Any]] = []
+        self.names: list[str] = []
+        self._folder = folder
+        self._part_size = part_size
+        self._tensors: dict[str, list[Tensor]] = {}
+        self._texts: dict[str, list[str]] = {"key": [], "caption": []}
+
+    def add(self, batch: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        keys: list[str] = batch["key"]
+        for name, tensor in tensors.items():
+            if tensor.ndim < 1 or tensor.shape[0] != len(keys):
+                raise ValueError(f"{name!r} has shape {tuple(tensor.shape)} for a batch of {len(keys)}")
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{name!r} is not finite in the batch that begins with {keys[0]!r}")
+        if not tensors or set(tensors) & set(self._texts) or (self.names and sorted(tensors) != self.names):
+            raise ValueError(f"tensors {sorted(tensors)} clash with {self.names or sorted(self._texts)}")
+        self.names = sorted(tensors)
+        for name, tensor in tensors.items():
+            self._tensors.setdefault(name, []).append(tensor.detach().to("cpu"))
+        self._texts["key"] += keys
+        self._texts["caption"] += batch.get("caption", [""] * len(keys))
+        if len(self._texts["key"]) >= self._part_size:
+            self.flush()
+
+    def flush(self) -> None:
+        count = len(self._texts["key"])
+        if count == 0:
+            return
+        name = f"part-{len(self.parts):05d}.safetensors"
+        tensors = {key: torch.cat(values).contiguous() for key, values in self._tensors.items()}
+        metadata = {"texts": json.dumps(self._texts, ensure_ascii=False)}
+        path = self._folder / f".{name}.{os.getpid()}"
+        try:
+            save_file(tensors, path, metadata=metadata)
+            _replace(path, self._folder / name)
+        finally:
+            path.unlink(missing_ok=True)
+        self.parts.append({"file": name, "samples": count})
+        self._tensors, self._texts = {}, {"key": [], "caption": []}
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder}: holds no finished cache") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: unreadable {_MANIFEST} ({error})") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        raise ValueError(f"{folder}: {_MANIFEST} is not of format {_FORMAT}")
+    names = [part["file"] for part in manifest["parts"]]
+    if any(Path(name).name != name for name in names):
+        raise ValueError(f"{folder}: {_MANIFEST} names files outside the folder: {names}")
+    return manifest
+
+
+def _check_fingerprint(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    differs = [name for name in sorted({*stored, *wanted}) if stored.get(name) != wanted.get(name)]
+    if differs:
+        changes = "; ".join(f"{name}: stored {stored.get(name)!r}, wanted {wanted.get(name)!r}" for name in differs)
+        raise CacheMismatchError(f"{folder}: the cache was made by something else ({changes})")
+
+
+def _read_texts(path: Path) -> dict[str, list[str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            texts: dict[str, list[str]] = json.loads((file.metadata() or {})["texts"])
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{path}: damaged cache ({error})") from error
+    return texts
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        _replace(Path(name), path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Give a written file its final name, durably: its bytes first, then its name."""
+    with source.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(source, target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,219 @@
+"""Tar shards in the webdataset layout (jpg, png or webp; txt; json), read at random places instead of as a stream.
+
+Random access makes order and resume exact; webdataset's own streaming reader passes over cut-off shards in silence.
+"""
+
+from __future__ import annotations
+
+import bisect
+import glob
+import json
+import os
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from layton.data.images import DEFAULT_LIMITS, ImageError, ImageLimits, load_image
+from layton.data.sources import StoredImage, StoredSource
+from layton.data.tar import Captions, ShardError, ShardIndex, Span, index_shard
+from layton.data.transforms import SampleTransform
+from layton.data.types import Split, check_split, split_of_key
+
+_MAX_OPEN_SHARDS = 64
+_MAX_CAPTION_BYTES = 2**20
+_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
+
+
+class ShardSource(StoredSource):
+    """Captioned images from tar shards; keys are "shard/key".
+
+    Args:
+        shards: Paths or glob patterns of plain, local tar files. Matches are sorted.
+        split: Keep only this split (`split_of_key`); None for all.
+        transform: Makes tensors of equal size; a centre crop to 256 pixels by default.
+        captions: Whether a sample with neither .txt nor .json is an error.
+        repeated_keys: Accept a key that occurs in several shards (keys are then unique by their shard only).
+        max_bad: How many different broken or missing images are tolerated; None for any number.
+        limits: What is refused from an image's header.
+
+    Raises:
+        ShardError: If a shard is damaged or ambiguous; see `layton.data.tar.index_shard`.
+        ValueError: If no file matches, a pattern is a URL, or the split is empty.
+    """
+
+    def __init__(
+        self,
+        shards: list[str] | str,
+        *,
+        split: Split | None = "train",
+        transform: SampleTransform | None = None,
+        captions: Captions = "required",
+        repeated_keys: bool = False,
+        max_bad: int | None = 100,
+        limits: ImageLimits | None = None,
+    ) -> None:
+        super().__init__(transform=transform, max_bad=max_bad)
+        self.paths = expand_shards(shards)
+        self.split = check_split(split)
+        self.limits = limits or DEFAULT_LIMITS
+        self.indexes = [index_shard(path, captions=captions) for path in self.paths]
+        if not repeated_keys:
+            _check_unique(self.indexes)
+        self.ignored = sum((index.ignored for index in self.indexes), Counter[str]())
+        self._rows = [[row for row, key in enumerate(index.keys) if self._wanted(key)] for index in self.indexes]
+        self._ends = list(accumulate(len(rows) for rows in self._rows))
+        self._keys = [
+            f"{index.path.stem}/{index.keys[row]}"
+            for index, rows in zip(self.indexes, self._rows, strict=True)
+            for row in rows
+        ]
+        if not self._keys:
+            raise ValueError(f"split {split!r} of {len(self.paths)} shards ({self.paths[0]}, ...) holds no images")
+        for index in self.indexes:
+            missing = [key for key in index.missing if self._wanted(key)]
+            self.bad.record_all(f"{index.path.stem}/{key}: a caption without an image" for key in missing)
+        self._files = _OpenShards()
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Unique keys "shard/key" of all samples, in the order of shards and members."""
+        return self._keys
+
+    def load(self, index: int) -> StoredImage:
+        """Read and decode one image; see `StoredSource.load`.
+
+        Raises:
+            ImageError: If the image or its caption is broken.
+            ShardError: If the shard changed since it was indexed.
+        """
+        shard_number, row = self._locate(index)
+        shard, key = self.indexes[shard_number], self._keys[index]
+        span = shard.image(row)
+        if span.size > self.limits.max_bytes:
+            raise ImageError(f"{key}: {span.size} bytes, more than the {self.limits.max_bytes} allowed")
+        image = load_image(self._files.read(shard, span), name=key, limits=self.limits)
+        return StoredImage(image, self._caption(shard, row, key), key)
+
+    def read_bytes(self, index: int) -> bytes:
+        """The image file of a sample as it is stored.
+
+        Args:
+            index: In [0, len).
+        """
+        shard_number, row = self._locate(index)
+        return self._files.read(self.indexes[shard_number], self.indexes[shard_number].image(row))
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        shard_number = bisect.bisect_right(self._ends, index)
+        start = self._ends[shard_number - 1] if shard_number else 0
+        return shard_number, self._rows[shard_number][index - start]
+
+    def _wanted(self, key: str) -> bool:
+        return self.split is None or split_of_key(key) == self.split
+
+    def _caption(self, shard: ShardIndex, row: int, key: str) -> str:
+        text, metadata = shard.text(row), shard.json(row)
+        span = text or metadata
+        if span is None:
+            return ""
+        if span.size > _MAX_CAPTION_BYTES:
+            raise ImageError(f"{key}: caption of {span.size} bytes, more than the {_MAX_CAPTION_BYTES} allowed")
+        try:
+            content = self._files.read(shard, span).decode("utf-8")
+            return content.strip() if text else caption_of(json.loads(content))
+        except (ValueError, RecursionError) as error:
+            raise ImageError(f"{key}: unreadable caption ({error})") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Open files do not travel to spawned workers."""
+        return {**self.__dict__, "_files": _OpenShards()}
+
+
+def caption_of(metadata: object) -> str:
+    """The caption in a sample's JSON: "caption", else "text", else empty.
+
+    Args:
+        metadata: Parsed JSON.
+    """
+    if isinstance(metadata, dict):
+        for name in ("caption", "text"):
+            if isinstance(metadata.get(name), str):
+                return str(metadata[name]).strip()
+    return ""
+
+
+def expand_shards(shards: list[str] | str) -> list[Path]:
+    """Files behind paths and glob patterns, sorted, each once.
+
+    Args:
+        shards: Local paths or glob patterns. URLs are refused: "pipe:" and its kin run commands.
+
+    Raises:
+        ValueError: If a pattern is a URL, or nothing matches it.
+    """
+    patterns = [shards] if isinstance(shards, str) else list(shards)
+    paths: set[Path] = set()
+    for pattern in patterns:
+        if _SCHEME.match(pattern):
+            raise ValueError(f"shards must be local files, got {pattern!r}")
+        matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
+        if not matches:
+            raise ValueError(f"no shard matches {pattern!r}")
+        paths.update(Path(match) for match in matches)
+    if not paths:
+        raise ValueError("no shards were given")
+    return sorted(paths)
+
+
+def _check_unique(indexes: list[ShardIndex]) -> None:
+    owner: dict[str, Path] = {}
+    for index in indexes:
+        for key in index.keys:
+            if key in owner:
+                raise ShardError(
+                    f"key {key!r} is in both {owner[key]} and {index.path} (repeated_keys=True accepts that)"
+                )
+            owner[key] = index.path
+
+
+class _OpenShards:
+    """At most 64 open shards; reads by position, so that forked workers may share the files."""
+
+    def __init__(self) -> None:
+        self._descriptors: OrderedDict[Path, int] = OrderedDict()
+
+    def read(self, shard: ShardIndex, span: Span) -> bytes:
+        descriptor = self._open(shard)
+        content = os.pread(descriptor, span.size, span.offset)
+        while len(content) < span.size:  # one call reads at most 2 GiB
+            more = os.pread(descriptor, span.size - len(content), span.offset + len(content))
+            if not more:
+                raise ShardError(
+                    f"{shard.path}: ended at {span.offset + len(content)}, shorter than when it was indexed"
+                )
+            content += more
+        return content
+
+    def _open(self, shard: ShardIndex) -> int:
+        if shard.path in self._descriptors:
+            self._descriptors.move_to_end(shard.path)
+            return self._descriptors[shard.path]
+        if len(self._descriptors) >= _MAX_OPEN_SHARDS:
+            os.close(self._descriptors.popitem(last=False)[1])
+        try:
+            descriptor = os.open(shard.path, os.O_RDONLY)
+        except OSError as error:
+            raise ShardError(f"{shard.path}: cannot be read ({error.strerror})") from error
+        status = os.fstat(descriptor)
+        if (status.st_size, status.st_mtime_ns) != shard.stamp:
+            os.close(descriptor)
+            raise ShardError(f"{shard.path}: changed since it was indexed")
+        self._descriptors[shard.path] = descriptor
+        return descriptor
+
+    def __del__(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)

@@ -1,0 +1,187 @@
+"""Sources: map-style data sets in which a sample is a pure function of (index, seed)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch.utils.data import Dataset
+
+from layton.data.bad import BadImages
+from layton.data.images import ImageError
+from layton.data.randomness import mix, permute
+from layton.data.transforms import Fit, SampleTransform
+from layton.data.types import ImageSample, Split, check_split
+from layton.scenes import caption as scene_caption
+from layton.scenes import render, sample_scene, split_seeds
+
+_MAX_REPLACEMENTS = 20
+
+
+class SampleSource(Dataset[Any], ABC):
+    """Anything with a length whose samples depend on nothing but an index and a seed."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    @abstractmethod
+    def sample(self, index: int, *, seed: int) -> Mapping[str, Any]:
+        """One sample: a flat mapping of tensors and strings, with a unique "key".
+
+        Args:
+            index: In [0, len).
+            seed: Decides augmentation and every other choice; in [0, 2^63).
+        """
+
+    def __getitem__(self, index: int) -> Any:
+        """The sample at `index` with seed 0."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is not in [0, {len(self)})")
+        return self.sample(index, seed=0)
+
+
+class ImageSource(SampleSource):
+    """A source of captioned images."""
+
+    @abstractmethod
+    def sample(self, index: int, *, seed: int) -> ImageSample:
+        """One captioned image; see `SampleSource.sample`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredImage:
+    """An image as it was stored: decoded, upright, not yet scaled.
+
+    Attributes:
+        image: "RGB" image of any size.
+        caption: Its text, possibly empty.
+        key: Its unique name.
+    """
+
+    image: Image.Image
+    caption: str
+    key: str
+
+
+class StoredSource(ImageSource):
+    """Images from files. A broken one is recorded in `bad` and replaced by another, always the same one.
+
+    Args:
+        transform: Makes tensors of equal size; a centre crop to 256 pixels by default.
+        max_bad: How many different broken images are tolerated before the run stops; None for any number.
+    """
+
+    def __init__(self, *, transform: SampleTransform | None, max_bad: int | None) -> None:
+        self.transform = transform if transform is not None else Fit()
+        self.bad = BadImages(max_bad)
+
+    @property
+    @abstractmethod
+    def keys(self) -> Sequence[str]:
+        """Unique keys of all samples, in order."""
+
+    @abstractmethod
+    def load(self, index: int) -> StoredImage:
+        """Read and decode one image.
+
+        Args:
+            index: In [0, len).
+
+        Raises:
+            ImageError: If it is broken.
+        """
+
+    def __len__(self) -> int:
+        """Number of samples, broken ones included."""
+        return len(self.keys)
+
+    def sample(self, index: int, *, seed: int) -> ImageSample:
+        """One captioned image; when broken, a replacement chosen by `index` alone. See `SampleSource.sample`."""
+        broken: list[str] = []
+        for chosen in self._candidates(index):
+            try:
+                stored = self.load(chosen)
+            except ImageError as error:
+                broken.append(str(error))
+                self.bad.record(str(error))
+                continue
+            image = self.transform(stored.image, seed=seed)
+            sample = ImageSample(image=image, caption=stored.caption, key=stored.key)
+            if broken:
+                sample["bad"] = broken
+            return sample
+        raise ImageError(f"{self.keys[index]}: broken, and so were {len(broken) - 1} replacements: {broken[-1]}")
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        """The sample itself, then others in an order that belongs to it, so that neighbours of a bad one differ."""
+        yield index
+        for attempt in range(min(len(self), _MAX_REPLACEMENTS)):
+            other = permute(attempt, len(self), key=mix(index))
+            if other != index:
+                yield other
+
+
+class ScenesSource(ImageSource):
+    """Rendered scenes with exact captions (`layton.scenes`): endless, needs no files, the same everywhere.
+
+    Args:
+        split: Which seeds: "train", "validation" or "test".
+        length: How many scenes.
+        size: Side in pixels.
+        offset: Scenes to pass over at the beginning of the split.
+        chinese: Share of captions in Chinese, in [0, 1]; chosen by the sample's seed.
+        reworded: Share of captions said in another true way than the canonical one, in [0, 1]; chosen likewise.
+        transform: Applied to the rendered scene; by default none, it has the right size already.
+    """
+
+    def __init__(
+        self,
+        *,
+        split: Split = "train",
+        length: int = 100_000,
+        size: int = 256,
+        offset: int = 0,
+        chinese: float = 0.0,
+        reworded: float = 0.0,
+        transform: SampleTransform | None = None,
+    ) -> None:
+        if length < 1 or size < 1:
+            raise ValueError(f"length and size must be >= 1, got {length} and {size}")
+        if not (0.0 <= chinese <= 1.0 and 0.0 <= reworded <= 1.0):
+            raise ValueError(f"chinese and reworded must be in [0, 1], got {chinese} and {reworded}")
+        known = check_split(split)
+        if known is None:
+            raise ValueError("scenes have no common order of all splits: choose one")
+        self.seeds = split_seeds(known, length, offset=offset)
+        self.size = size
+        self.chinese = chinese
+        self.reworded = reworded
+        self.transform = transform
+
+    def __len__(self) -> int:
+        """Number of scenes."""
+        return len(self.seeds)
+
+    def sample(self, index: int, *, seed: int) -> ImageSample:
+        """One captioned scene; see `SampleSource.sample`."""
+        scene_seed = self.seeds[index]
+        scene = sample_scene(scene_seed)
+        pixels = render(scene, self.size)
+        if self.transform is not None:
+            image = self.transform(Image.fromarray(pixels), seed=seed)
+        else:
+            tensor = rearrange(torch.from_numpy(pixels), "h w c -> c h w").contiguous().to(torch.float32)
+            image = tensor.div_(127.5).sub_(1.0)
+        language, wording, variant = (mix(seed, scene_seed, choice) for choice in range(3))
+        text = scene_caption(
+            scene,
+            language="zh" if language < self.chinese * 2**63 else "en",
+            variant=variant if wording < self.reworded * 2**63 else None,
+        )
+        return ImageSample(image=image, caption=text, key=f"scenes/{scene_seed}")

@@ -1,0 +1,164 @@
+"""How a trained part lies on disk: one folder with ``config.json`` and ``model.safetensors``, written atomically.
+
+A file appears under its name only when it is whole: it is written beside its final place and then renamed, so that a
+killed process leaves the old file or none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+M = TypeVar("M", bound=nn.Module)
+JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file in the folder of ``path``, flush it to disk and rename it to ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        part.touch()
+        mode = part.stat().st_mode  # by the user's umask; safetensors would make the file private
+        write(part)
+        part.chmod(mode)
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_config(folder: Path, config: Mapping[str, JsonValue]) -> None:
+    """Write ``config`` as ``config.json`` into ``folder``."""
+    text = json.dumps(dict(config), indent=2) + "\n"
+
+    def write(part: Path) -> None:
+        part.write_text(text, encoding="utf-8")
+
+    write_atomically(folder / CONFIG_NAME, write)
+
+
+def load_config(folder: Path, *, expected_class: str) -> dict[str, JsonValue]:
+    """Read ``config.json`` of ``folder`` and check that it describes ``expected_class``.
+
+    Raises:
+        ValueError: The file is missing, is not a JSON object, or names another class.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no {CONFIG_NAME}: not a saved part")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    if config.get("class") != expected_class:
+        raise ValueError(f"{path} describes {config.get('class')!r}, not {expected_class!r}")
+    return config
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> None:
+    """Write tensors as safetensors; floating-point ones are cast to ``dtype`` if it is given."""
+
+    def prepare(tensor: Tensor) -> Tensor:
+        cast = dtype is not None and tensor.is_floating_point()
+        return tensor.detach().to(device="cpu", dtype=dtype if cast else tensor.dtype).contiguous().clone()
+
+    ready = {name: prepare(tensor) for name, tensor in tensors.items()}
+    write_atomically(path, lambda part: save_file(ready, str(part)))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        ValueError: The file does not exist.
+    """
+    if not path.is_file():
+        raise ValueError(f"weights file {path} does not exist")
+    return dict(load_file(str(path)))
+
+
+def mismatches(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """Every missing, unknown and mis-shaped key of ``given``, one readable line each, in the order of their names."""
+    lines = [f"missing {name} {tuple(expected[name].shape)}" for name in sorted(expected.keys() - given.keys())]
+    lines += [f"unknown {name} {tuple(given[name].shape)}" for name in sorted(given.keys() - expected.keys())]
+    lines += [
+        f"mis-shaped {name}: {tuple(given[name].shape)} in the file, {tuple(expected[name].shape)} in the model"
+        for name in sorted(expected.keys() & given.keys())
+        if expected[name].shape != given[name].shape
+    ]
+    return lines
+
+
+def require_match(
+    expected: Mapping[str, Tensor], given: Mapping[str, Tensor], *, source: Path | str, target: str
+) -> None:
+    """Stop unless ``given`` has exactly the keys and shapes of ``expected``.
+
+    Raises:
+        ValueError: Keys are missing, unknown or mis-shaped; all of them are listed.
+    """
+    problems = mismatches(expected, given)
+    if problems:
+        raise ValueError(f"{source} does not fit {target}:\n  " + "\n  ".join(problems))
+
+
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, source: Path | str) -> None:
+    """Copy ``tensors`` into ``module``, which must have exactly these keys and shapes.
+
+    Raises:
+        ValueError: Keys are missing, unknown or mis-shaped; all of them are listed.
+    """
+    require_match(module.state_dict(), tensors, source=source, target=type(module).__name__)
+    module.load_state_dict(dict(tensors), strict=True)
+
+
+def class_name(cls: type) -> str:
+    """Dotted name of a class, as `save_pretrained` writes it."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def save_pretrained(
+    module: nn.Module, config: Mapping[str, JsonValue], folder: Path | str, *, dtype: torch.dtype | None = None
+) -> None:
+    """Write a module as constructor arguments and weights.
+
+    Args:
+        module: What to save.
+        config: The constructor's arguments.
+        folder: Where to.
+        dtype: Type that floating-point weights are cast to; None keeps them.
+    """
+    save_config(Path(folder), {"class": class_name(type(module)), **config})
+    save_tensors(Path(folder) / WEIGHTS_NAME, module.state_dict(), dtype=dtype)
+
+
+def load_pretrained(cls: type[M], folder: Path | str) -> M:
+    """Build a module from what `save_pretrained` wrote: float32, eval mode, every key checked.
+
+    Raises:
+        ValueError: If the folder holds something else, or keys are missing, unknown or mis-shaped.
+    """
+    config = load_config(Path(folder), expected_class=class_name(cls))
+    del config["class"]
+    try:
+        module = cls(**config)
+    except TypeError as error:
+        raise ValueError(f"{folder}: config does not fit {cls.__name__}: {error}") from error
+    tensors = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in load_tensors(Path(folder) / WEIGHTS_NAME).items()
+    }
+    load_into(module, tensors, source=folder)
+    return module.eval()

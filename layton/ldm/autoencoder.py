@@ -1,0 +1,114 @@
+"""The autoencoder: builder, borders in [-1, 1], and standardised latents."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+
+def build_autoencoder(
+    *,
+    latent_channels: int = 16,
+    block_out_channels: tuple[int, ...] = (16, 32, 64, 128, 128),
+    layers_per_block: int = 1,
+    norm_num_groups: int = 8,
+    sample_size: int = 256,
+) -> AutoencoderKL:
+    """A purely convolutional AutoencoderKL: no attention, so that it runs at sizes that it was not trained on.
+
+    Args:
+        latent_channels: Channels of the latent.
+        block_out_channels: Widths of the stages; every stage but the last halves the resolution.
+        layers_per_block: Residual blocks in each encoder stage (one more in the decoder's).
+        norm_num_groups: Groups of the group norms.
+        sample_size: Image side that the pipeline takes as its default, pixels.
+
+    Returns:
+        A randomly initialised model with scaling factor 1: `standardise_latents` gives unit variance.
+    """
+    stages = len(block_out_channels)
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * stages,
+        up_block_types=("UpDecoderBlock2D",) * stages,
+        block_out_channels=block_out_channels,
+        layers_per_block=layers_per_block,
+        latent_channels=latent_channels,
+        norm_num_groups=norm_num_groups,
+        sample_size=sample_size,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
+    )
+
+
+class Autoencoder(nn.Module):
+    """A diffusers autoencoder behind the two verbs that the rest of the library uses.
+
+    Args:
+        model: The AutoencoderKL; None builds the embedded world's (`build_autoencoder`).
+        pretrained: Folder of an AutoencoderKL to start from instead.
+
+    Attributes:
+        latent_channels: Channels of the latent.
+        downsample_factor: Pixels per latent position along one side.
+    """
+
+    def __init__(self, model: AutoencoderKL | None = None, *, pretrained: str | None = None) -> None:
+        super().__init__()
+        if pretrained is not None:
+            model = AutoencoderKL.from_pretrained(pretrained)
+        self.model = model if model is not None else build_autoencoder()
+        self.latent_channels = int(self.model.config.latent_channels)
+        self.downsample_factor = 2 ** (len(self.model.config.block_out_channels) - 1)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> Autoencoder:
+        """Read a diffusers AutoencoderKL folder."""
+        return cls(AutoencoderKL.from_pretrained(str(folder)))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w), the mean of the posterior."""
+        config = self.model.config
+        latents = self.model.encode(images).latent_dist.mode()
+        return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> images (B, 3, H, W), nominally in [-1, 1], not clamped."""
+        config = self.model.config
+        return self.model.decode(latents / config.scaling_factor + (config.shift_factor or 0.0)).sample
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] through the latent and back, clamped to [-1, 1]."""
+        return self.decode(self.encode(images)).float().clamp(-1, 1)
+
+
+@torch.no_grad()
+def standardise_latents(model: AutoencoderKL, latents: Tensor) -> AutoencoderKL:
+    """A copy of ``model`` whose latent channels have zero mean and unit variance, with the same reconstructions.
+
+    Stable Diffusion's pipeline knows one scale for all channels; a channel of small variance would then drown in the
+    diffusion noise. The affine map is folded into the 1x1 convolutions before and after the latent instead.
+
+    Args:
+        model: The model that made the latents.
+        latents: Its latent means (B, C, h, w), over a set of images.
+
+    Returns:
+        The new model; ``decode(encode(x))`` is unchanged up to rounding.
+    """
+    mean = latents.float().mean(dim=(0, 2, 3))
+    std = latents.float().std(dim=(0, 2, 3)).clamp(min=1e-4)
+    model = copy.deepcopy(model)
+    before, after = model.quant_conv, model.post_quant_conv
+    channels = len(mean)
+    before.weight[:channels] /= std[:, None, None, None]
+    before.bias[:channels] = (before.bias[:channels] - mean) / std
+    before.bias[channels:] -= 2 * std.log()  # the log-variance half
+    after.bias += after.weight[:, :, 0, 0] @ mean
+    after.weight *= std[None, :, None, None]
+    return model

@@ -1,0 +1,124 @@
+"""Tokenizer and text encoder of the small latent diffusion model: CLIP's classes with a vocabulary of our own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from layton.scenes import caption, sample_scene
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+END_OF_WORD = "</w>"
+
+
+def scene_captions(count: int, *, language: Literal["en", "zh"]) -> Iterator[str]:
+    """Captions of the first training Scenes."""
+    return (caption(sample_scene(seed), language=language) for seed in range(count))
+
+
+def build_tokenizer(
+    corpus: Iterable[str] | None = None, *, vocab_size: int = 1024, max_length: int = 32
+) -> CLIPTokenizer:
+    """Train a byte-level BPE vocabulary for CLIP's tokenizer.
+
+    Every byte is in the vocabulary, also as the end of a word, so that no text is unknown to it. Chinese is written
+    without spaces, so learnt merges would swallow whole sentences; each character is one token instead.
+
+    Args:
+        corpus: Texts to learn merges from; None takes the captions of 4,000 training Scenes.
+        vocab_size: Entries that the training may make (the byte symbols come on top where they are missing).
+        max_length: Tokens of a prompt, the two special ones included; longer prompts are cut by the pipeline.
+
+    Returns:
+        The tokenizer; the same for the same corpus.
+    """
+    base: Tokenizer = CLIPTokenizer().backend_tokenizer
+    alphabet = sorted(ByteLevel.alphabet())
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=alphabet,
+        end_of_word_suffix=END_OF_WORD,
+        show_progress=False,
+    )
+    base.train_from_iterator(corpus if corpus is not None else scene_captions(4000, language="en"), trainer)
+    model = json.loads(base.to_str())["model"]
+    characters = sorted({c for text in scene_captions(4000, language="zh") for c in text if not c.isspace()})
+    merges = [tuple(merge) for merge in model["merges"]] + character_merges(characters)
+    entries = sorted(model["vocab"], key=lambda entry: model["vocab"][entry])
+    entries += [symbol + END_OF_WORD for symbol in alphabet] + ["".join(merge) for merge in merges]
+    vocab = {entry: index for index, entry in enumerate(dict.fromkeys(entries))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+
+
+def character_merges(characters: list[str]) -> list[tuple[str, str]]:
+    """BPE merges that make one token of each character of several bytes, within a word and at its end."""
+    merges: dict[tuple[str, str], None] = {}
+    for character in characters:
+        symbols = ByteLevel(add_prefix_space=False).pre_tokenize_str(character)[0][0]
+        for last in (symbols[-1], symbols[-1] + END_OF_WORD):
+            parts = [*symbols[:-1], last]
+            for length in range(1, len(parts)):
+                merges["".join(parts[:length]), parts[length]] = None
+    return list(merges)
+
+
+def build_text_encoder(
+    tokenizer: CLIPTokenizer, *, width: int = 192, depth: int = 3, num_heads: int = 4
+) -> CLIPTextModel:
+    """A CLIP text model of D = ``width`` for a tokenizer, randomly initialised; trained together with the UNet."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=depth,
+        num_attention_heads=num_heads,
+        max_position_embeddings=int(tokenizer.model_max_length),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+class TextConditioner(nn.Module):
+    """Prompts to embeddings exactly as ``StableDiffusionPipeline`` does it: padded to the full length, no mask.
+
+    Args:
+        tokenizer: CLIP tokenizer; None builds the embedded world's.
+        text_encoder: CLIP text model; None builds one for the tokenizer.
+    """
+
+    def __init__(self, tokenizer: CLIPTokenizer | None = None, text_encoder: CLIPTextModel | None = None) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer if tokenizer is not None else build_tokenizer()
+        self.text_encoder = text_encoder if text_encoder is not None else build_text_encoder(self.tokenizer)
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """Token ids (B, L) int64 of B prompts, cut and padded to L = ``model_max_length``."""
+        return self.tokenizer(
+            prompts,
+            padding="max_length",
+            truncation=True,
+            max_length=int(self.tokenizer.model_max_length),
+            return_tensors="pt",
+        ).input_ids
+
+    def forward(self, prompts: list[str]) -> Tensor:
+        """Embeddings (B, L, D) of B prompts."""
+        device = next(self.text_encoder.parameters()).device
+        return self.text_encoder(self.tokenize(prompts).to(device)).last_hidden_state
+
+    @torch.no_grad()
+    def null(self) -> Tensor:
+        """Embedding (L, D) of the empty prompt."""
+        return self([""])[0].float()

@@ -1,0 +1,102 @@
+"""A perceptual loss that needs no downloaded weights.
+
+The usual backbones (VGG, AlexNet) are to be had only from the network, and the backbone of the project's *metric*
+(EfficientNet-lite0, `layton.metrics`) must not also be trained on. So the loss uses a small network of our own,
+trained by `layton.tasks.perceptual.PerceptualTask` to tell what was done to an image (blur, noise, JPEG, blocks ...),
+how strongly, and what the image shows: its features react to the damage that decoders do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layton import assets
+from layton.folder import load_config, load_into, load_tensors, save_config, save_tensors
+
+CLASS_NAME = "layton.losses.perceptual.PerceptualNet"
+
+
+class PerceptualNet(nn.Module):
+    """Four strided stages of convolutions; each stage's output is one level of the perceptual distance.
+
+    Args:
+        widths: Channels of the stages; each stage halves the resolution.
+    """
+
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 96, 128)) -> None:
+        super().__init__()
+        self.widths = tuple(widths)
+        inputs = (3, *self.widths[:-1])
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(before, after, 4, stride=2, padding=1),
+                nn.SiLU(),
+                nn.Conv2d(after, after, 3, padding=1),
+                nn.SiLU(),
+            )
+            for before, after in zip(inputs, self.widths, strict=True)
+        )
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] -> one feature map for each stage, (B, C_i, H / 2^i, W / 2^i)."""
+        features = []
+        x = images
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features
+
+    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
+        """Write config and weights into ``folder``."""
+        save_config(Path(folder), {"class": CLASS_NAME, "widths": list(self.widths)})
+        save_tensors(Path(folder) / "model.safetensors", self.state_dict(), dtype=dtype)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> PerceptualNet:
+        """Read what `save_pretrained` wrote; ``"mini"`` names the embedded weights.
+
+        Raises:
+            ValueError: If the folder does not hold such a network.
+        """
+        path = assets.resolve(folder, part="perceptual")
+        config = load_config(path, expected_class=CLASS_NAME)
+        widths = config["widths"]
+        if not isinstance(widths, list):
+            raise ValueError(f"{path}: widths must be a list, got {widths!r}")
+        net = cls(tuple(int(width) for width in widths if isinstance(width, int)))
+        load_into(net, {k: v.float() for k, v in load_tensors(path / "model.safetensors").items()}, source=path)
+        return net
+
+
+class PerceptualLoss(nn.Module):
+    """Mean squared distance between unit-normalised features at all stages (the form of LPIPS, arXiv 1801.03924 eq. 1).
+
+    The network is frozen and is not part of the owner's ``state_dict``.
+
+    Args:
+        weights: Folder of a `PerceptualNet`, or ``"mini"``.
+    """
+
+    def __init__(self, weights: str = "mini") -> None:
+        super().__init__()
+        net = PerceptualNet.from_pretrained(weights).eval().requires_grad_(False)
+        self._net = [net]  # in a list: neither trained, saved nor counted with the owner
+
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Distance () between two batches (B, 3, H, W) in [-1, 1]; zero for equal images."""
+        net = self._net[0].to(images.device)
+        with torch.no_grad():
+            wanted = net(targets)
+        terms = [
+            (unit(a) - unit(b)).square().sum(dim=1).mean() for a, b in zip(net(images), wanted, strict=True)
+        ]
+        return torch.stack(terms).mean()
+
+
+def unit(features: Tensor) -> Tensor:
+    """Features (B, C, h, w) of unit length along the channels, float32."""
+    return F.normalize(features.float(), dim=1, eps=1e-4)

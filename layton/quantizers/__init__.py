@@ -1,0 +1,1 @@
+"""Parts of `layton.quantizer`, which is where to import them from."""

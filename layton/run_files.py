@@ -1,0 +1,154 @@
+"""A first look at run files before anything they name is imported: a run file is data, not a program."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from layton.errors import UsageError
+
+ALLOWED_MODULES = (
+    "distill",
+    "layton",
+    "generation",
+    "torch.nn",
+    "torch.optim",
+    "torch.utils.data",
+    "torch._C._nn",
+    "torchvision",
+    "lightning.pytorch",
+    "lightning.fabric",
+    "lightning.pytorch.cli.ReduceLROnPlateau",
+)
+_REFUSED_MODULES = ("*", "lightning.pytorch.cli", "lightning.fabric.utilities", "layton.training", "layton.cli")
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 64
+MAX_ALIASES = 64
+_CLASS_KEYS = ("class_path", "_class_path")
+_SUFFIXES = (".yaml", ".yml", ".json")
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def allow_modules(names: Iterable[str] = ()) -> tuple[str, ...]:
+    """Let jsonargparse import only this library, torch's and torchvision's parts, and lightning.
+
+    Everything else is refused before it is imported, also on the command line and in checkpoints.
+
+    Args:
+        names: more modules or dotted names to allow, from the caller.
+
+    Returns:
+        All that is allowed.
+    """
+    from jsonargparse import set_parsing_settings
+
+    allowed = (*ALLOWED_MODULES, *names)
+    set_parsing_settings(
+        config_read_mode_fsspec_enabled=False,  # run files are local files
+        import_path_denylist=list(_REFUSED_MODULES),
+        import_path_allowlist=list(allowed),
+    )
+    return allowed
+
+
+def refused_class_paths(value: Any, *, allowed: Iterable[str]) -> list[str]:
+    """Class paths in parsed configuration, such as the hyperparameters of a checkpoint, that are not allowed.
+
+    Args:
+        value: nested plain data.
+        allowed: as for `check_run_files`.
+
+    Returns:
+        The offending names.
+    """
+    prefixes = tuple(allowed)
+    if isinstance(value, Mapping):
+        named = [item for key, item in value.items() if key in _CLASS_KEYS and isinstance(item, str)]
+        refused = [name for name in named if "." in name and not _within(name, prefixes)]
+        return refused + [name for item in value.values() for name in refused_class_paths(item, allowed=prefixes)]
+    if isinstance(value, list | tuple):
+        return [name for item in value for name in refused_class_paths(item, allowed=prefixes)]
+    return []
+
+
+def check_run_files(words: Sequence[str], *, allowed: Iterable[str]) -> list[Path]:
+    """Check every run file named on a command line, and the files that these name, beside themselves.
+
+    Args:
+        words: command line; any word, or value after ``=``, that is an existing YAML or JSON file counts.
+        allowed: modules and dotted names that ``class_path`` may name, with all below them.
+
+    Returns:
+        The files checked.
+
+    Raises:
+        UsageError: a file is too large, too deep or not YAML, has a tag such as ``!!python/name``, or names a class
+            outside ``allowed``.
+    """
+    prefixes = tuple(allowed)
+    waiting = [path for word in words if (path := _run_file(Path(word.partition("=")[2] or word))) is not None]
+    seen: list[Path] = []
+    while waiting:
+        path = waiting.pop()
+        if path in seen:
+            continue
+        seen.append(path)
+        for key, value in _scalars(path):
+            if key in _CLASS_KEYS and "." in value and not _within(value, prefixes):
+                raise UsageError(f"{path}: class_path {value!r} is not in an allowed module ({', '.join(prefixes)})")
+            nested = _run_file(path.parent / value) if value.endswith(_SUFFIXES) else None
+            if nested is not None:
+                waiting.append(nested)
+    return seen
+
+
+def _run_file(path: Path) -> Path | None:
+    try:
+        return path.resolve() if path.suffix in _SUFFIXES and path.is_file() else None
+    except (OSError, ValueError):  # too long, or a NUL inside: no file
+        return None
+
+
+def _within(name: str, prefixes: Iterable[str]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _scalars(path: Path) -> Iterator[tuple[str, str]]:
+    """Every scalar of a file with the key it stands under; keys themselves come with an empty key."""
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise UsageError(f"{path} has {size} bytes; a run file has at most {MAX_BYTES}")
+    aliases = 0
+    stack: list[str | None] = []  # per open mapping the key that waits for its value; "" in sequences
+    mappings: list[bool] = []
+    try:
+        for event in yaml.parse(path.read_text(encoding="utf-8"), Loader=_LOADER):
+            tag = getattr(event, "tag", None)
+            if tag is not None and (not tag.startswith("tag:yaml.org,2002:") or "python" in tag):
+                raise UsageError(f"{path}: tag {tag!r} is not allowed in a run file")
+            aliases += isinstance(event, yaml.AliasEvent)
+            if len(stack) > MAX_DEPTH or aliases > MAX_ALIASES:
+                raise UsageError(f"{path} is nested deeper than {MAX_DEPTH} or has more than {MAX_ALIASES} aliases")
+            if isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
+                stack.pop()
+                mappings.pop()
+                _value_done(stack, mappings)
+            elif isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
+                mappings.append(isinstance(event, yaml.MappingStartEvent))
+                stack.append(None if mappings[-1] else "")
+            elif isinstance(event, yaml.ScalarEvent) and stack and mappings[-1] and stack[-1] is None:
+                stack[-1] = event.value
+            elif isinstance(event, yaml.ScalarEvent | yaml.AliasEvent):
+                if isinstance(event, yaml.ScalarEvent):
+                    yield (stack[-1] or "") if stack else "", event.value
+                _value_done(stack, mappings)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def _value_done(stack: list[str | None], mappings: list[bool]) -> None:
+    if stack and mappings[-1]:
+        stack[-1] = None

@@ -1,0 +1,140 @@
+"""SceneEval's prompts: made from test seeds, written and read as GenEval's JSON lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+from layton.scenes.captions import INVERSE, describe
+from layton.scenes.layout import sample_scene
+from layton.scenes.splits import Split, is_unseen, split_seeds
+from layton.scenes.world import TASKS, Scene, Task
+from layton.sceneval.spec import Exclusion, PromptSpec, Requirement
+
+PROMPT_PREFIX: Final = "a photo of "
+# As in GenEval, these two tasks ask for shapes only. (Its counting and position prompts are colourless too; ours name
+# colours, so that unseen combinations exist in four tasks instead of two.)
+COLOURLESS_TASKS: Final[frozenset[Task]] = frozenset({"single_object", "two_object"})
+_SEEDS_PER_TASK: Final = 1_000_000
+_PATIENCE: Final = 200  # draws without a new prompt before one may be repeated (there are 8 single objects)
+
+
+def spec_of_scene(scene: Scene, *, coloured: bool = True, swapped: bool = False, unseen: bool = False) -> PromptSpec:
+    """The prompt that a scene fulfils, and its specification.
+
+    Beyond GenEval's rules every task excludes one object more of each shape: "a star" is not two stars.
+
+    Args:
+        scene: a scene.
+        coloured: whether colours are named and asked for.
+        swapped: whether ``objects[1]`` is named first.
+        unseen: the flag to record.
+
+    Returns:
+        The specification; ``prompt`` starts with "a photo of".
+    """
+    prompt = PROMPT_PREFIX + describe(scene, coloured=coloured, swapped=swapped)
+    first = scene.objects[0]
+    if scene.task in ("single_object", "colors", "counting"):
+        colour = first.colour if coloured else None
+        include: tuple[Requirement, ...] = (Requirement(first.shape, len(scene.objects), colour),)
+    else:
+        named = scene.objects[1::-1] if swapped else scene.objects[:2]
+        subject, other = (Requirement(o.shape, 1, o.colour if coloured else None) for o in named)
+        include = (subject, other)
+        if scene.relation is not None:
+            # GenEval lists the reference first and the object that stands somewhere second.
+            relation = scene.relation if swapped else INVERSE[scene.relation]
+            include = (other, Requirement(subject.shape, 1, subject.colour, relation, 0))
+    exclude = tuple(Exclusion(item.shape, item.count + 1) for item in include)
+    return PromptSpec(scene.task, include, exclude, prompt, unseen)
+
+
+def make_prompts(per_task: int, *, split: Split = "test", unseen_share: float = 0.2) -> list[PromptSpec]:
+    """Draw prompts from a split's seeds, deterministically, without repeats while there are new ones.
+
+    Args:
+        per_task: prompts for each of the six tasks.
+        split: whose seeds to use; reported figures use "test".
+        unseen_share: in [0, 1]; part of the prompts of the coloured tasks that name unseen combinations.
+
+    Returns:
+        ``6 * per_task`` prompts, task by task.
+
+    Raises:
+        ValueError: if an argument is out of range, or unseen prompts are asked of training seeds.
+    """
+    if per_task < 1 or not 0 <= unseen_share <= 1:
+        raise ValueError(f"need per_task >= 1 and unseen_share in 0..1, got {per_task} and {unseen_share}")
+    if split == "train" and unseen_share > 0:
+        raise ValueError("training seeds have no unseen combinations: pass unseen_share=0")
+    prompts: list[PromptSpec] = []
+    for number, task in enumerate(TASKS):
+        unseen = 0 if task in COLOURLESS_TASKS else round(per_task * unseen_share)
+        prompts += _draw(task, {False: per_task - unseen, True: unseen}, split, number * _SEEDS_PER_TASK)
+    return prompts
+
+
+def _draw(task: Task, wanted: dict[bool, int], split: Split, offset: int) -> list[PromptSpec]:
+    coloured = task not in COLOURLESS_TASKS
+    taken: dict[bool, list[PromptSpec]] = {False: [], True: []}
+    known: set[str] = set()
+    idle = {False: 0, True: 0}
+    for seed in split_seeds(split, _SEEDS_PER_TASK, offset=offset):
+        if all(len(taken[flag]) >= wanted[flag] for flag in taken):
+            break
+        scene = sample_scene(seed, task=task)
+        flag = coloured and is_unseen(scene)
+        if len(taken[flag]) >= wanted[flag]:
+            continue
+        spec = spec_of_scene(scene, coloured=coloured, swapped=bool(seed % 2), unseen=flag)
+        if spec.prompt in known and idle[flag] < _PATIENCE:
+            idle[flag] += 1
+            continue
+        idle[flag] = 0
+        known.add(spec.prompt)
+        taken[flag].append(spec)
+    return taken[False] + taken[True]
+
+
+def write_prompts(path: Path, prompts: Iterable[PromptSpec]) -> None:
+    """Write a prompts file, one JSON object a line, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(prompt.to_json() + "\n" for prompt in prompts)
+    write_atomically(path, text.encode("utf-8"))
+
+
+def read_prompts(path: Path) -> list[PromptSpec]:
+    """Read a prompts file of ours or of GenEval's form; empty lines are skipped.
+
+    Raises:
+        ValueError: if a line is broken or speaks of other things than Scenes' shapes and colours; names the line.
+        OSError: if the file cannot be read.
+    """
+    prompts: list[PromptSpec] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            prompts.append(PromptSpec.from_json(line))
+        except (ValueError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    return prompts
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file through a temporary one in the same folder."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
+        temporary = Path(handle.name)
+        try:
+            handle.write(content)
+            handle.flush()
+            os.fchmod(handle.fileno(), 0o644)  # temporary files are private, results are not
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    os.replace(temporary, path)

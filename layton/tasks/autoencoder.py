@@ -1,0 +1,92 @@
+"""Trains the autoencoder of the latent diffusion model: an ordinary `diffusers.AutoencoderKL`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from layton.data.types import ImageBatch
+from layton.ldm.autoencoder import Autoencoder, standardise_latents
+from layton.losses.perceptual import PerceptualLoss
+from layton.losses.reconstruction import psnr
+from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
+
+
+class AutoencoderTask(LaytonTask):
+    """Pixel and perceptual reconstruction with a small Kullback-Leibler term (arXiv 2112.10752, section 3.1).
+
+    The autoencoder is convolutional, so it trains on crops. `export` first makes every latent channel zero-mean and
+    unit-variance over validation images by folding the affine map into the 1x1 convolutions around the latent.
+
+    Args:
+        autoencoder: The model.
+        optimizer: Makes the optimizer.
+        lr_scheduler: Makes the learning-rate schedule.
+        perceptual: Perceptual loss; None trains on pixels alone.
+        l1_weight: Weight of the mean absolute error.
+        l2_weight: Weight of the mean squared error.
+        perceptual_weight: Weight of the perceptual term.
+        kl_weight: Weight of the divergence from N(0, I), per latent number.
+    """
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        *,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        perceptual: PerceptualLoss | None = None,
+        l1_weight: float = 1.0,
+        l2_weight: float = 1.0,
+        perceptual_weight: float = 0.1,
+        kl_weight: float = 1e-4,
+    ) -> None:
+        super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
+        self.autoencoder = autoencoder
+        self.perceptual = perceptual
+        self.weights = {"l1": l1_weight, "l2": l2_weight, "kl": kl_weight}
+        if perceptual is not None:
+            self.weights["perceptual"] = perceptual_weight
+        self._latents: list[Tensor] = []
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        """Loss of one batch, ()."""
+        images = batch["image"]
+        posterior = self.autoencoder.model.encode(images).latent_dist
+        noise = torch.randn(
+            posterior.mean.shape, generator=self.step_generator("latent"), device=images.device, dtype=torch.float32
+        )
+        latents = posterior.mean + posterior.std * noise.to(posterior.std.dtype)
+        decoded = self.autoencoder.model.decode(latents).sample.float()
+        return self._losses(images, decoded, posterior.kl().mean() / latents[0].numel())
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        """Loss with the latent's mean, ()."""
+        images = batch["image"]
+        posterior = self.autoencoder.model.encode(images).latent_dist
+        decoded = self.autoencoder.model.decode(posterior.mean).sample.float()
+        return self._losses(images, decoded, posterior.kl().mean() / posterior.mean[0].numel())
+
+    def _losses(self, images: Tensor, decoded: Tensor, kl: Tensor) -> Tensor:
+        error = decoded - images
+        terms = {"l1": error.abs().mean(), "l2": error.square().mean(), "kl": kl}
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(decoded, images)
+        self.log(f"{self.stage}/psnr", psnr(decoded.detach(), images).mean(), prog_bar=True, batch_size=len(images))
+        return self.log_losses(terms, weights=self.weights, batch_size=len(images))
+
+    def picture_grid(self, batch: ImageBatch) -> dict[str, Tensor]:
+        """Originals over reconstructions, eight of each."""
+        images = batch["image"][:8]
+        return {"image": images, "reconstruction": self.autoencoder.reconstruct(images)}
+
+    @torch.no_grad()
+    def export(self, folder: Path) -> None:
+        """Write a diffusers ``AutoencoderKL`` folder whose latents are standardised on validation images."""
+        means = []
+        for batch in self.trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
+            means.append(self.autoencoder.encode(batch["image"].to(self.device)))
+        model = standardise_latents(self.autoencoder.model, torch.cat(means))
+        model.save_pretrained(folder)

@@ -1,0 +1,180 @@
+"""What every training task of the library has in common. A task wires models, losses and optimizer; nothing else."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import ReduceLROnPlateau as MonitoredPlateau
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from layton.tasks.guard import StepGuard
+from layton.tasks.seeding import Randomness, derive_seed
+
+__all__ = ["LRSchedulerCallable", "LaytonTask", "OptimizerCallable"]
+
+
+class LaytonTask(LightningModule, ABC):
+    """Base of the training tasks: optimizer from the run file, named loss terms, exact resume, bad steps skipped.
+
+    A subclass takes its finished parts and the two callables, calls ``super().__init__`` **first**, and writes
+    `training_step`, `validation_step` and, where it applies, `picture_grid`, `export` and `trainable_parameters`.
+    Random numbers come from `step_generator`. Batches are `layton.data.types.ImageSample` mappings with tensors
+    image (B, 3, H, W) in [-1, 1] and lists caption and key.
+
+    Args:
+        optimizer: makes an optimizer from the trainable parameters, for example AdamW in the run file.
+        lr_scheduler: makes a learning-rate scheduler from the optimizer; it is stepped after every optimizer step.
+        max_bad_steps: the run stops after this many steps in a row with a NaN or infinite loss or gradient.
+
+    Raises:
+        ValueError: max_bad_steps below 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        max_bad_steps: int = 10,
+    ) -> None:
+        super().__init__()
+        self._make_optimizer = optimizer
+        self._make_lr_scheduler = lr_scheduler
+        self._guard = StepGuard(max_bad_steps)
+        self._randomness = Randomness()
+        if _given_hyperparameters.get() is not None:
+            # Built by the command line: the parsed run file (plain data) goes into the checkpoint and
+            # load_from_checkpoint rebuilds all parts. Built by hand: parts are modules, which must not be pickled.
+            self.save_hyperparameters(logger=False)
+
+    @abstractmethod
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """Loss of one batch, () float32; None only with manual optimization."""
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Parameters that the optimizer gets: all that require a gradient. Override to leave some out."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def averaged_parameters(self) -> list[nn.Parameter]:
+        """Parameters that the EMA follows: the trainable ones. Override to leave a discriminator out."""
+        return self.trainable_parameters()
+
+    def picture_grid(self, batch: Any) -> dict[str, Tensor] | None:
+        """Pictures that show progress, for the `PictureGrid` callback; called with the averaged weights, no gradients.
+
+        Args:
+            batch: the first validation batch.
+
+        Returns:
+            Rows of a grid by name, each (B, 3, H, W) in [-1, 1]; None when the task has nothing to show.
+        """
+        return None
+
+    def export(self, folder: Path) -> None:
+        """Write the trained parts to an empty folder by their ``save_pretrained``; called with the averaged weights.
+
+        Args:
+            folder: an existing empty folder.
+        """
+
+    def step_generator(self, stream: str = "", *, device: torch.device | str | None = None) -> torch.Generator:
+        """Generator seeded by (run seed, stage, step, batch, rank, stream): the same numbers after a resume.
+
+        Two calls with one stream in one step give the same numbers; name the streams when you need two.
+
+        Args:
+            stream: purpose of the numbers, for example ``"noise"``.
+            device: where the numbers are drawn; the task's device when None.
+
+        Returns:
+            A fresh generator.
+        """
+        generator = torch.Generator(device=device if device is not None else self.device)
+        return generator.manual_seed(self._randomness.derived("step_generator", stream))
+
+    def seed_for(self, *parts: int | str) -> int:
+        """Seed of the whole run for a purpose, whatever the step: 63-bit, from (run seed, parts)."""
+        return derive_seed(self._randomness.seed, "run", *parts)
+
+    @property
+    def stage(self) -> str:
+        """``train``, ``val`` or ``test``: the prefix of logged names."""
+        if self._trainer is None or self.trainer.training:
+            return "train"
+        return "test" if self.trainer.testing else "val"
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped so far because loss or gradients were not finite."""
+        return self._guard.skipped
+
+    def log_losses(
+        self,
+        terms: Mapping[str, Tensor],
+        *,
+        weights: Mapping[str, float] | None = None,
+        batch_size: int | None = None,
+    ) -> Tensor:
+        """Log every term as ``<stage>/<name>`` and their weighted sum as ``<stage>/loss``.
+
+        Args:
+            terms: named loss terms, each () float.
+            weights: factor of each term in the sum, 1 where absent; a factor of 0 logs only.
+            batch_size: B, for the mean over a validation epoch.
+
+        Returns:
+            The weighted sum, () float.
+
+        Raises:
+            ValueError: no terms, or a weight for a term that is not there.
+        """
+        weights = weights or {}
+        if not terms or not weights.keys() <= terms.keys():
+            raise ValueError(f"weights {sorted(weights)} must name loss terms {sorted(terms)}, which must not be empty")
+        parts = [term * weights.get(name, 1.0) for name, term in terms.items() if weights.get(name, 1.0) != 0.0]
+        total = torch.stack([part.float() for part in parts]).sum() if parts else torch.zeros((), device=self.device)
+        if self._trainer is not None:
+            training = self.stage == "train"
+            values = {f"{self.stage}/{name}": term.detach() for name, term in terms.items()}
+            self.log_dict(
+                values, on_step=training, on_epoch=not training, batch_size=batch_size, sync_dist=not training
+            )
+            self.log(
+                f"{self.stage}/loss",
+                total.detach(),
+                prog_bar=True,
+                on_step=training,
+                on_epoch=not training,
+                batch_size=batch_size,
+                sync_dist=not training,
+            )
+        return total
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The two callbacks that no run goes without: `StepGuard` and `Randomness`."""
+        return [self._randomness, self._guard]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """One optimizer over `trainable_parameters` and its scheduler, stepped with it.
+
+        Raises:
+            ValueError: nothing to train.
+        """
+        parameters = self.trainable_parameters()
+        if not parameters:
+            raise ValueError(f"{type(self).__name__} has no trainable parameters")
+        optimizer = self._make_optimizer(parameters)
+        if self._make_lr_scheduler is None:
+            return optimizer
+        scheduler = self._make_lr_scheduler(optimizer)
+        if isinstance(scheduler, MonitoredPlateau):
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

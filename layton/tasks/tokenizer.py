@@ -1,0 +1,212 @@
+"""Stage 0: trains encoder and codebook from scratch with a light decoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layton.data.types import ImageBatch
+from layton.encoder import ImageEncoder
+from layton.losses.adversarial import PatchDiscriminator, hinge_discriminator_loss, hinge_generator_loss
+from layton.losses.perceptual import PerceptualLoss
+from layton.losses.reconstruction import psnr
+from layton.pixel_decoder import PixelDecoder
+from layton.quantizer import Quantizer
+from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
+
+HEALTH_INTERVAL = 20
+
+
+class TokenizerTask(LaytonTask):
+    """Pixel + perceptual + codebook losses (VQGAN, arXiv 2012.09841; LlamaGen, arXiv 2406.06525, section 2.1).
+
+    With a discriminator, `AdversarialTokenizerTask` adds its loss after a delayed start.
+
+    Args:
+        encoder: Image to features.
+        quantizer: Features to codes.
+        decoder: Code embeddings to pixels.
+        optimizer: Makes the optimizer.
+        lr_scheduler: Makes the learning-rate schedule.
+        perceptual: Perceptual loss; None trains on pixels alone.
+        l1_weight: Weight of the mean absolute error.
+        l2_weight: Weight of the mean squared error.
+        perceptual_weight: Weight of the perceptual term.
+
+    Raises:
+        ValueError: If encoder and quantizer disagree about d.
+    """
+
+    def __init__(
+        self,
+        encoder: ImageEncoder,
+        quantizer: Quantizer,
+        decoder: PixelDecoder,
+        *,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        perceptual: PerceptualLoss | None = None,
+        l1_weight: float = 1.0,
+        l2_weight: float = 1.0,
+        perceptual_weight: float = 0.1,
+    ) -> None:
+        super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
+        if encoder.code_dim != quantizer.code_dim:
+            raise ValueError(f"encoder gives {encoder.code_dim}-d features, quantizer takes {quantizer.code_dim}-d")
+        self.encoder = encoder
+        self.quantizer = quantizer
+        self.decoder = decoder
+        self.perceptual = perceptual
+        self.weights = {"l1": l1_weight, "l2": l2_weight}
+        if perceptual is not None:
+            self.weights["perceptual"] = perceptual_weight
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | None:
+        """Loss of one batch, ()."""
+        output = self.quantizer(self.encoder(batch["image"]).float())
+        decoded = self.decoder(output.embeddings).float()
+        if self.global_step % HEALTH_INTERVAL == 0:
+            health = self.quantizer.health()
+            self.log_dict({"train/usage": health.usage, "train/perplexity": health.perplexity})
+        return self._losses(batch["image"], decoded, output.loss)
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        """Loss of one batch through the codes, ()."""
+        decoded = self.reconstruct(batch["image"])
+        loss = self._losses(batch["image"], decoded, decoded.new_zeros(()))
+        for name, mask in source_masks(batch["key"]).items():
+            value = psnr(decoded[mask], batch["image"][mask]).mean()
+            self.log(f"val/psnr_{name}", value, batch_size=int(mask.sum()), on_epoch=True)
+        return loss
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] through their codes, not clamped."""
+        features = self.encoder(images).float()
+        embeddings = self.quantizer.codes_to_embeddings(self.quantizer.encode(features), features.shape[-2:])
+        return self.decoder(embeddings).float()
+
+    def picture_grid(self, batch: ImageBatch) -> dict[str, Tensor]:
+        """Originals over reconstructions."""
+        return {"image": batch["image"], "reconstruction": self.reconstruct(batch["image"]).clamp(-1, 1)}
+
+    def export(self, folder: Path) -> None:
+        """Write ``encoder/``, ``quantizer/`` and ``decoder/``."""
+        self.encoder.save_pretrained(folder / "encoder")
+        self.quantizer.save_pretrained(folder / "quantizer")
+        self.decoder.save_pretrained(folder / "decoder")
+
+    def _losses(self, images: Tensor, decoded: Tensor, codebook_loss: Tensor) -> Tensor:
+        error = decoded - images
+        terms = {"l1": error.abs().mean(), "l2": error.square().mean(), "codebook": codebook_loss}
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(decoded, images)
+        self.log(f"{self.stage}/psnr", psnr(decoded.detach(), images).mean(), prog_bar=True, batch_size=len(images))
+        return self.log_losses(terms, weights=self.weights, batch_size=len(images))
+
+
+class AdversarialTokenizerTask(TokenizerTask):
+    """Stage 0 with a patch discriminator that joins after a delay (LlamaGen starts it after 20,000 steps).
+
+    The discriminator learns from ``start_step - lead_steps`` on, so that it is not new to its work when its opinion
+    begins to count; its weight then rises linearly over ``ramp_steps``.
+
+    Args:
+        encoder: Image to features.
+        quantizer: Features to codes.
+        decoder: Code embeddings to pixels.
+        discriminator: Judge of patches.
+        optimizer: Makes the optimizer of encoder, codebook and decoder.
+        discriminator_optimizer: Makes the discriminator's.
+        perceptual: Perceptual loss.
+        l1_weight: Weight of the mean absolute error.
+        l2_weight: Weight of the mean squared error.
+        perceptual_weight: Weight of the perceptual term.
+        adversarial_weight: Final weight of the adversarial term.
+        start_step: First step with an adversarial term.
+        lead_steps: Steps by which the discriminator's training leads.
+        ramp_steps: Steps over which the weight rises.
+        gradient_clip: Largest gradient norm of either optimizer (the trainer's option does not apply here).
+    """
+
+    def __init__(
+        self,
+        encoder: ImageEncoder,
+        quantizer: Quantizer,
+        decoder: PixelDecoder,
+        discriminator: PatchDiscriminator,
+        *,
+        optimizer: OptimizerCallable,
+        discriminator_optimizer: OptimizerCallable,
+        perceptual: PerceptualLoss | None = None,
+        l1_weight: float = 1.0,
+        l2_weight: float = 1.0,
+        perceptual_weight: float = 0.1,
+        adversarial_weight: float = 0.02,
+        start_step: int = 20_000,
+        lead_steps: int = 500,
+        ramp_steps: int = 1000,
+        gradient_clip: float = 1.0,
+    ) -> None:
+        super().__init__(
+            encoder,
+            quantizer,
+            decoder,
+            optimizer=optimizer,
+            perceptual=perceptual,
+            l1_weight=l1_weight,
+            l2_weight=l2_weight,
+            perceptual_weight=perceptual_weight,
+        )
+        self.automatic_optimization = False
+        self.discriminator = discriminator
+        self._make_discriminator_optimizer = discriminator_optimizer
+        self.adversarial_weight = adversarial_weight
+        self.start_step, self.lead_steps, self.ramp_steps = start_step, lead_steps, ramp_steps
+        self.gradient_clip = gradient_clip
+
+    def configure_optimizers(self) -> Any:
+        """Two optimizers: tokenizer, discriminator."""
+        return [
+            self._make_optimizer(self.averaged_parameters()),
+            self._make_discriminator_optimizer(self.discriminator.parameters()),
+        ]
+
+    def averaged_parameters(self) -> list[nn.Parameter]:
+        """All but the discriminator's."""
+        judge = {id(parameter) for parameter in self.discriminator.parameters()}
+        return [parameter for parameter in super().averaged_parameters() if id(parameter) not in judge]
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """One step of either optimizer that is due."""
+        generator_optimizer, judge_optimizer = self.optimizers()  # type: ignore[misc]
+        images = batch["image"]
+        step = self.trainer.fit_loop.total_batch_idx
+        output = self.quantizer(self.encoder(images).float())
+        decoded = self.decoder(output.embeddings).float()
+        loss = self._losses(images, decoded, output.loss)
+        ramp = min(1.0, max(0.0, (step - self.start_step + 1) / max(1, self.ramp_steps)))
+        if ramp > 0:
+            loss = loss + self.adversarial_weight * ramp * hinge_generator_loss(self.discriminator(decoded).float())
+        self._step(generator_optimizer, loss)
+        if step >= self.start_step - self.lead_steps:
+            real, fake = self.discriminator(images).float(), self.discriminator(decoded.detach()).float()
+            judge_loss = hinge_discriminator_loss(real, fake)
+            self.log("train/discriminator", judge_loss.detach())
+            self._step(judge_optimizer, judge_loss)
+
+    def _step(self, optimizer: Any, loss: Tensor) -> None:
+        self.toggle_optimizer(optimizer)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        self.clip_gradients(optimizer, gradient_clip_val=self.gradient_clip, gradient_clip_algorithm="norm")
+        optimizer.step()
+        self.untoggle_optimizer(optimizer)
+
+
+def source_masks(keys: list[str]) -> dict[str, Tensor]:
+    """Which samples of a batch are Scenes and which are photographs, (B,) bool each; empty kinds are left out."""
+    scenes = torch.tensor([key.startswith("scenes/") for key in keys])
+    return {name: mask for name, mask in (("scenes", scenes), ("photos", ~scenes)) if mask.any()}

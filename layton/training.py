@@ -1,0 +1,276 @@
+"""``layton fit``, ``validate`` and ``test``: Lightning's command line over this library's tasks.
+
+One run has one folder (``--run_dir``): ``config.yaml`` (what was run), ``checkpoints/``, ``grids/``, ``logs/`` and
+``export/`` (the averaged weights in ``save_pretrained`` formats, written when training reaches its end).
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse._deprecated import JsonargparseDeprecationWarning
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+from layton.callbacks import (
+    CheckpointError,
+    ExportWeights,
+    GracefulStop,
+    LineProgress,
+    SafeCheckpoint,
+    SafeCheckpointIO,
+    newest_good_checkpoint,
+)
+from layton.callbacks.checkpoint import CHECKPOINT_FOLDER
+from layton.errors import UsageError
+from layton.folder import write_atomically
+from layton.run_files import allow_modules, check_run_files, refused_class_paths
+from layton.tasks.base import LaytonTask
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes the merged configuration to ``<run folder>/config.yaml`` and to loggers that keep hyperparameters."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write atomically; only for fit, so that validating does not replace the configuration of the run."""
+        if stage != "fit":
+            return
+        text = self.parser.dump(self.config, skip_unset=False)
+        write_atomically(Path(trainer.default_root_dir) / "config.yaml", lambda part: _write_text(part, text))
+        for logger in trainer.loggers:
+            if not isinstance(logger, CSVLogger):
+                logger.log_hyperparams({"config": text})
+
+
+class TrainingCLI(LightningCLI):
+    """LightningCLI in subclass mode with this library's run folder, resume, checkpoints, logger and progress."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The three commands, and the arguments of Lightning's methods that are not offered."""
+        common = {"model", "dataloaders", "datamodule", "weights_only"}
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only", "ckpt_path"},
+            "validate": common,
+            "test": common,
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Arguments of a run."""
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="folder of the run; default runs/<name of the first --config file>",
+        )
+        parser.add_argument(
+            "--resume",
+            type=str,
+            default="never",
+            help="'auto' continues from the newest good checkpoint of the run folder, or starts when there is none; "
+            "'never' starts, and refuses a folder that has checkpoints; or a checkpoint file",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the given list, whatever sys.argv holds."""
+        self.config = parser.parse_args(list(args) if args is not None else None)
+
+    def _parse_ckpt_path(self) -> None:
+        """The run file says what is built, never the checkpoint: its class paths are not trusted."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this run."""
+        given = self._get(self.config, "run_dir")
+        if given:
+            return Path(given).expanduser().absolute()
+        files = self._get(self.config, "config") or []
+        return (Path("runs") / (Path(str(files[0])).stem if files else "run")).absolute()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Trainer with the run folder, the CSV logger and the callbacks that were not configured."""
+        config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        config["default_root_dir"] = str(self.run_dir)
+        config["logger"] = self._loggers(config.get("logger"))
+        extra = [self._get(self.config_init, key) for key in self._parser(self.subcommand).callback_keys]
+        configured = config.get("callbacks") or []
+        configured = list(configured) if isinstance(configured, list) else [configured]
+        checkpointing = config.get("enable_checkpointing") is not False
+        if not checkpointing:
+            configured = [c for c in configured if not isinstance(c, Checkpoint)]
+        config["callbacks"] = configured
+        return self._instantiate_trainer(config, [*extra, *_missing(configured, config, checkpointing=checkpointing)])
+
+    def _loggers(self, given: Any) -> list[Logger] | bool:
+        if given is False:
+            return False
+        loggers = [] if given in (None, True) else list(given) if isinstance(given, Iterable) else [given]
+        if not any(isinstance(logger, CSVLogger) for logger in loggers):
+            loggers.append(CSVLogger(save_dir=self.run_dir, name="logs"))
+        return loggers
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        checkpoints = self.run_dir / CHECKPOINT_FOLDER
+        if subcommand == "fit":
+            arguments["ckpt_path"] = _resume_path(self._get(self.config, "resume"), checkpoints)
+        elif arguments.get("ckpt_path") == "auto":
+            found = newest_good_checkpoint(checkpoints)
+            if found is None:
+                raise CheckpointError(f"no good checkpoint in {checkpoints}")
+            arguments["ckpt_path"] = str(found)
+        return arguments
+
+
+def run(subcommand: str, args: Sequence[str], *, allow: Iterable[str] = ()) -> int:
+    """Run ``fit``, ``validate`` or ``test``.
+
+    Args:
+        subcommand: one of the three.
+        args: the rest of the command line.
+        allow: further modules that run files may name.
+
+    Returns:
+        0, or 128 + the number of the signal that ended training early.
+
+    Raises:
+        SystemExit: status 2 for a wrong command line or run file.
+    """
+    check_run_files(args, allowed=allow_modules(allow))
+    cli = _make(TrainingCLI, [subcommand, *args], run=True)
+    signals = [c.signal_number for c in _callbacks(cli.trainer) if isinstance(c, GracefulStop) and c.signal_number]
+    return 128 + signals[0] if signals else 0
+
+
+def build_task(args: Sequence[str], *, allow: Iterable[str] = ()) -> LaytonTask:
+    """Build the task of a run, without its data and trainer.
+
+    Args:
+        args: ``--config FILE`` and changes, as for ``layton fit``.
+        allow: further modules that run files may name.
+
+    Returns:
+        The task, in training mode, with fresh parts.
+
+    Raises:
+        SystemExit: status 2 for a wrong run file.
+    """
+    check_run_files(args, allowed=allow_modules(allow))
+    task: LaytonTask = _make(_TaskOnly, list(args), run=False).model
+    return task
+
+
+def load_task(path: Path | str, *, averaged: bool = True, allow: Iterable[str] = ()) -> LaytonTask:
+    """Rebuild a task from a checkpoint that ``layton fit`` wrote, with all its parts and weights.
+
+    Unlike Lightning's ``load_from_checkpoint`` it checks the file's digest, and the class names in it before importing.
+
+    Args:
+        path: the checkpoint.
+        averaged: with the averaged weights if the run kept an EMA, else with those in training.
+        allow: further modules that the checkpoint may name.
+
+    Returns:
+        The task on the CPU, in evaluation mode.
+
+    Raises:
+        CheckpointError: the file is damaged, not of this library, or names a class that is not allowed.
+    """
+    checkpoint = SafeCheckpointIO().load_checkpoint(path)
+    parameters = checkpoint.get("hyper_parameters", {})
+    name = parameters.get("_class_path")
+    if not isinstance(name, str):
+        raise CheckpointError(f"{path} was not written by `layton fit`: it does not say which task it holds")
+    refused = refused_class_paths(parameters, allowed=allow_modules(allow))
+    if refused:
+        raise CheckpointError(f"{path} names classes outside the allowed modules: {', '.join(refused)}")
+    module, _, kind = name.rpartition(".")
+    task_class = getattr(import_module(module), kind, None)
+    if not (isinstance(task_class, type) and issubclass(task_class, LaytonTask)):
+        raise CheckpointError(f"{path} names {name}, which is not a LaytonTask")
+    with warnings.catch_warnings():
+        _quiet()
+        task = task_class.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    states = [state for key, state in checkpoint["callbacks"].items() if key.startswith("EMA") and state]
+    if averaged and states:
+        named = dict(task.named_parameters())
+        with torch.no_grad():
+            for key, tensor in zip(states[0]["names"], states[0]["average"]["shadow_params"], strict=True):
+                named[key].copy_(tensor)
+    return task.eval()
+
+
+class _TaskOnly(TrainingCLI):
+    def instantiate_classes(self) -> None:
+        config = self.config.clone()
+        config["data"] = None
+        self.config_init = self.parser.instantiate_classes(config)
+        self.model = self._get(self.config_init, "model")
+
+
+def _make(kind: type[TrainingCLI], args: list[str], *, run: bool) -> TrainingCLI:
+    exact: dict[str, Any] = {"allow_abbrev": False}  # a misspelt option is an error, never a guess
+    each = {name: dict(exact) for name in TrainingCLI.subcommands()} if run else {}
+    with warnings.catch_warnings():
+        _quiet()
+        return kind(
+            LaytonTask,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": "layton", "description": "Train or evaluate a stage.", **exact, **each},
+            args=args,
+            run=run,
+        )
+
+
+def _resume_path(resume: str, checkpoints: Path) -> str | None:
+    if resume == "auto":
+        found = newest_good_checkpoint(checkpoints)
+        return None if found is None else str(found)
+    if resume == "never":
+        if next(checkpoints.glob("*.ckpt"), None) is not None:
+            raise UsageError(f"{checkpoints} holds checkpoints: continue with --resume auto, or take another --run_dir")
+        return None
+    if not Path(resume).is_file():
+        raise UsageError(f"--resume must be 'auto', 'never' or a checkpoint file, got {resume!r}")
+    return str(Path(resume).absolute())
+
+
+def _missing(configured: list[Callback], config: dict[str, Any], *, checkpointing: bool) -> list[Callback]:
+    added: list[Callback] = [GracefulStop(), ExportWeights()]
+    if checkpointing and not any(isinstance(c, Checkpoint) for c in configured):
+        added.append(SafeCheckpoint(every_minutes=10.0))
+    if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in configured):
+        added.append(RichProgressBar() if sys.stdout.isatty() else LineProgress())
+    return [callback for callback in added if not any(type(c) is type(callback) for c in configured)]
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def _quiet() -> None:
+    # Lightning 2.6 calls jsonargparse as it was before 4.49.
+    warnings.simplefilter("ignore", JsonargparseDeprecationWarning)
+    # Advice of Lightning that does not apply: frozen parts are meant to be in eval mode, and a loader without workers
+    # is right for small data.
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")

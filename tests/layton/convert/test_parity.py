@@ -1,0 +1,73 @@
+"""Converted weights give what the official code gave: same codes, same features, same predictions, same latents."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distill.denoiser import Condition
+from layton.convert import ConvertedParts, convert_tokenizer
+from layton.ladd import LADD
+from layton.quantizer import CosineVQ
+from layton.vqgan import VQGANEncoder
+
+
+def assert_relative(actual, expected, tolerance=1e-4):
+    error = (actual - expected).abs().max() / expected.abs().max()
+    assert error < tolerance, f"relative error {error:.2e}"
+
+
+@pytest.fixture(params=["keep", "merge"])
+def parts(recorded, request, tmp_path) -> ConvertedParts:
+    path = recorded.save(tmp_path)
+    return convert_tokenizer(path, lora=request.param, unet_config=recorded.config["unet"], vae_config=None)
+
+
+@torch.no_grad()
+def three_evaluations(decoder, recorded, timesteps):
+    """The released sampler: ask for x_0, noise it again with fresh noise, and so on."""
+    condition = Condition(spatial=recorded.ladd["codes_embedding"])
+    x_t = recorded.ladd["init_noise"]
+    for number, t in enumerate(timesteps):
+        x_0 = decoder.predict(x_t, t, condition).x_0
+        if t == timesteps[-1]:
+            return x_0
+        coef = decoder.schedule.coefficients(timesteps[number + 1])
+        x_t = (coef.alpha * x_0 + coef.sigma * recorded.ladd[f"renoise_{number + 1}"]).float()
+    raise AssertionError("no time steps")
+
+
+def test_converted_tokenizer_computes_what_the_official_one_did(parts, recorded):
+    assert parts.timesteps == tuple(recorded.config["timesteps"])
+    assert parts.decoder.conditioning_scale == recorded.config["condition_scale"]
+    with torch.no_grad():
+        features = parts.encoder(recorded.vq["images"])
+        assert_relative(features, recorded.vq["pre_quant"])
+        codes = parts.quantizer.encode(features)
+        assert torch.equal(codes, recorded.vq["codes"])
+        assert_relative(parts.quantizer.codes_to_embeddings(codes, (4, 4)), recorded.vq["quantized"])
+        condition = Condition(spatial=recorded.ladd["codes_embedding"])
+        prediction = parts.decoder(recorded.ladd["x_t"], torch.tensor(499), condition)
+    assert_relative(prediction, recorded.ladd["eps_at_t499_scale0.8"])
+    latent = three_evaluations(parts.decoder, recorded, parts.timesteps)
+    assert_relative(latent, recorded.ladd["decoded_latent"])
+
+
+def test_saved_parts_load_with_the_same_outputs(cut_down, tmp_path):
+    parts = convert_tokenizer(cut_down.save(tmp_path), unet_config=cut_down.config["unet"], vae_config=None)
+    parts.save_pretrained(tmp_path / "out")
+    encoder = VQGANEncoder.from_pretrained(tmp_path / "out" / "encoder")
+    quantizer = CosineVQ.from_pretrained(tmp_path / "out" / "quantizer")
+    decoder = LADD.from_pretrained(tmp_path / "out" / "decoder")
+    with torch.no_grad():
+        assert torch.equal(quantizer.encode(encoder(cut_down.vq["images"])), cut_down.vq["codes"])
+    latent = three_evaluations(decoder, cut_down, parts.timesteps)
+    assert_relative(latent, cut_down.ladd["decoded_latent"])
+
+
+def test_alpha_of_the_adaptors_matters(cut_down, tmp_path):
+    """The file does not hold alpha: taking it equal to the rank, as many tools do, gives another model."""
+    unet_config = cut_down.config["unet"]
+    parts = convert_tokenizer(cut_down.save(tmp_path), lora_alpha=4, unet_config=unet_config, vae_config=None)
+    latent = three_evaluations(parts.decoder, cut_down, parts.timesteps)
+    assert (latent - cut_down.ladd["decoded_latent"]).abs().max() > 1e-2

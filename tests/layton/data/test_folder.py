@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+
+from layton.data.folder import ImageFolderSource
+from layton.data.transforms import Fit
+
+
+@pytest.fixture
+def folder(kit, tmp_path):
+    root = tmp_path / "pets"
+    (root / "sub").mkdir(parents=True)
+    for number in range(5):
+        (root / f"{number}.jpg").write_bytes(kit.encode(kit.smooth_image(number)))
+    (root / "sub" / "cat.PNG").write_bytes(kit.encode(kit.smooth_image(9), "PNG"))
+    (root / "1.txt").write_text("one \n")
+    (root / "notes.md").write_text("ignored")
+    return root
+
+
+def make(folder, **options):
+    return ImageFolderSource(str(folder), transform=Fit(8), **{"split": None, **options})
+
+
+def test_images_are_found_sorted_with_captions_beside_them(folder):
+    data = make(folder)
+    assert data.keys == [*(f"pets/{i}" for i in range(5)), "pets/sub/cat"]
+    assert [data[i]["caption"] for i in range(3)] == ["", "one", ""]
+    assert data[5]["image"].shape == (3, 8, 8)
+
+
+def test_integer_names_split_modulo_five_and_others_by_hash(folder):
+    assert make(folder, split="validation").keys == ["pets/1"]
+    assert make(folder, split="test").keys == ["pets/0"]
+    assert make(folder, split="train").keys == ["pets/2", "pets/3", "pets/4", "pets/sub/cat"]
+
+
+def test_a_captions_file_wins_and_its_orphans_are_named(folder):
+    (folder / "metadata.jsonl").write_text(
+        '{"file_name": "1.jpg", "text": "from the list"}\n\n{"file_name": "../../etc/passwd", "text": "x"}\n'
+    )
+    data = make(folder)
+    assert data[1]["caption"] == "from the list" and data.bad.names == ["../../etc/passwd"]
+
+
+@pytest.mark.parametrize(
+    "line", ["not json", "[]", '{"text": "x"}', '{"file_name": 3}', '{"file_name": "1.jpg"}\n' * 2]
+)
+def test_a_malformed_captions_file_is_refused_with_its_line(folder, line):
+    (folder / "captions.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=r"captions\.jsonl:\d"):
+        make(folder)
+
+
+def test_two_images_of_one_key_are_refused(kit, folder):
+    (folder / "1.png").write_bytes(kit.encode(kit.smooth_image(), "PNG"))
+    with pytest.raises(ValueError, match=r"1\.jpg and 1\.png"):
+        make(folder)
+
+
+def test_broken_images_are_named_and_replaced(folder):
+    (folder / "2.jpg").write_bytes(b"<html>")
+    data = make(folder)
+    assert data[2]["key"] != "pets/2" and data.bad.names == [str(folder / "2.jpg")]
+
+
+def test_a_missing_or_empty_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="not a folder"):
+        make(tmp_path / "none")
+    with pytest.raises(ValueError, match="holds no images"):
+        make(tmp_path)

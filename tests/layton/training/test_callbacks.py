@@ -1,0 +1,215 @@
+"""Averages, pictures, progress lines, seeds, loggers."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import ReduceLROnPlateau
+from PIL import Image
+from toy import ToyPart, ToyTask, toy_data
+
+from layton.callbacks import EMA, LineProgress, PictureGrid, SafeCheckpoint, averaged_weights
+from layton.callbacks.grid import picture_array
+from layton.callbacks.progress import batch_size
+from layton.tasks.seeding import derive_seed
+
+
+def toy_task(**settings: Any) -> ToyTask:
+    torch.manual_seed(0)
+    return ToyTask(part=ToyPart(), optimizer=partial(torch.optim.AdamW, lr=1e-2), **settings)
+
+
+def fit(folder: Path, task: ToyTask, callbacks: list[Callback], **settings: Any) -> Trainer:
+    trainer = Trainer(
+        **{
+            "default_root_dir": folder,
+            "accelerator": "cpu",
+            "max_steps": 6,
+            "logger": False,
+            "enable_progress_bar": any(isinstance(c, LineProgress) for c in callbacks),
+            "enable_model_summary": False,
+            "enable_checkpointing": any(isinstance(c, SafeCheckpoint) for c in callbacks),
+            "callbacks": callbacks,
+            **settings,
+        }
+    )
+    trainer.fit(task, toy_data())
+    return trainer
+
+
+class ByHand(Callback):
+    """The average by its formula, and what validation sees."""
+
+    def __init__(self) -> None:
+        self.average: list[torch.Tensor] = []
+        self.validated: list[list[torch.Tensor]] = []
+        self.trained: list[list[torch.Tensor]] = []
+        self.usage: list[torch.Tensor] = []
+
+    def on_train_start(self, trainer: Trainer, task: Any) -> None:
+        self.average = [p.detach().double().clone() for p in task.parameters()]
+
+    def on_train_batch_end(self, trainer: Trainer, task: Any, *args: Any) -> None:
+        step = trainer.global_step - 1
+        decay = 0.0 if step == 0 else min(0.9, 1 - (1 + step) ** -0.75)
+        for average, parameter in zip(self.average, task.parameters(), strict=True):
+            average.lerp_(parameter.detach().double(), 1 - decay)
+
+    def on_validation_batch_start(self, trainer: Trainer, task: Any, *args: Any) -> None:
+        if not trainer.sanity_checking:
+            self.validated.append([p.detach().clone() for p in task.parameters()])
+            self.usage.append(task.part.usage.clone())
+
+    def on_train_batch_start(self, trainer: Trainer, task: Any, *args: Any) -> None:
+        self.trained.append([p.detach().clone() for p in task.parameters()])
+
+
+def test_average_follows_its_formula_and_stands_in_during_validation(tmp_path: Path) -> None:
+    task, hand, ema = toy_task(), ByHand(), EMA(decay=0.9)
+    trainer = fit(tmp_path, task, [ema, hand], max_steps=5)
+    final = [p.detach().clone() for p in task.parameters()]
+    shadow = ema.state_dict()["average"]["shadow_params"]
+    torch.testing.assert_close([t.double() for t in shadow], hand.average, rtol=1e-5, atol=1e-6)
+    assert ema.state_dict()["names"] == [name for name, _ in task.named_parameters()]  # parameters, no buffers
+    assert all(torch.equal(a, b) for seen in hand.validated for a, b in zip(seen, shadow, strict=True))
+    assert len(hand.validated) == 2 and not any(torch.equal(a, b) for a, b in zip(final, shadow, strict=True))
+    assert all(torch.equal(task.part.usage, usage) for usage in hand.usage)  # buffers are those in training
+    with averaged_weights(trainer, task):
+        assert all(torch.equal(p, t) for p, t in zip(task.parameters(), shadow, strict=True))
+    assert all(torch.equal(p, t) for p, t in zip(task.parameters(), final, strict=True))
+
+
+class SaveWhileValidating(Callback):
+    def on_validation_batch_end(self, trainer: Trainer, task: Any, *args: Any) -> None:
+        if not trainer.sanity_checking:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "during.ckpt")
+
+
+def test_a_checkpoint_made_during_validation_holds_the_weights_in_training(tmp_path: Path) -> None:
+    task = toy_task()
+    fit(tmp_path, task, [EMA(decay=0.9), SaveWhileValidating()], max_steps=5)
+    saved = torch.load(tmp_path / "during.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in task.state_dict().items())
+
+
+def test_average_of_other_parameters_is_refused(tmp_path: Path) -> None:
+    ema = EMA()
+    ema.load_state_dict({"names": ["a"], "average": {"shadow_params": [torch.zeros(1)], "optimization_step": 3}})
+    with pytest.raises(ValueError, match="other parameters"):
+        ema.swap_in(toy_task())
+
+
+def test_pictures_leave_no_trace_in_training(tmp_path: Path) -> None:
+    with_grid, without = toy_task(), toy_task()
+    fit(tmp_path / "a", with_grid, [EMA(decay=0.9), PictureGrid(every_n_steps=2, max_images=2)])
+    fit(tmp_path / "b", without, [EMA(decay=0.9)])
+    assert with_grid.losses == without.losses
+    grids = sorted((tmp_path / "a" / "grids").iterdir())
+    assert [path.name for path in grids] == [f"step={step:08d}.png" for step in (2, 4, 6)]
+    assert Image.open(grids[0]).size == (8, 8)
+
+
+def test_picture_array_known_answer() -> None:
+    rows = {"black": torch.full((3, 3, 1, 1), -1.0), "white": torch.full((3, 3, 2, 2), 5.0)}
+    pixels = picture_array(rows, max_images=2)
+    assert pixels.shape == (4, 4, 3) and pixels.dtype == torch.uint8
+    assert bool((pixels[:2] == 0).all()) and bool((pixels[2:] == 255).all())
+    with pytest.raises(ValueError, match="wrong"):
+        picture_array({"wrong": torch.zeros(2, 1, 4, 4)}, max_images=2)
+
+
+def test_progress_lines_tell_speed_and_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tmp_path, toy_task(), [LineProgress(every_n_steps=2)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1:3] for line in lines] == [["step", step] for step in ("1/6", "3/6", "5/6", "5", "6/6")]
+    assert all("img/s" in line and "loss" in line and "lr 1.00e-02" in line for line in lines if "/6" in line)
+
+
+@pytest.mark.parametrize(
+    ("batch", "size"), [({"key": ["a"], "image": torch.zeros(3, 2)}, 3), ([torch.zeros(2)], 2), ({}, 0), (None, 0)]
+)
+def test_batch_size(batch: Any, size: int) -> None:
+    assert batch_size(batch) == size
+
+
+@given(
+    st.lists(st.one_of(st.integers(), st.text()), max_size=4), st.lists(st.one_of(st.integers(), st.text()), max_size=4)
+)
+def test_seeds_differ_when_their_parts_do(left: list[int | str], right: list[int | str]) -> None:
+    assert 0 <= derive_seed(*left) < 2**63
+    assert (derive_seed(*left) == derive_seed(*right)) == (left == right)
+
+
+def test_seed_known_answer() -> None:
+    """The same on every machine: a changed value changes every run."""
+    assert derive_seed(0, "train", 5) == 5590350133060891142
+
+
+def test_step_generator_depends_on_step_and_stream_only(tmp_path: Path) -> None:
+    drawn: dict[tuple[int, str], list[float]] = {}
+
+    class Draw(Callback):
+        def on_train_batch_end(self, trainer: Trainer, task: Any, *args: Any) -> None:
+            torch.rand(3)
+            for stream in ("a", "b"):
+                key = (trainer.global_step, stream)
+                drawn.setdefault(key, []).append(float(torch.rand((), generator=task.step_generator(stream))))
+
+    for name in "xy":
+        fit(tmp_path / name, toy_task(), [Draw()])
+    assert all(first == second for first, second in drawn.values())
+    assert len({values[0] for values in drawn.values()}) == len(drawn) == 12
+
+
+def test_log_losses_sums_with_weights() -> None:
+    terms = {"a": torch.tensor(2.0), "b": torch.tensor(3.0), "c": torch.tensor(float("nan"))}
+    assert float(toy_task().log_losses(terms, weights={"b": 0.5, "c": 0.0})) == 3.5
+    with pytest.raises(ValueError, match="must name loss terms"):
+        toy_task().log_losses(terms, weights={"d": 1.0})
+
+
+def test_plateau_schedule_gets_its_metric() -> None:
+    configured = toy_task(lr_scheduler=partial(ReduceLROnPlateau, monitor="val/loss")).configure_optimizers()
+    assert configured["lr_scheduler"]["monitor"] == "val/loss"
+
+
+def test_best_by_a_metric_is_kept(tmp_path: Path) -> None:
+    best = SafeCheckpoint(monitor="val/loss", keep=1)
+    fit(tmp_path, toy_task(), [best], max_steps=15)
+    assert len(list((tmp_path / "checkpoints").glob("best-*.ckpt"))) == 1 and best.best_model_score is not None
+
+
+def test_wandb_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    from lightning.pytorch.loggers import WandbLogger
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(project="toy", save_dir=tmp_path, offline=True)
+    fit(tmp_path, toy_task(), [PictureGrid(every_n_steps=3)], logger=logger, max_steps=3, log_every_n_steps=1)
+    logger.experiment.finish()
+    assert list(tmp_path.rglob("*.wandb")) and list(tmp_path.rglob("grid*.png"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: EMA(decay=1.0),
+        lambda: EMA(update_every=0),
+        lambda: PictureGrid(every_n_steps=0),
+        lambda: LineProgress(every_n_steps=0),
+        lambda: SafeCheckpoint(),
+        lambda: SafeCheckpoint(every_n_train_steps=1, keep=0),
+        lambda: toy_task(max_bad_steps=0),
+    ],
+)
+def test_senseless_settings_are_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="must|say when"):
+        wrong()

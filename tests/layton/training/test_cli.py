@@ -1,0 +1,119 @@
+"""The command line, called in process with a toy run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from toy import write_run
+
+import layton.run_files
+from layton.callbacks import CheckpointError
+from layton.cli import main
+from layton.folder import load_tensors
+from layton.training import load_task
+
+
+def fit(run: Path, *args: str) -> int:
+    return main(["fit", "--config", str(run), "--run_dir", str(run.parent / "run"), *args], allow=["toy"])
+
+
+def test_a_run_leaves_all_its_files_and_the_averaged_weights(tmp_path: Path) -> None:
+    run, folder = write_run(tmp_path), tmp_path / "run"
+    assert fit(run) == 0
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "checkpoints", "export", "grids", "logs"}
+    assert sorted(path.name for path in (folder / "grids").iterdir()) == [f"step={step:08d}.png" for step in (3, 6, 7)]
+    checkpoint = torch.load(folder / "checkpoints" / "step=00000007.ckpt", weights_only=True)
+    average = next(state for name, state in checkpoint["callbacks"].items() if name.startswith("EMA"))
+    named = dict(zip(average["names"], average["average"]["shadow_params"], strict=True))
+    exported = load_tensors(folder / "export" / "part.safetensors")
+    assert exported.keys() == {name.removeprefix("part.") for name in named}
+    for name, tensor in exported.items():
+        assert torch.equal(tensor, named[f"part.{name}"])
+        assert not torch.equal(tensor, checkpoint["state_dict"][f"part.{name}"])
+
+
+def test_resume_auto_never_and_continue(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert fit(run, "--resume", "auto", "--trainer.max_steps=2") == 0  # nothing there: starts
+    assert [path.name for path in checkpoints.glob("*.ckpt")] == ["step=00000002.ckpt"]
+    assert fit(run) == 2
+    assert "--resume auto" in capsys.readouterr().err
+    assert fit(run, "--resume", "auto", "--trainer.max_steps=4") == 0
+    assert torch.load(checkpoints / "step=00000004.ckpt", weights_only=True)["global_step"] == 4
+    assert fit(run, "--resume", str(tmp_path / "absent.ckpt")) == 2
+    arguments = ["--config", str(run), "--run_dir", str(tmp_path / "run"), "--ckpt_path", "auto"]
+    assert main(["validate", *arguments], allow=["toy"]) == 0
+
+
+def test_a_task_comes_back_from_its_checkpoint_alone(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    assert fit(run, "--model.init_args.part.init_args.width=6") == 0
+    path = tmp_path / "run" / "checkpoints" / "step=00000007.ckpt"
+    trained, averaged = (load_task(path, averaged=choice, allow=["toy"]) for choice in (False, True))
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    exported = load_tensors(tmp_path / "run" / "export" / "part.safetensors")
+    assert saved["part.layers.0.weight"].shape[0] == 6
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in trained.state_dict().items())
+    assert all(torch.equal(averaged.get_parameter(f"part.{name}"), tensor) for name, tensor in exported.items())
+    with pytest.raises(CheckpointError, match=r"toy\.ToyTask"):
+        load_task(path)
+
+
+def test_later_files_win_and_the_written_configuration_replays(tmp_path: Path) -> None:
+    smoke = Path(__file__).parents[3] / "configs" / "overlay" / "smoke.yaml"
+    assert fit(write_run(tmp_path), "--config", str(smoke)) == 0
+    written = tmp_path / "run" / "config.yaml"
+    first = tmp_path / "run" / "checkpoints" / "step=00000002.ckpt"
+    again = tmp_path / "again"
+    assert main(["fit", "--config", str(written), "--run_dir", str(again)], allow=["toy"]) == 0
+    states = [torch.load(p, weights_only=True)["state_dict"] for p in (first, again / "checkpoints" / first.name)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("flags", [["--trainer.precision=bf16-mixed"], ["--trainer.accumulate_grad_batches=2"]])
+def test_trainer_flags(tmp_path: Path, flags: list[str]) -> None:
+    assert fit(write_run(tmp_path), "--trainer.max_steps=3", *flags) == 0
+    assert (tmp_path / "run" / "export" / "part.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--trainer.max_step=3"], ["--model.init_args.part.init_args.widht=3"], ["--trainer.max_steps=many"]]
+)
+def test_wrong_usage_is_exit_2(tmp_path: Path, wrong: list[str]) -> None:
+    assert fit(write_run(tmp_path), *wrong) == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "fit" in capsys.readouterr().out
+    assert main(["fitt"]) == 2
+    assert main([]) == 2
+    assert main(["info", "--help"]) == 0
+    assert "run files" in capsys.readouterr().out
+    assert main(["info", "--nonsense", "1"]) == 2
+    assert main(["distill", "no-such-method"]) == 2
+    assert "no-such-method" in capsys.readouterr().err
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from layton.cli import main; main(['--help']);"
+        "bad = {'torch', 'lightning', 'jsonargparse', 'numpy', 'diffusers'} & set(sys.modules); sys.exit(len(bad))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)  # noqa: S603
+    assert done.returncode == 0
+
+
+def test_info_counts_the_parameters_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layton.run_files, "ALLOWED_MODULES", (*layton.run_files.ALLOWED_MODULES, "toy"))
+    report = tmp_path / "info.json"
+    assert main(["info", "--config", str(write_run(tmp_path)), "--json", str(report)]) == 0
+    run = json.loads(report.read_text())["run"]
+    assert run["parts"][0]["parameters"] == run["trainable"] == 3 * 4 * 9 + 4 + 4 * 3 + 3

@@ -1,0 +1,33 @@
+"""Every shipped file of hardware and overlays parses against the real signatures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from toy import write_run
+
+from layton.cli import main
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "trainer").glob("*.yaml")), ids=lambda path: path.stem)
+def test_trainer_files_parse(tmp_path: Path, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", str(write_run(tmp_path)), "--trainer", str(path), "--print_config"]
+    assert main(["fit", *arguments], allow=["toy"]) == 0
+    assert path.read_text().splitlines()[1] in capsys.readouterr().out
+
+
+def test_files_named_in_a_run_file_are_found_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path)
+    (tmp_path / "part.yaml").write_text("class_path: toy.ToyPart\ninit_args: {width: 11}\n")
+    run.write_text(run.read_text().replace("{class_path: toy.ToyPart, init_args: {width: 4}}", "part.yaml"))
+    assert main(["fit", "--config", str(run), "--print_config"], allow=["toy"]) == 0
+    assert "width: 11" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "overlay").glob("*.yaml")), ids=lambda path: path.stem)
+def test_overlays_parse_over_a_run(tmp_path: Path, path: Path) -> None:
+    arguments = ["--config", str(write_run(tmp_path)), "--config", str(path), "--print_config"]
+    assert main(["fit", *arguments], allow=["toy"]) == 0
