@@ -46,12 +46,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-class RMSNorm(nn.RMSNorm):
-    """Root-mean-square norm whose gain follows the input's type, so that autocast keeps the fused kernel."""
+class SquaredReLU(nn.Module):
+    """max(x, 0)^2 (Primer, arXiv 2109.08668): as good as GELU, and its backward is several times cheaper on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D), dtype kept."""
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        """Elementwise, any shape."""
+        return F.relu(x).square()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     if query.device.type != "cpu":
         return F.scaled_dot_product_attention(query, key, value)
-    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     return scores.softmax(dim=-1).to(value.dtype) @ value
 
 
@@ -80,8 +80,8 @@ class Attention(nn.Module):
             raise ValueError(f"width {width} is not a multiple of num_heads {num_heads}")
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.query_norm = RMSNorm(width // num_heads)
-        self.key_norm = RMSNorm(width // num_heads)
+        self.query_norm = nn.LayerNorm(width // num_heads, bias=False)
+        self.key_norm = nn.LayerNorm(width // num_heads, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention, then a GELU perceptron four times as wide.
+    """Pre-norm transformer block: attention, then a squared-ReLU perceptron four times as wide.
 
     Args:
         width: D.
@@ -102,11 +102,11 @@ class Block(nn.Module):
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(width)
+        self.attention_norm = nn.LayerNorm(width, bias=False)
         self.attention = Attention(width, num_heads)
-        self.mlp_norm = RMSNorm(width)
+        self.mlp_norm = nn.LayerNorm(width, bias=False)
         self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
+            nn.Linear(width, 4 * width), SquaredReLU(), nn.Linear(4 * width, width)
         )
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.head_dim = width // num_heads
         self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(depth))
-        self.norm = RMSNorm(width)
+        self.norm = nn.LayerNorm(width, bias=False)
         self.apply(init_linear)
         for block in self.blocks:  # residual branches start small: depth-independent activations (GPT-2)
             for last in (block.attention.out, block.mlp[-1]):

@@ -3,8 +3,8 @@
 A checkpoint is written to a hidden file beside its target, synced, renamed over the target, and the folder is synced:
 at every moment the target is absent, the previous file or the new one. (Lightning's own writer stages in TMPDIR,
 which may be another filesystem, and does not sync.) The SHA-256 of the file stands beside it in ``NAME.ckpt.json``.
-That note is written before the rename and names the digests of both files, previous and new, until the rename is
-done; so it is right whenever the process dies.
+That note is written before the rename and adds the new file's digest to those it names; after the rename it names the
+new one alone. So it is right whenever the process dies, also several times in a row.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class SafeCheckpointIO(CheckpointIO):
             digest, size = _write_synced(checkpoint, temporary)
             kill_point("checkpoint:after_write")
             note = {"sha256": [digest], "bytes": size, "global_step": int(checkpoint.get("global_step", 0))}
-            _write_note(target, {**note, "sha256": [digest, *_digests(target)[:1]]})
+            # All digests that stand there: after a kill just here the file is not the one that the first one names.
+            _write_note(target, {**note, "sha256": [digest, *_digests(target)]})
             kill_point("checkpoint:before_rename")
             os.replace(temporary, target)
             kill_point("checkpoint:after_rename")

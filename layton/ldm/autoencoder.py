@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 
@@ -15,7 +16,7 @@ def build_autoencoder(
     latent_channels: int = 16,
     block_out_channels: tuple[int, ...] = (16, 32, 64, 128, 128),
     layers_per_block: int = 1,
-    norm_num_groups: int = 8,
+    norm_num_groups: int = 1,
     sample_size: int = 256,
 ) -> AutoencoderKL:
     """A purely convolutional AutoencoderKL: no attention, so that it runs at sizes that it was not trained on.
@@ -31,7 +32,7 @@ def build_autoencoder(
         A randomly initialised model with scaling factor 1: `standardise_latents` gives unit variance.
     """
     stages = len(block_out_channels)
-    return AutoencoderKL(
+    model = AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * stages,
@@ -44,6 +45,13 @@ def build_autoencoder(
         scaling_factor=1.0,
         mid_block_add_attention=False,
     )
+    for module in model.modules():  # residual branches start at zero: a nearly linear pyramid, which learns at once
+        if isinstance(module, ResnetBlock2D):
+            nn.init.zeros_(module.conv2.weight)
+    with torch.no_grad():  # posterior of deviation e^-3 at first: unit noise would drown the latent for a long while
+        model.quant_conv.weight[latent_channels:] = 0
+        model.quant_conv.bias[latent_channels:] = -6.0
+    return model
 
 
 class Autoencoder(nn.Module):

@@ -94,7 +94,8 @@ def coverage_at(
     distance = signed_distance(shape, u * cos + v * sin, v * cos - u * sin)
     distance *= np.float32(-radius / edge)
     distance += np.float32(0.5)
-    return np.clip(distance, 0, 1, out=distance)
+    np.maximum(distance, np.float32(0), out=distance)  # np.clip costs twice as much on small boxes
+    return np.minimum(distance, np.float32(1), out=distance)
 
 
 def _background(background: Background, size: int) -> Field:

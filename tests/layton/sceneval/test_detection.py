@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from sceneval_degrade import blur, entirely_right, jpeg, noise, shrink
 from PIL import Image, ImageDraw
+from sceneval_degrade import blur, entirely_right, jpeg, noise, shrink
 
 from layton.scenes import Scene, SceneObject, render, sample_scene
 from layton.sceneval import find_objects

@@ -99,6 +99,15 @@ def test_kill_at_every_stage_of_overwriting_a_file(tmp_path: Path, point: str) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.json"]
 
 
+def test_two_kills_in_a_row_before_the_rename(tmp_path: Path) -> None:
+    """The second note once forgot the digest of the file that was still there."""
+    SafeCheckpointIO().save_checkpoint(state(0), tmp_path / "last.ckpt")
+    for first in (1, 10):
+        point = {KILL_POINT_VARIABLE: "checkpoint:before_rename"}
+        assert Writer.start(tmp_path, first, same=True, environment=point).wait() == []
+        assert check_newest(tmp_path, [], at_least=0) == 0
+
+
 def kill_often(folder: Path, times: int, *, same: bool, elsewhere: Path | None) -> None:
     dice, done = random.Random(0), 0
     SafeCheckpointIO().save_checkpoint(state(0), folder / ("last.ckpt" if same else "step=00000000.ckpt"))

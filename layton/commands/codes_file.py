@@ -1,0 +1,218 @@
+"""Files of codes: one safetensors file that says which tokenizer made it, from which images, and how they were fitted.
+
+Tensors: ``codes`` (n, N) int16 or int32; ``geometry`` (n, 6) int32, the original height and width, then the box
+(`layton.data.geometry.Geometry`); ``names``, the UTF-8 bytes of a JSON list. Everything else is in the metadata.
+Files are written as a stream, so that a million images take no more memory than ten.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self, get_args
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from layton.data.geometry import FitPolicy, Geometry
+from layton.folder import write_atomically
+
+FORMAT = "layton codes 1"
+_GEOMETRY_FIELDS = 6
+_INT16_CODES = 2**15
+_SCAN_ROWS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class CodesHeader:
+    """What all codes of a file have in common.
+
+    Attributes:
+        fingerprint: Of the tokenizer's codebook.
+        vocab_size: V.
+        num_tokens: N.
+        image_size: Side in pixels of the squares that were encoded.
+        policy: How images became square.
+    """
+
+    fingerprint: str
+    vocab_size: int
+    num_tokens: int
+    image_size: int
+    policy: FitPolicy
+
+    def to_metadata(self) -> dict[str, str]:
+        """Strings, as safetensors wants them."""
+        return {"format": FORMAT, **{name: str(getattr(self, name)) for name in self.__dataclass_fields__}}
+
+    @classmethod
+    def from_metadata(cls, values: Mapping[str, str], *, source: Path) -> Self:
+        """Inverse of `to_metadata`.
+
+        Raises:
+            ValueError: If something is missing or makes no sense.
+        """
+        if values.get("format") != FORMAT:
+            raise ValueError(f"{source} is no codes file: its format is {values.get('format')!r}, not {FORMAT!r}")
+        try:
+            sizes = [int(values[name]) for name in ("vocab_size", "num_tokens", "image_size")]
+            fingerprint, policy = values["fingerprint"], values["policy"]
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{source}: damaged metadata ({error})") from error
+        if policy not in get_args(FitPolicy) or min(sizes) < 1:
+            raise ValueError(f"{source}: damaged metadata (policy {policy!r}, sizes {sizes})")
+        return cls(fingerprint, *sizes, policy)
+
+
+class CodesWriter:
+    """Writes a codes file batch by batch; it appears under its name only when `finish` was called.
+
+    Args:
+        path: The file; its folder is made.
+        header: What all codes have in common.
+    """
+
+    def __init__(self, path: Path, header: CodesHeader) -> None:
+        self.path = path
+        self.header = header
+        self.count = 0
+        self._dtype = np.dtype("<i2" if header.vocab_size <= _INT16_CODES else "<i4")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._parts: dict[str, IO[bytes]] = {
+            name: tempfile.TemporaryFile(dir=path.parent) for name in ("codes", "geometry", "names")
+        }
+
+    def __enter__(self) -> Self:
+        """The writer."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Drop the temporary files."""
+        for part in self._parts.values():
+            part.close()
+
+    def add(self, codes: Tensor, names: Sequence[str], geometries: Sequence[Geometry]) -> None:
+        """Append images.
+
+        Args:
+            codes: (B, N) integers in [0, V).
+            names: B names.
+            geometries: B geometries.
+        """
+        rows = [(*geometry.original_size, *geometry.box) for geometry in geometries]
+        self._parts["codes"].write(codes.cpu().numpy().astype(self._dtype).tobytes())
+        self._parts["geometry"].write(np.array(rows, dtype="<i4").tobytes())
+        for name in names:
+            self._parts["names"].write(("," if self.count else "[").encode() + json.dumps(name).encode())
+            self.count += 1
+
+    def finish(self) -> None:
+        """Write the file.
+
+        Raises:
+            ValueError: If nothing was added.
+        """
+        if not self.count:
+            raise ValueError("no images to write codes of")
+        self._parts["names"].write(b"]")
+        sizes = {name: part.tell() for name, part in self._parts.items()}
+        shapes = {
+            "codes": ("I16" if self._dtype.itemsize == 2 else "I32", [self.count, self.header.num_tokens]),
+            "geometry": ("I32", [self.count, _GEOMETRY_FIELDS]),
+            "names": ("U8", [sizes["names"]]),
+        }
+        entries: dict[str, Any] = {"__metadata__": self.header.to_metadata()}
+        end = 0
+        for name, (dtype, shape) in shapes.items():
+            entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + sizes[name]]}
+            end += sizes[name]
+        write_atomically(self.path, lambda part: self._assemble(part, json.dumps(entries).encode()))
+
+    def _assemble(self, path: Path, head: bytes) -> None:
+        """Safetensors: length of the JSON header in 8 bytes, the header, padded to 8, then the tensors."""
+        head += b" " * (-len(head) % 8)
+        with path.open("wb") as file:
+            file.write(len(head).to_bytes(8, "little") + head)
+            for part in self._parts.values():
+                part.seek(0)
+                shutil.copyfileobj(part, file, 2**20)
+
+
+class CodesFile:
+    """A codes file, checked in form when it is opened and read piece by piece.
+
+    Args:
+        path: The file.
+
+    Attributes:
+        header: What all codes have in common.
+        names: Of the images.
+
+    Raises:
+        ValueError: If it is missing, cut off, damaged, or something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        try:
+            self._file = safe_open(str(path), framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        self.path = path
+        self.header = CodesHeader.from_metadata(self._file.metadata() or {}, source=path)
+        missing = {"codes", "geometry", "names"} - set(self._file.keys())
+        if missing:
+            raise ValueError(f"{path} has no {', '.join(sorted(missing))}")
+        self.names = self._read_names()
+        for name, columns in (("codes", self.header.num_tokens), ("geometry", _GEOMETRY_FIELDS)):
+            shape = self._file.get_slice(name).get_shape()
+            if shape != [len(self.names), columns]:
+                raise ValueError(f"{path}: {name} is {shape}, expected {[len(self.names), columns]}")
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.names)
+
+    def codes(self, start: int, stop: int) -> Tensor:
+        """Codes (stop - start, N) int64 of some images; floating-point ones stay what they are, to be refused."""
+        part: Tensor = self._file.get_slice("codes")[start:stop]
+        return part if part.is_floating_point() else part.long()
+
+    def geometries(self, start: int, stop: int) -> list[Geometry]:
+        """How some images were fitted.
+
+        Raises:
+            ValueError: If one makes no sense.
+        """
+        rows = self._file.get_slice("geometry")[start:stop].tolist()
+        try:
+            return [
+                Geometry((row[0], row[1]), self.header.image_size, self.header.policy, tuple(row[2:])) for row in rows
+            ]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.path}, images {start} to {stop - 1}: {error}") from error
+
+    def pieces(self, size: int = _SCAN_ROWS) -> Iterator[tuple[int, int]]:
+        """(start, stop) of consecutive pieces of at most ``size`` images."""
+        for start in range(0, len(self), size):
+            yield start, min(start + size, len(self))
+
+    def _read_names(self) -> list[str]:
+        content = self._file.get_tensor("names")
+        try:
+            names = json.loads(bytes(content.to(torch.uint8).flatten().numpy()))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.path}: the names are damaged ({error})") from error
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{self.path}: the names are damaged (not a list of texts)")
+        return names

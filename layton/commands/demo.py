@@ -1,0 +1,158 @@
+"""``layton demo``: what the embedded weights can do, on pictures and prompts of its own."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layton.commands.calling import progress
+from layton.commands.reports import write_json
+
+if TYPE_CHECKING:
+    from layton.commands.images import FittedImage
+    from layton.commands.pictures import Row
+    from layton.tokenizer import LaytonTokenizer
+
+_SEED = 2_000_000_000  # scenes from here on are test scenes
+# name, side of the scenes, scenes in one row, rows of scenes: several sizes, wide and tall
+_SAMPLES = (
+    ("256x256", 256, 1, 1),
+    ("64x64", 64, 1, 1),
+    ("200x200", 200, 1, 1),
+    ("1024x1024", 1024, 1, 1),
+    ("480x240", 240, 2, 1),
+    ("160x320", 160, 1, 2),
+)
+_IMAGES_PER_TASK = 5
+
+
+def demo(*, out: Path = Path("demo"), tokenizer: str = "mini", device: str | None = None) -> None:
+    """Reconstruct sample images with every decoder and draw images from prompts; pictures and figures to a folder.
+
+    Writes reconstructions.png, report.json and, if there is a text-to-image model beside the tokenizer,
+    generations.png. The samples are rendered here; no photograph and no network is needed.
+
+    Args:
+        out: folder to write; made if needed.
+        tokenizer: embedded tokenizer or folder.
+        device: where to run; the accelerator if there is one.
+    """
+    from layton.commands.models import load_tokenizer
+    from layton.commands.pictures import sheet
+    from layton.commands.staging import staged
+
+    started = time.perf_counter()
+    model = load_tokenizer(tokenizer, device=device)
+    report: dict[str, Any] = {"tokenizer": tokenizer, "tokens_per_image": model.num_tokens}
+    with staged(out) as folder:
+        rows, report["reconstructions"] = reconstruct_samples(model, tokenizer)
+        title = f"Scenes as {model.num_tokens} tokens, and what each decoder makes of them"
+        sheet(rows, title=title).save(folder / "reconstructions.png")
+        rows, report["generations"] = generate_samples(tokenizer, device)
+        if rows:
+            title = "Drawn from text, one row for each task; the checker's verdict under each picture"
+            sheet(rows, title=title).save(folder / "generations.png")
+        report["seconds"] = time.perf_counter() - started
+        write_json(folder / "report.json", report)
+    sys.stdout.write("\n".join(_summary(report, out)) + "\n")
+
+
+def sample_images(size: int) -> list[FittedImage]:
+    """Scenes of test seeds in several sizes and shapes, fitted to squares of ``size`` pixels with nothing cut away."""
+    import numpy as np
+    from PIL import Image
+
+    from layton.commands.images import FittedImage
+    from layton.data.geometry import fit_image
+    from layton.scenes import render, sample_scene
+
+    images, seed = [], _SEED
+    for name, side, columns, lines in _SAMPLES:
+        drawn = [render(sample_scene(seed + number), side) for number in range(columns * lines)]
+        seed += len(drawn)
+        pixels = np.concatenate([np.concatenate(drawn[line * columns :][:columns], 1) for line in range(lines)], 0)
+        original = Image.fromarray(pixels)
+        images.append(FittedImage(name, original, *fit_image(original, size, policy="pad")))
+    return images
+
+
+def reconstruct_samples(model: LaytonTokenizer, name: str) -> tuple[list[Row], dict[str, Any]]:
+    """Rows of pictures (originals, then one row for each decoder) and figures by decoder."""
+    from layton.commands.measures import ImageMeasures, mean_figures
+    from layton.commands.models import describe
+    from layton.commands.pictures import Cell, Row
+    from layton.commands.reconstruction import Reconstructor
+
+    samples, measures = sample_images(model.image_size), ImageMeasures()
+    rows = [Row("originals", [Cell(item.original or item.square, item.name) for item in samples])]
+    figures: dict[str, Any] = {"absent": measures.absent}
+    with progress(len(model.decoders), "reconstruct") as bar:
+        for decoder in model.decoders:
+            started = time.perf_counter()
+            one = Reconstructor(model, decoder, measures)
+            results = one(samples)
+            seconds = time.perf_counter() - started
+            cells = [Cell(r.picture, f"{r.figures['psnr']:.1f} dB") for r in results]
+            rows.append(Row(describe(model.decoder(decoder), decoder, None), cells))
+            protocol = one.protocol(model=name, dataset="demo scenes", policy="pad", num_images=len(samples))
+            figures[decoder] = {
+                "mean": mean_figures([result.figures for result in results]),
+                "images": {item.name: result.figures for item, result in zip(samples, results, strict=True)},
+                "seconds": seconds,
+                "protocol": protocol.to_dict(),
+            }
+            bar.update(1)
+    return rows, figures
+
+
+def generate_samples(name: str, device: str | None) -> tuple[list[Row], dict[str, Any]]:
+    """Rows of pictures by task, and the checker's verdicts; no rows where there is no text-to-image model."""
+    from PIL import Image
+
+    from layton.commands.pictures import Cell, Row
+    from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS, TextToImage, find_pipeline
+    from layton.sceneval import check, make_prompts
+    from layton.sceneval.report import PROTOCOL
+
+    try:
+        folder = find_pipeline(name)
+    except ValueError as error:
+        return [], {"absent": str(error)}
+    draw = TextToImage.load(folder, num_steps=DEFAULT_STEPS, guidance_scale=DEFAULT_GUIDANCE, device=device)
+    specs = make_prompts(_IMAGES_PER_TASK)
+    rows: dict[str, list[Cell]] = {}
+    images: list[dict[str, Any]] = []
+    with progress(len(specs), "generate") as bar:
+        for start in range(0, len(specs), _IMAGES_PER_TASK):
+            batch = specs[start : start + _IMAGES_PER_TASK]
+            seeds = list(range(start, start + len(batch)))
+            for spec, seed, pixels in zip(batch, seeds, draw([spec.prompt for spec in batch], seeds), strict=True):
+                verdict = check(pixels, spec)
+                words = "right" if verdict.correct else f"wrong: {verdict.reasons[0]}"
+                rows.setdefault(spec.task, []).append(Cell(Image.fromarray(pixels), f"{spec.prompt}\n{words}"))
+                images.append({"prompt": spec.prompt, "seed": seed, "right": verdict.correct, "wrong": verdict.reasons})
+            bar.update(len(batch))
+    figures = {"right": sum(image["right"] for image in images), "of": len(images), "images": images}
+    protocol = {"checker": PROTOCOL, "steps": draw.num_steps, "guidance_scale": draw.guidance_scale}
+    return [Row(task.replace("_", " "), cells) for task, cells in rows.items()], {**figures, "protocol": protocol}
+
+
+def _summary(report: dict[str, Any], out: Path) -> Sequence[str]:
+    from layton.commands.measures import in_words
+
+    reconstructions, generations = report["reconstructions"], report["generations"]
+    lines = [
+        f"reconstructed with {name}: {in_words(values['mean'])} ({values['seconds']:.1f} s)"
+        for name, values in reconstructions.items()
+        if "mean" in values
+    ]
+    lines += [f"no {name.upper()}: {reason}" for name, reason in reconstructions["absent"].items()]
+    if "of" in generations:
+        lines.append(f"drawn from text: {generations['right']} of {generations['of']} right by the checker")
+    else:
+        lines.append(f"nothing drawn from text: {generations['absent']}")
+    files = "reconstructions.png" + ", generations.png" * ("of" in generations)
+    return [*lines, f"{out}: {files}, report.json, in {report['seconds']:.0f} s"]

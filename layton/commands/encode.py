@@ -1,0 +1,148 @@
+"""``layton encode`` and ``layton decode``: image files to tokens and back."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from layton.commands.calling import progress
+from layton.commands.reports import write_json
+from layton.data.geometry import FitPolicy
+
+if TYPE_CHECKING:
+    from layton.commands.codes_file import CodesFile, CodesHeader
+    from layton.tokenizer import LaytonTokenizer
+
+
+def encode(
+    images: list[Path],
+    *,
+    out: Path,
+    tokenizer: str = "mini",
+    policy: FitPolicy = "crop",
+    batch_size: int = 16,
+    max_bad: int = 0,
+    device: str | None = None,
+    json: Path | None = None,
+) -> None:
+    """Encode image files to one file of codes.
+
+    Args:
+        images: files, and folders that are searched for .jpg, .jpeg, .png and .webp.
+        out: the safetensors file to write.
+        tokenizer: embedded tokenizer or folder.
+        policy: how images become square: crop (the central square), pad (white borders) or resize.
+        batch_size: images encoded at once.
+        max_bad: unreadable images that are passed over and named; one more is an error.
+        device: where to run; the accelerator if there is one.
+        json: write figures to this file as well.
+    """
+    from layton.commands.codes_file import CodesWriter
+    from layton.commands.images import FittedImages, ImageFiles, batched
+    from layton.commands.models import load_tokenizer
+    from layton.commands.reconstruction import stack
+
+    files = ImageFiles(images)
+    model = load_tokenizer(tokenizer, decoders=[], device=device)
+    fitted = FittedImages(files, model.image_size, policy=policy, max_bad=max_bad)
+    started = time.perf_counter()
+    with CodesWriter(out, codes_header(model, policy)) as writer, progress(len(files), "encode") as bar:
+        for batch in batched(fitted, batch_size):
+            codes = model.encode(stack([item.square for item in batch]))
+            writer.add(codes, [item.name for item in batch], [item.geometry for item in batch])
+            bar.update(len(batch))
+        writer.finish()
+    seconds = time.perf_counter() - started
+    figures = {
+        "images": writer.count,
+        "passed_over": fitted.bad,
+        "tokens_per_image": model.num_tokens,
+        "seconds": seconds,
+        "images_per_second": writer.count / seconds,
+        "fingerprint": writer.header.fingerprint,
+    }
+    sys.stdout.write(f"{out}: {writer.count} images, {figures['images_per_second']:.1f} images/s\n")
+    if json is not None:
+        write_json(json, figures)
+
+
+def decode(
+    codes: Path,
+    *,
+    out: Path,
+    tokenizer: str = "mini",
+    decoder: str | None = None,
+    steps: int | None = None,
+    condition_scale: float | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    device: str | None = None,
+) -> None:
+    """Decode a file of codes to PNG files of the original sizes.
+
+    Nothing is written before the whole file has been checked and decoded.
+
+    Args:
+        codes: a file that `layton encode` wrote.
+        out: folder to write; made if needed.
+        tokenizer: the tokenizer that made the codes: embedded tokenizer or folder.
+        decoder: name of the code decoder; the tokenizer's own choice by default.
+        steps: network evaluations of the decoder; its own number by default.
+        condition_scale: strength of the codes, where the decoder has such a thing.
+        seed: of the noise that decoders begin with, the same for every image.
+        batch_size: images decoded at once.
+        device: where to run; the accelerator if there is one.
+    """
+    from layton.commands.codes_file import CodesFile
+    from layton.commands.models import load_with_decoder, same_noise
+    from layton.commands.staging import SafeNames, staged
+    from layton.tokenizer import EncodedImages
+
+    file = CodesFile(codes)
+    model, decoder = load_with_decoder(tokenizer, decoder, num_steps=steps, device=device)
+    require_codes_of(model, file)
+    names = SafeNames()
+    with staged(out) as folder, progress(len(file), "decode") as bar:
+        for start, stop in file.pieces(batch_size):
+            pictures = model.decode_images(
+                EncodedImages(file.codes(start, stop), tuple(file.geometries(start, stop))),
+                decoder=decoder,
+                num_steps=steps,
+                conditioning_scale=condition_scale,
+                generator=same_noise(seed, stop - start),
+            )
+            for name, picture in zip(file.names[start:stop], pictures, strict=True):
+                picture.save(folder / names.unique(name, suffix=".png"))
+            bar.update(stop - start)
+    sys.stdout.write(f"{out}: {len(file)} images\n")
+
+
+def codes_header(model: LaytonTokenizer, policy: FitPolicy) -> CodesHeader:
+    """What a codes file of this tokenizer says about itself."""
+    from layton.commands.codes_file import CodesHeader
+
+    return CodesHeader(model.fingerprint(), model.vocab_size, model.num_tokens, model.image_size, policy)
+
+
+def require_codes_of(model: LaytonTokenizer, file: CodesFile) -> None:
+    """Refuse codes that this tokenizer did not make or cannot mean, and geometries that make no sense.
+
+    Raises:
+        ValueError: With both fingerprints, or the place of the first wrong code.
+    """
+    ours = codes_header(model, file.header.policy)
+    if file.header.fingerprint != ours.fingerprint:
+        raise ValueError(
+            f"{file.path} was made by another tokenizer: its codes have fingerprint {file.header.fingerprint}, "
+            f"this tokenizer's is {ours.fingerprint}"
+        )
+    if file.header != ours:
+        raise ValueError(f"{file.path} does not fit this tokenizer: it says {file.header}, expected {ours}")
+    for start, stop in file.pieces():
+        try:
+            model.quantizer.check_codes(file.codes(start, stop), grid=model.grid)
+        except ValueError as error:
+            raise ValueError(f"{file.path}, images {start} to {stop - 1}: {error}") from error
+        file.geometries(start, stop)

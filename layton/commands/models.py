@@ -1,0 +1,93 @@
+"""Loading what a command works with, and the noise it starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from layton.interface import CodeDecoder
+    from layton.tokenizer import LaytonTokenizer
+
+
+def load_tokenizer(name: str, *, decoders: Sequence[str] | None = None, device: str | None = None) -> LaytonTokenizer:
+    """A tokenizer ready to work.
+
+    Args:
+        name: Embedded model or folder.
+        decoders: Those to load; all by default, none for encoding alone.
+        device: Where to run; by default the accelerator if there is one.
+
+    Raises:
+        ValueError: If it does not exist or is damaged, or there is no decoder of a name.
+    """
+    from layton.tokenizer import LaytonTokenizer
+
+    return LaytonTokenizer.from_pretrained(name, decoders=decoders).to(choose_device(device))
+
+
+def load_with_decoder(
+    name: str, decoder: str | None, *, num_steps: int | None, device: str | None = None
+) -> tuple[LaytonTokenizer, str]:
+    """A tokenizer with one decoder, and the decoder's name.
+
+    Args:
+        name: Embedded model or folder.
+        decoder: Its name; the tokenizer's default by default.
+        num_steps: Checked against what the decoder was trained for.
+        device: Where to run.
+
+    Raises:
+        ValueError: As `load_tokenizer`, or for a number of steps the decoder was not trained for.
+    """
+    chosen = decoder if decoder is not None else default_decoder(name)
+    tokenizer = load_tokenizer(name, decoders=[chosen], device=device)
+    tokenizer.decoder(chosen).check_steps(num_steps)
+    return tokenizer, chosen
+
+
+def default_decoder(name: str) -> str:
+    """The decoder that a saved tokenizer names as its default."""
+    from layton import assets
+    from layton.folder import load_config
+    from layton.tokenizer import CLASS_NAME
+
+    return str(load_config(assets.resolve(name), expected_class=CLASS_NAME)["default_decoder"])
+
+
+def choose_device(device: str | None) -> torch.device:
+    """The device of a name; by default the accelerator if there is one, else the processor.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    import torch
+
+    if device is None:
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found if found is not None else torch.device("cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def same_noise(seed: int, count: int) -> list[torch.Generator]:
+    """One generator for each image, all alike: a picture depends on its codes and the seed, not on its neighbours.
+
+    Raises:
+        ValueError: If the seed is negative.
+    """
+    import torch
+
+    if seed < 0:
+        raise ValueError(f"the seed must be >= 0, got {seed}")
+    return [torch.Generator().manual_seed(seed) for _ in range(count)]
+
+
+def describe(decoder: CodeDecoder, name: str, num_steps: int | None) -> str:
+    """ "light", or "diffusion, 25 steps"."""
+    steps = decoder.check_steps(num_steps)
+    return name if decoder.steps == (1,) and not decoder.needs_ldm else f"{name}, {steps} step{'s' * (steps != 1)}"

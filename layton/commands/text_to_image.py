@@ -1,0 +1,87 @@
+"""Any diffusers text-to-image folder, drawn from with one seed for each picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from layton import assets
+
+DEFAULT_STEPS = 25
+DEFAULT_GUIDANCE = 4.0
+
+
+def find_pipeline(name: str | Path) -> Path:
+    """The folder of a diffusers pipeline: a path, the name of an embedded model, or a tokenizer with one in ``ldm/``.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    folder = assets.resolve(name)
+    for place in (folder, folder / "ldm"):
+        if (place / "model_index.json").is_file():
+            return place
+    raise ValueError(f"{folder} holds no text-to-image pipeline: neither model_index.json nor ldm/model_index.json")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextToImage:
+    """A loaded pipeline and how it is sampled.
+
+    Attributes:
+        pipeline: The diffusers pipeline.
+        num_steps: Denoising steps.
+        guidance_scale: Of classifier-free guidance; 1 is none.
+    """
+
+    pipeline: Any
+    num_steps: int = DEFAULT_STEPS
+    guidance_scale: float = DEFAULT_GUIDANCE
+
+    @classmethod
+    def load(
+        cls, folder: Path, *, num_steps: int, guidance_scale: float, device: str | None = None
+    ) -> TextToImage:
+        """Read a local pipeline folder; safetensors only, nothing of it is executed.
+
+        Raises:
+            ValueError: If it cannot be read, draws nothing from text, or a setting makes no sense.
+        """
+        if num_steps < 1 or not 0 <= guidance_scale < float("inf"):
+            raise ValueError(f"need at least 1 step and a finite guidance >= 0, got {num_steps} and {guidance_scale}")
+        from diffusers import DiffusionPipeline
+        from layton.commands.models import choose_device
+
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder} is no diffusers pipeline that can be loaded: {error}") from error
+        pipeline.set_progress_bar_config(disable=True)
+        return cls(pipeline.to(choose_device(device)), num_steps, guidance_scale)
+
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[NDArray[np.uint8]]:
+        """One image for each prompt and seed, which depends on these two alone.
+
+        Args:
+            prompts: Texts.
+            seeds: As many.
+
+        Returns:
+            uint8 (H, W, 3) each.
+        """
+        import torch
+
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        result = self.pipeline(
+            prompt=list(prompts),
+            generator=generators,
+            num_inference_steps=self.num_steps,
+            guidance_scale=self.guidance_scale,
+            output_type="np",
+        )
+        return [np.round(image * 255).astype(np.uint8) for image in np.asarray(result.images)]

@@ -1,0 +1,308 @@
+"""`LaytonTokenizer`: encoder, quantizer and code decoders in one, with images of any size at its border."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from layton import assets
+from layton.data.geometry import FitPolicy, Geometry, fit_image
+from layton.data.images import to_image, to_tensor
+from layton.encoder import ImageEncoder
+from layton.folder import JsonValue, class_name, load_config, save_config
+from layton.interface import CodeDecoder, Generators, ImageTokenizer
+from layton.quantizer import Quantizer
+
+CLASS_NAME = "layton.tokenizer.LaytonTokenizer"
+ALLOWED_PREFIXES = ("layton.", "generation.")
+LDM_FOLDER = "ldm"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedImages:
+    """Codes of images and what is needed to give them back their sizes.
+
+    Attributes:
+        codes: (B, N) int64.
+        geometries: How each image was fitted to the square.
+    """
+
+    codes: Tensor
+    geometries: tuple[Geometry, ...]
+
+
+class LaytonTokenizer(ImageTokenizer):
+    """An image becomes 256 tokens and comes back (Layton, arXiv 2503.08377).
+
+    Args:
+        encoder: Images to features.
+        quantizer: Features to codes.
+        decoders: Code decoders by name; none are needed to encode.
+        image_size: Side of the encoder's square input in pixels.
+        default_decoder: Name of the decoder that is used when none is asked for; the first by default.
+
+    Raises:
+        ValueError: If parts do not fit each other.
+    """
+
+    def __init__(
+        self,
+        encoder: ImageEncoder,
+        quantizer: Quantizer,
+        decoders: Mapping[str, CodeDecoder],
+        *,
+        image_size: int = 256,
+        default_decoder: str | None = None,
+    ) -> None:
+        super().__init__()
+        if encoder.code_dim != quantizer.code_dim:
+            raise ValueError(f"encoder gives {encoder.code_dim}-d features, quantizer takes {quantizer.code_dim}-d")
+        if image_size % encoder.downsample_factor:
+            raise ValueError(f"image_size {image_size} is not a multiple of {encoder.downsample_factor}")
+        self.encoder = encoder
+        self.quantizer = quantizer.freeze()
+        self.decoders = nn.ModuleDict(decoders)
+        self.default_decoder = default_decoder if default_decoder is not None else next(iter(decoders), "")
+        if decoders or default_decoder is not None:
+            self.decoder(self.default_decoder)
+        self.image_size = image_size
+        side = image_size // encoder.downsample_factor
+        self.grid = (side, side)
+        self.num_tokens = side * side
+        self.vocab_size = quantizer.vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    def decoder(self, name: str | None = None) -> CodeDecoder:
+        """A code decoder by name.
+
+        Raises:
+            ValueError: If there is none of that name.
+        """
+        chosen = self.default_decoder if name is None else name
+        if chosen not in self.decoders:
+            raise ValueError(f"no decoder {chosen!r}; there are {', '.join(self.decoders) or 'none'}")
+        return cast(CodeDecoder, self.decoders[chosen])
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, *, policy: FitPolicy = "crop") -> Tensor:
+        """Images to codes.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1], of any size.
+            policy: How images that are not square become square; see `encode_images` for a way back.
+
+        Returns:
+            Codes (B, N) int64 in row-major order.
+
+        Raises:
+            ValueError: If shape or values are not those of images, or values are not finite.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+        low, high = (float(value) for value in images.aminmax())
+        if not -1.01 <= low <= high <= 1.01:
+            raise ValueError(f"images must lie in [-1, 1], got [{low:g}, {high:g}] (uint8 or [0, 1] images?)")
+        if images.shape[2:] != (self.image_size, self.image_size):
+            images = Geometry.plan((images.shape[2], images.shape[3]), self.image_size, policy=policy).apply(images)
+        return self.quantizer.encode(self.encoder(images.to(self.device)).float())
+
+    @torch.no_grad()
+    def decode(
+        self,
+        codes: Tensor,
+        *,
+        decoder: str | None = None,
+        num_steps: int | None = None,
+        conditioning_scale: float | None = None,
+        generator: Generators | None = None,
+    ) -> Tensor:
+        """Codes to square images.
+
+        Args:
+            codes: (B, N) int64.
+            decoder: Name of a code decoder.
+            num_steps: Its network evaluations; its own number by default.
+            conditioning_scale: Strength of the codes; the decoder's own by default.
+            generator: Source of the noise, one for the batch or one for each image; seeded with 0 by default, so
+                that the same codes give the same picture.
+
+        Returns:
+            (B, 3, S, S) float32 in [-1, 1]; S is the decoder's size.
+
+        Raises:
+            ValueError: For codes that are out of range or of wrong number, an unknown decoder, or steps that it was
+                not trained for.
+        """
+        self.quantizer.check_codes(codes, grid=self.grid)
+        embeddings = self.quantizer.codes_to_embeddings(codes.to(self.device), self.grid)
+        return self.decoder(decoder).decode(
+            embeddings, num_steps=num_steps, conditioning_scale=conditioning_scale, generator=generator
+        )
+
+    def encode_images(self, images: Sequence[Image.Image], *, policy: FitPolicy = "crop") -> EncodedImages:
+        """PIL images of any sizes to codes, with the record that `decode_images` undoes.
+
+        Args:
+            images: RGB images (`layton.data.images.load_image` reads files safely).
+            policy: "crop" keeps the central square, "pad" everything, "resize" everything but the aspect ratio.
+
+        Raises:
+            ValueError: If there is no image, or the policy is unknown.
+        """
+        if not images:
+            raise ValueError("no images to encode")
+        fitted = [fit_image(image.convert("RGB"), self.image_size, policy=policy) for image in images]
+        squares = torch.stack([to_tensor(square) for square, _ in fitted])
+        return EncodedImages(self.encode(squares), tuple(geometry for _, geometry in fitted))
+
+    def decode_images(
+        self,
+        encoded: EncodedImages,
+        *,
+        decoder: str | None = None,
+        num_steps: int | None = None,
+        conditioning_scale: float | None = None,
+        generator: Generators | None = None,
+    ) -> list[Image.Image]:
+        """Codes to PIL images of the original sizes (with "crop", of the part that was kept). See `decode`."""
+        squares = self.decode(
+            encoded.codes,
+            decoder=decoder,
+            num_steps=num_steps,
+            conditioning_scale=conditioning_scale,
+            generator=generator,
+        )
+        return [to_image(g.undo(s.cpu())) for g, s in zip(encoded.geometries, squares, strict=True)]
+
+    def reconstruct(
+        self,
+        images: Tensor,
+        *,
+        decoder: str | None = None,
+        num_steps: int | None = None,
+        conditioning_scale: float | None = None,
+        generator: Generators | None = None,
+    ) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] through their codes and back, at the same size. See `encode`, `decode`.
+
+        Raises:
+            ValueError: If images are not square (`encode_images` records what must be undone).
+        """
+        if images.shape[-1] != images.shape[-2]:
+            raise ValueError(f"reconstruct takes square images, got {tuple(images.shape)}")
+        squares = self.decode(
+            self.encode(images),
+            decoder=decoder,
+            num_steps=num_steps,
+            conditioning_scale=conditioning_scale,
+            generator=generator,
+        )
+        size = (images.shape[-2], images.shape[-1])
+        return Geometry.plan(size, squares.shape[-1], policy="resize").undo(squares)
+
+    def fingerprint(self) -> str:
+        """Hash of the codebook: codes of tokenizers with different fingerprints mean different things."""
+        return self.quantizer.fingerprint()
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write all parts but the latent diffusion model, whose diffusers folder belongs beside them as ``ldm/``.
+
+        Args:
+            folder: Where to write.
+            dtype: Floating-point type on disk (the codebook is always float32).
+        """
+        root = Path(folder)
+        self.encoder.save_pretrained(root / "encoder", dtype=dtype)
+        self.quantizer.save_pretrained(root / "quantizer")
+        classes: dict[str, JsonValue] = {}
+        for name in self.decoders:
+            decoder = self.decoder(name)
+            decoder.save_pretrained(root / "decoders" / name, dtype=dtype)
+            classes[name] = class_name(type(decoder))
+        config: dict[str, JsonValue] = {
+            "class": CLASS_NAME,
+            "image_size": self.image_size,
+            "encoder": class_name(type(self.encoder)),
+            "quantizer": class_name(type(self.quantizer)),
+            "decoders": classes,
+            "default_decoder": self.default_decoder,
+        }
+        save_config(root, config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        decoders: Sequence[str] | None = None,
+        ldm: str | Path | None = None,
+        allow: Sequence[str] = (),
+    ) -> Self:
+        """Load a tokenizer: a folder, or an embedded one such as ``"mini"``, without network.
+
+        Args:
+            name: Folder that `save_pretrained` wrote, or the name of an embedded model.
+            decoders: Names of the decoders to load; all by default.
+            ldm: Folder of the latent diffusion model's diffusers pipeline; ``ldm/`` in the folder by default.
+            allow: Prefixes of class names that may be loaded beside ``layton.`` and ``generation.``.
+
+        Raises:
+            ValueError: If something is missing, does not fit, or names a class that is not allowed.
+        """
+        root = assets.resolve(name)
+        config = load_config(root, expected_class=CLASS_NAME)
+        known = cast("dict[str, str]", config["decoders"])
+        wanted = list(known) if decoders is None else list(decoders)
+        for decoder in wanted:
+            if decoder not in known:
+                raise ValueError(f"no decoder {decoder!r} in {name}; there are {', '.join(known)}")
+        place = Path(ldm) if ldm is not None else root / LDM_FOLDER
+        loaded = {
+            decoder: resolve_class(known[decoder], CodeDecoder, allow).from_pretrained(
+                root / "decoders" / decoder, ldm=place
+            )
+            for decoder in wanted
+        }
+        default = str(config["default_decoder"])
+        tokenizer = cls(
+            resolve_class(str(config["encoder"]), ImageEncoder, allow).from_pretrained(root / "encoder"),
+            resolve_class(str(config["quantizer"]), Quantizer, allow).from_pretrained(root / "quantizer"),
+            loaded,
+            image_size=int(cast(int, config["image_size"])),
+            default_decoder=default if default in loaded else None,
+        )
+        return tokenizer.eval()
+
+
+def resolve_class(name: str, base: type, allow: Sequence[str] = ()) -> Any:
+    """The class that a file names, if its name is allowed; nothing is imported before the name is checked.
+
+    Args:
+        name: Dotted name.
+        base: What it must derive from.
+        allow: More prefixes that are allowed.
+
+    Raises:
+        ValueError: If the name is not allowed, or is no such class.
+    """
+    if not name.startswith((*ALLOWED_PREFIXES, *allow)):
+        raise ValueError(f"class {name!r} is not allowed; allowed are {', '.join((*ALLOWED_PREFIXES, *allow))}")
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"there is no class {name!r}") from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(f"{name!r} is no {base.__name__}")
+    return found
