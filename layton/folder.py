@@ -124,6 +124,21 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, source: Path 
     module.load_state_dict(dict(tensors), strict=True)
 
 
+def read_class(folder: Path | str) -> str:
+    """The class that the ``config.json`` of a folder names.
+
+    Raises:
+        ValueError: If there is no such file or no such name.
+    """
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no {CONFIG_NAME}: not a saved part")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict) or not isinstance(config.get("class"), str):
+        raise ValueError(f"{path} names no class")
+    return str(config["class"])
+
+
 def class_name(cls: type) -> str:
     """Dotted name of a class, as `save_pretrained` writes it."""
     return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,5 +1,6 @@
-"""The two borders of the tokenizer: `ImageTokenizer`, all that a generator knows of it, and `CodeDecoder`, all that the
-tokenizer knows of the way from codes to pixels.
+"""The two borders of the tokenizer.
+
+`ImageTokenizer` is all that a generator knows of it, `CodeDecoder` all that it knows of the way from codes to pixels.
 """
 
 from __future__ import annotations

@@ -105,9 +105,7 @@ class Block(nn.Module):
         self.attention_norm = nn.LayerNorm(width, bias=False)
         self.attention = Attention(width, num_heads)
         self.mlp_norm = nn.LayerNorm(width, bias=False)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), SquaredReLU(), nn.Linear(4 * width, width)
-        )
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), SquaredReLU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
@@ -130,9 +128,9 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, bias=False)
         self.apply(init_linear)
-        for block in self.blocks:  # residual branches start small: depth-independent activations (GPT-2)
-            for last in (block.attention.out, block.mlp[-1]):
-                nn.init.normal_(last.weight, std=0.02 / (2 * depth) ** 0.5)
+        for name, parameter in self.named_parameters():  # residual branches start small whatever the depth (GPT-2)
+            if name.endswith(("attention.out.weight", "mlp.2.weight")):
+                nn.init.normal_(parameter, std=0.02 / (2 * depth) ** 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """Token map to token map: (B, D, h, w) -> (B, D, h, w)."""

@@ -80,9 +80,7 @@ class PixelDecoder(nn.Module):
         """Code embeddings (B, d, h, w) -> images (B, 3, H, W), nominally in [-1, 1], not clamped."""
         coarse = self.transformer(self.embed(embeddings))
         fine = rearrange(self.expand(coarse), "b (c i j) h w -> b c (h i) (w j)", i=4, j=4)
-        return rearrange(
-            self.head(self.fine(fine)), "b (c i j) h w -> b c (h i) (w j)", i=self.pixels, j=self.pixels
-        )
+        return rearrange(self.head(self.fine(fine)), "b (c i j) h w -> b c (h i) (w j)", i=self.pixels, j=self.pixels)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write config and weights into ``folder``."""

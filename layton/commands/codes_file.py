@@ -2,7 +2,7 @@
 
 Tensors: ``codes`` (n, N) int16 or int32; ``geometry`` (n, 6) int32, the original height and width, then the box
 (`layton.data.geometry.Geometry`); ``names``, the UTF-8 bytes of a JSON list. Everything else is in the metadata.
-Files are written as a stream, so that a million images take no more memory than ten.
+Files are written as a stream: a million images take no more memory than ten. (Temporary files lie beside the result.)
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self, get_args
+from typing import IO, Any, Self, cast
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from layton.data.geometry import FitPolicy, Geometry
+from layton.data.geometry import FIT_POLICIES, FitPolicy, Geometry
 from layton.folder import write_atomically
 
 FORMAT = "layton codes 1"
@@ -62,13 +63,15 @@ class CodesHeader:
         if values.get("format") != FORMAT:
             raise ValueError(f"{source} is no codes file: its format is {values.get('format')!r}, not {FORMAT!r}")
         try:
-            sizes = [int(values[name]) for name in ("vocab_size", "num_tokens", "image_size")]
+            vocab_size, num_tokens, image_size = (
+                int(values[name]) for name in ("vocab_size", "num_tokens", "image_size")
+            )
             fingerprint, policy = values["fingerprint"], values["policy"]
         except (KeyError, ValueError) as error:
             raise ValueError(f"{source}: damaged metadata ({error})") from error
-        if policy not in get_args(FitPolicy) or min(sizes) < 1:
-            raise ValueError(f"{source}: damaged metadata (policy {policy!r}, sizes {sizes})")
-        return cls(fingerprint, *sizes, policy)
+        if policy not in FIT_POLICIES or min(vocab_size, num_tokens, image_size) < 1:
+            raise ValueError(f"{source}: damaged metadata ({dict(values)})")
+        return cls(fingerprint, vocab_size, num_tokens, image_size, cast(FitPolicy, policy))
 
 
 class CodesWriter:
@@ -84,10 +87,12 @@ class CodesWriter:
         self.header = header
         self.count = 0
         self._dtype = np.dtype("<i2" if header.vocab_size <= _INT16_CODES else "<i4")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._parts: dict[str, IO[bytes]] = {
-            name: tempfile.TemporaryFile(dir=path.parent) for name in ("codes", "geometry", "names")
-        }
+        self._stack = ExitStack()
+        place = next(folder for folder in path.absolute().parents if folder.is_dir())
+        self._parts: dict[str, IO[bytes]] = {}
+        for name in ("codes", "geometry", "names"):
+            part = tempfile.TemporaryFile(dir=place)  # noqa: SIM115  # closed with the writer
+            self._parts[name] = self._stack.enter_context(part)
 
     def __enter__(self) -> Self:
         """The writer."""
@@ -97,8 +102,7 @@ class CodesWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Drop the temporary files."""
-        for part in self._parts.values():
-            part.close()
+        self._stack.close()
 
     def add(self, codes: Tensor, names: Sequence[str], geometries: Sequence[Geometry]) -> None:
         """Append images.

@@ -26,7 +26,7 @@ _SAMPLES = (
     ("480x240", 240, 2, 1),
     ("160x320", 160, 1, 2),
 )
-_IMAGES_PER_TASK = 5
+IMAGES_PER_TASK = 5
 
 
 def demo(*, out: Path = Path("demo"), tokenizer: str = "mini", device: str | None = None) -> None:
@@ -122,12 +122,12 @@ def generate_samples(name: str, device: str | None) -> tuple[list[Row], dict[str
     except ValueError as error:
         return [], {"absent": str(error)}
     draw = TextToImage.load(folder, num_steps=DEFAULT_STEPS, guidance_scale=DEFAULT_GUIDANCE, device=device)
-    specs = make_prompts(_IMAGES_PER_TASK)
+    specs = make_prompts(IMAGES_PER_TASK)
     rows: dict[str, list[Cell]] = {}
     images: list[dict[str, Any]] = []
     with progress(len(specs), "generate") as bar:
-        for start in range(0, len(specs), _IMAGES_PER_TASK):
-            batch = specs[start : start + _IMAGES_PER_TASK]
+        for start in range(0, len(specs), IMAGES_PER_TASK):
+            batch = specs[start : start + IMAGES_PER_TASK]
             seeds = list(range(start, start + len(batch)))
             for spec, seed, pixels in zip(batch, seeds, draw([spec.prompt for spec in batch], seeds), strict=True):
                 verdict = check(pixels, spec)

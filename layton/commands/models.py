@@ -88,6 +88,6 @@ def same_noise(seed: int, count: int) -> list[torch.Generator]:
 
 
 def describe(decoder: CodeDecoder, name: str, num_steps: int | None) -> str:
-    """ "light", or "diffusion, 25 steps"."""
+    """A decoder for people: its name, and the steps where they are a choice."""
     steps = decoder.check_steps(num_steps)
     return name if decoder.steps == (1,) and not decoder.needs_ldm else f"{name}, {steps} step{'s' * (steps != 1)}"

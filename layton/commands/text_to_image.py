@@ -44,9 +44,7 @@ class TextToImage:
     guidance_scale: float = DEFAULT_GUIDANCE
 
     @classmethod
-    def load(
-        cls, folder: Path, *, num_steps: int, guidance_scale: float, device: str | None = None
-    ) -> TextToImage:
+    def load(cls, folder: Path, *, num_steps: int, guidance_scale: float, device: str | None = None) -> TextToImage:
         """Read a local pipeline folder; safetensors only, nothing of it is executed.
 
         Raises:
@@ -55,8 +53,13 @@ class TextToImage:
         if num_steps < 1 or not 0 <= guidance_scale < float("inf"):
             raise ValueError(f"need at least 1 step and a finite guidance >= 0, got {num_steps} and {guidance_scale}")
         from diffusers import DiffusionPipeline
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
+
         from layton.commands.models import choose_device
 
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
         try:
             pipeline = DiffusionPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
         except (OSError, ValueError, TypeError, AttributeError) as error:

@@ -79,22 +79,41 @@ class PerceptualLoss(nn.Module):
 
     Args:
         weights: Folder of a `PerceptualNet`, or ``"mini"``.
+        crop: Side in pixels of a random part that stands for the image, to save compute; None compares the whole.
     """
 
-    def __init__(self, weights: str = "mini") -> None:
+    def __init__(self, weights: str = "mini", *, crop: int | None = None) -> None:
         super().__init__()
+        self.crop = crop
         net = PerceptualNet.from_pretrained(weights).eval().requires_grad_(False)
         self._net = [net]  # in a list: neither trained, saved nor counted with the owner
 
-    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Distance () between two batches (B, 3, H, W) in [-1, 1]; zero for equal images."""
+    def forward(self, images: Tensor, targets: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Distance () between two batches (B, 3, H, W) in [-1, 1]; zero for equal images.
+
+        Args:
+            images: What is judged; gradients flow into it.
+            targets: What it should look like.
+            generator: Chooses the part that is compared; without it, or without ``crop``, the whole is.
+        """
+        if self.crop is not None and generator is not None:
+            part = random_part(images, self.crop, generator)
+            images, targets = images[part], targets[part]
         net = self._net[0].to(images.device)
         with torch.no_grad():
             wanted = net(targets)
-        terms = [
-            (unit(a) - unit(b)).square().sum(dim=1).mean() for a, b in zip(net(images), wanted, strict=True)
-        ]
+        terms = [(unit(a) - unit(b)).square().sum(dim=1).mean() for a, b in zip(net(images), wanted, strict=True)]
         return torch.stack(terms).mean()
+
+
+def random_part(images: Tensor, side: int, generator: torch.Generator) -> tuple[slice, ...]:
+    """Index of a random square of ``side`` pixels, the same for all images (B, 3, H, W) of a batch."""
+    spans = []
+    for length in images.shape[-2:]:
+        room = max(0, length - side)
+        start = int(torch.randint(room + 1, (), generator=generator, device=generator.device))
+        spans.append(slice(start, start + side))
+    return (slice(None), slice(None), *spans)
 
 
 def unit(features: Tensor) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from layton.data.types import ImageBatch
@@ -102,7 +103,8 @@ class TokenizerTask(LaytonTask):
         error = decoded - images
         terms = {"l1": error.abs().mean(), "l2": error.square().mean(), "codebook": codebook_loss}
         if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(decoded, images)
+            generator = self.step_generator("perceptual") if self.stage == "train" else None
+            terms["perceptual"] = self.perceptual(decoded, images, generator=generator)
         self.log(f"{self.stage}/psnr", psnr(decoded.detach(), images).mean(), prog_bar=True, batch_size=len(images))
         return self.log_losses(terms, weights=self.weights, batch_size=len(images))
 
@@ -181,7 +183,7 @@ class AdversarialTokenizerTask(TokenizerTask):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """One step of either optimizer that is due."""
-        generator_optimizer, judge_optimizer = self.optimizers()  # type: ignore[misc]
+        generator_optimizer, judge_optimizer = cast("list[LightningOptimizer]", self.optimizers())
         images = batch["image"]
         step = self.trainer.fit_loop.total_batch_idx
         output = self.quantizer(self.encoder(images).float())

@@ -1,0 +1,214 @@
+"""``layton convert``: released checkpoints into tokenizer folders."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from layton.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from layton.convert import ConvertedParts
+    from layton.tokenizer import LaytonTokenizer
+
+Kind = Literal["auto", "layton", "llamagen"]
+Precision = Literal["float32", "float16", "bfloat16"]
+_SHOWN_PROBLEMS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class LdmSettings:
+    """What a released tokenizer file does not say about its latent diffusion model.
+
+    Attributes:
+        vae: Folder of a diffusers AutoencoderKL, for files without one.
+        configs: ``unet``, ``vae`` and ``scheduler``: diffusers configurations in place of SDXL's.
+    """
+
+    vae: Path | None = None
+    configs: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def convert(
+    checkpoint: Path,
+    *,
+    out: Path,
+    kind: Kind = "auto",
+    lora: Literal["keep", "merge"] = "keep",
+    dtype: Precision = "float32",
+    image_size: int = 256,
+    output_size: int = 1024,
+    vae: Path | None = None,
+    unet_config: Path | None = None,
+    vae_config: Path | None = None,
+    scheduler_config: Path | None = None,
+    ignore: list[str] | None = None,
+) -> int:
+    """Convert a released tokenizer checkpoint into a folder that `LaytonTokenizer.from_pretrained` loads.
+
+    Every tensor of the file must be known, and every tensor needed must be there with its shape; else nothing is
+    written and the first problems are listed. The released LaCTok decoder becomes the decoder "diffusion".
+
+    Args:
+        checkpoint: a .pth, .pt or .safetensors file; nothing in it is executed.
+        out: folder to write; must not exist.
+        kind: layton (the released LaCTok tokenizer), llamagen (VQ-16 or VQ-8), or auto to see from the tensors.
+        lora: keep the decoder's adaptors apart, or merge them into the UNet.
+        dtype: of the weights on disk; codes stay float32.
+        image_size: side in pixels of the encoder's input.
+        output_size: side in pixels of the LaCTok decoder's output.
+        vae: folder of the diffusers AutoencoderKL, if the checkpoint holds none.
+        unet_config: a diffusers UNet's config.json, if the decoder's is not that of SDXL.
+        vae_config: a diffusers AutoencoderKL's config.json, if the one in the file is not that of SDXL.
+        scheduler_config: a diffusers scheduler's configuration, if it is not SDXL's.
+        ignore: names of tensors, or prefixes that end in a dot, that are left out of the check.
+    """
+    from layton.commands.staging import staged
+    from layton.convert import ConvertError
+
+    if out.exists():
+        raise UsageError(f"{out} exists already")
+    files = {"unet": unet_config, "vae": vae_config, "scheduler": scheduler_config}
+    settings = LdmSettings(vae, {name: _read_config(path) for name, path in files.items() if path is not None})
+    try:
+        with staged(out) as folder:
+            if _kind(checkpoint, kind) == "llamagen":
+                lines = convert_llamagen(checkpoint, folder, dtype=_dtype(dtype), image_size=image_size)
+            else:
+                parts = read_released(checkpoint, settings, lora=lora, dtype=_dtype(dtype), ignore=ignore or [])
+                write_released(parts, folder, settings, image_size=image_size, output_size=output_size)
+                lines = [f"{len(parts.unused)} tensors of the file are not needed"]
+    except ConvertError as error:
+        sys.stderr.write(_problems(error))
+        return 1
+    sys.stdout.write("\n".join([*lines, str(out)]) + "\n")
+    return 0
+
+
+def convert_llamagen(checkpoint: Path, folder: Path, *, dtype: torch.dtype, image_size: int) -> list[str]:
+    """Write a LlamaGen VQ checkpoint as a tokenizer folder with the decoder "vqgan"; returns lines to print.
+
+    Raises:
+        ConvertError: If the file does not fit.
+    """
+    from layton.convert import convert_vqgan
+    from layton.tokenizer import LaytonTokenizer
+    from layton.vqgan_decoder import VQGANCodeDecoder
+
+    parts = convert_vqgan(checkpoint, dtype=dtype)
+    decoder = VQGANCodeDecoder(**parts.encoder.config)  # type: ignore[arg-type]  # the same arguments, as JSON values
+    decoder.network = parts.decoder
+    model = LaytonTokenizer(parts.encoder, parts.quantizer, {"vqgan": decoder}, image_size=image_size)
+    model.save_pretrained(folder, dtype=dtype)
+    return [f"{model.num_tokens} tokens of {model.vocab_size} codes for {image_size} pixels"]
+
+
+def read_released(
+    checkpoint: Path, settings: LdmSettings, *, lora: Literal["keep", "merge"], dtype: torch.dtype, ignore: list[str]
+) -> ConvertedParts:
+    """The parts of a released LaCTok file, with an autoencoder from the file or from the settings.
+
+    Raises:
+        ConvertError: If the file does not fit, or there is no autoencoder.
+    """
+    import dataclasses
+
+    from layton.convert import ConvertError, convert_tokenizer, read_checkpoint
+    from layton.convert.released import SDXL_SCHEDULER, SDXL_UNET, SDXL_VAE
+    from layton.ldm.autoencoder import Autoencoder
+
+    inside = any(name.startswith("vae.") for name in read_checkpoint(checkpoint))
+    if not inside and settings.vae is None:
+        raise ConvertError(checkpoint, ["it holds no autoencoder (vae.*): give the folder of one as --vae"])
+    parts = convert_tokenizer(
+        checkpoint,
+        lora=lora,
+        unet_config=settings.configs.get("unet", SDXL_UNET),
+        vae_config=settings.configs.get("vae", SDXL_VAE) if inside and settings.vae is None else None,
+        scheduler_config=settings.configs.get("scheduler", SDXL_SCHEDULER),
+        ignore=[*ignore, "vae."] if inside and settings.vae is not None else ignore,
+        dtype=dtype,
+    )
+    if settings.vae is not None:
+        parts = dataclasses.replace(parts, vae=Autoencoder.from_pretrained(settings.vae).model.to(dtype))
+    return parts
+
+
+def write_released(
+    parts: ConvertedParts, folder: Path, settings: LdmSettings, *, image_size: int, output_size: int
+) -> LaytonTokenizer:
+    """Write the parts as a tokenizer folder with its latent diffusion model in ``ldm/``.
+
+    Raises:
+        ValueError: If the sizes do not fit each other.
+    """
+    from diffusers import DDIMScheduler
+
+    from layton.control import save_unet
+    from layton.convert.released import SDXL_SCHEDULER
+    from layton.decoders import SAMPLING_FOLDER, DiffusionDecoder
+    from layton.folder import class_name, save_config
+    from layton.ldm.autoencoder import Autoencoder
+    from layton.tokenizer import LDM_FOLDER, LaytonTokenizer
+
+    autoencoder = Autoencoder(parts.vae)
+    tokens = image_size // parts.encoder.downsample_factor
+    scale, rest = divmod(output_size, autoencoder.downsample_factor * max(tokens, 1))
+    if rest or scale < 1:
+        raise ValueError(f"an output of {output_size} pixels is no whole number of latents for each of {tokens} tokens")
+    decoder = DiffusionDecoder(parts.decoder, autoencoder, latents_per_token=scale)
+    model = LaytonTokenizer(parts.encoder, parts.quantizer, {"diffusion": decoder}, image_size=image_size)
+    model.save_pretrained(folder)
+    sampling = {"class": class_name(DiffusionDecoder), "latents_per_token": scale}
+    place = folder / "decoders" / "diffusion" / SAMPLING_FOLDER
+    save_config(place, {**sampling, "trained_timesteps": list(parts.timesteps)})
+    ldm = folder / LDM_FOLDER
+    save_unet(parts.decoder.unet, ldm / "unet")
+    autoencoder.model.save_pretrained(str(ldm / "vae"), safe_serialization=True)
+    noise = {"clip_sample": False, "steps_offset": 1, **settings.configs.get("scheduler", SDXL_SCHEDULER)}
+    DDIMScheduler.from_config(noise).save_pretrained(str(ldm / "scheduler"))
+    return model
+
+
+def _kind(checkpoint: Path, kind: Kind) -> Kind:
+    from layton.convert import ConvertError, read_checkpoint
+
+    if kind != "auto":
+        return kind
+    names = read_checkpoint(checkpoint)
+    if any(name.startswith(("decoder.controlnet.", "decoder.unet.")) for name in names):
+        return "layton"
+    if any(name.startswith("quantize.") for name in names):
+        return "llamagen"
+    raise ConvertError(
+        checkpoint, ["neither a LaCTok tokenizer (decoder.unet.*) nor a LlamaGen VQ tokenizer (quantize.*)"]
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"{path} is not a JSON object")
+    return config
+
+
+def _dtype(name: Precision) -> torch.dtype:
+    import torch
+
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
+
+
+def _problems(error: Any) -> str:
+    first = str(error).splitlines()[0]
+    lines = [f"  {problem}" for problem in error.problems[:_SHOWN_PROBLEMS]]
+    more = len(error.problems) - _SHOWN_PROBLEMS
+    return "\n".join([f"layton: {first}", *lines, *([f"  and {more} more"] if more > 0 else [])]) + "\n"

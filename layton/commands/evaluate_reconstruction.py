@@ -1,0 +1,192 @@
+"""``layton evaluate reconstruction``: every measure of a tokenizer or an autoencoder, with references and protocol."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layton.commands.calling import progress
+from layton.commands.reports import write_json
+from layton.data.types import Split
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from layton.commands.evaluation_data import EvaluationImages
+    from layton.metrics.report import ReconstructionReport
+
+_LATENT_NUMBERS = 16  # numbers per 16x16 patch of the embedded autoencoder, for the reference "pca"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Subject:
+    """What is evaluated.
+
+    Attributes:
+        reconstruct: Images (B, 3, H, W) in [-1, 1] to the same.
+        encode: Images to codes (B, N), None for an autoencoder.
+        vocab_size: V, None for an autoencoder.
+        numbers: Numbers per 16x16 patch of the reference "pca".
+        facts: Fields of the protocol.
+    """
+
+    reconstruct: Callable[[Tensor], Tensor]
+    encode: Callable[[Tensor], Tensor] | None
+    vocab_size: int | None
+    numbers: int
+    facts: dict[str, Any]
+
+
+def evaluate_reconstruction(
+    *,
+    data: list[str],
+    split: Split = "test",
+    count: int | None = None,
+    size: int = 256,
+    tokenizer: str = "mini",
+    decoder: str | None = None,
+    steps: int | None = None,
+    condition_scale: float | None = None,
+    autoencoder: Path | None = None,
+    objects: int = 0,
+    seed: int = 0,
+    batch_size: int = 8,
+    device: str | None = None,
+    json: Path | None = None,
+) -> None:
+    """Measure reconstructions: PSNR, SSIM, EPD, FD-effnet and use of the codebook, beside two references.
+
+    The references, on the same images, are "palette" (cell means) and "pca" (a linear autoencoder). LPIPS,
+    DISTS and FID join where their weights are on disk; what is not measured is listed with the reason.
+
+    Args:
+        data: the word scenes, a folder of images, or tar shards (files or patterns).
+        split: train, validation or test.
+        count: images to take from the start of the split; 1,000 scenes or all stored images by default.
+        size: side in pixels to which images are cropped and scaled.
+        tokenizer: embedded tokenizer or folder.
+        decoder: name of the code decoder; the tokenizer's own choice by default.
+        steps: network evaluations of the decoder; its own number by default.
+        condition_scale: strength of the codes, where the decoder has such a thing.
+        autoencoder: folder of a diffusers AutoencoderKL (or of a pipeline with one), to evaluate it alone instead.
+        objects: on so many scenes of the split, also count how often shape and colour of every object are kept.
+        seed: of the noise that decoders begin with, the same for every image.
+        batch_size: images at once.
+        device: where to run; the accelerator if there is one.
+        json: write figures and protocol to this file as well.
+    """
+    from layton.commands.evaluation_data import open_images
+    from layton.commands.objects import objects_kept
+
+    if autoencoder is not None:
+        subject = autoencoder_alone(autoencoder, device)
+    else:
+        subject = tokenizer_with(tokenizer, decoder, steps, condition_scale, seed, device)
+    images = open_images(data, split=split, count=count, size=size, batch_size=batch_size)
+    report = measure(subject, images)
+    figures = report.to_dict()
+    lines = [report.summary(), *gains_in_words(report)]
+    if objects:
+        kept = objects_kept(subject.reconstruct, objects, split=split, size=size, batch_size=batch_size)
+        figures["objects"] = kept.to_dict()
+        lines.append(kept.summary())
+    lines += [f"no {name}: {reason}" for name, reason in report.absent.items()]
+    sys.stdout.write("\n".join(lines) + "\n")
+    if json is not None:
+        write_json(json, figures)
+
+
+def measure(subject: Subject, images: EvaluationImages) -> ReconstructionReport:
+    """All measures on all images.
+
+    Raises:
+        ValueError: If an image is broken or a result is not finite.
+    """
+    from layton.metrics import Protocol, evaluate_reconstruction, load_external
+
+    protocol = Protocol(
+        dataset=images.name,
+        split=images.split,
+        preprocessing=images.preprocessing,
+        **subject.facts,
+    )
+    with progress(images.count, "evaluate") as bar:
+        return evaluate_reconstruction(
+            subject.reconstruct,
+            images,
+            protocol=protocol,
+            encode=subject.encode,
+            vocab_size=subject.vocab_size,
+            num_components=subject.numbers,
+            external=load_external(),
+            on_batch=bar.update,
+        )
+
+
+def tokenizer_with(
+    name: str, decoder: str | None, steps: int | None, scale: float | None, seed: int, device: str | None
+) -> Subject:
+    """A tokenizer with one of its decoders.
+
+    Raises:
+        ValueError: If one of them does not exist, or the decoder refuses the steps.
+    """
+    from layton.commands.models import load_with_decoder, same_noise
+
+    model, chosen = load_with_decoder(name, decoder, num_steps=steps, device=device)
+
+    def reconstruct(images: Tensor) -> Tensor:
+        noise = same_noise(seed, len(images))
+        return model.reconstruct(
+            images, decoder=chosen, num_steps=steps, conditioning_scale=scale, generator=noise
+        ).cpu()
+
+    facts = {
+        "model": f"{name}, codebook {model.fingerprint()}",
+        "decoder": chosen,
+        "num_inference_steps": model.decoder(chosen).check_steps(steps),
+        "condition_scale": scale,
+        "seeds": {"noise of every image": seed},
+    }
+    return Subject(reconstruct, model.encode, model.vocab_size, _LATENT_NUMBERS, facts)
+
+
+def autoencoder_alone(folder: Path, device: str | None) -> Subject:
+    """A diffusers autoencoder without codes.
+
+    Raises:
+        ValueError: If the folder holds none.
+    """
+    import torch
+
+    from layton.commands.models import choose_device
+    from layton.ldm.autoencoder import Autoencoder
+
+    place = folder if (folder / "config.json").is_file() else folder / "vae"
+    if not (place / "config.json").is_file():
+        raise ValueError(f"{folder} holds no AutoencoderKL: neither config.json nor vae/config.json")
+    target = choose_device(device)
+    model = Autoencoder.from_pretrained(place).to(target).float().eval()
+
+    @torch.no_grad()
+    def reconstruct(images: Tensor) -> Tensor:
+        return model.reconstruct(images.to(target)).cpu()
+
+    numbers = max(1, model.latent_channels * 16**2 // model.downsample_factor**2)
+    return Subject(reconstruct, None, None, numbers, {"model": f"autoencoder {folder}"})
+
+
+def gains_in_words(report: ReconstructionReport) -> list[str]:
+    """How far the model is ahead of each reference, image by image."""
+    lines = []
+    for name, gain in report.gains.items():
+        decibels = gain["psnr"]
+        words = f"{decibels.mean:+.2f} +- {decibels.standard_error:.2f} dB"
+        reference, epd = report.references[name].measurements.get("epd"), report.model.measurements.get("epd")
+        if reference is not None and epd is not None and reference.mean > 0:
+            words += f", EPD {epd.mean / reference.mean:.2f} times as large"
+        lines.append(f"model against {name}: {words}")
+    return lines

@@ -1,0 +1,98 @@
+"""The images of an evaluation: scenes, a folder or shards, in a fixed order, as often as wanted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from layton.commands.images import batched, in_threads
+from layton.data.types import Split
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from layton.data.sources import ImageSource
+
+SCENES = "scenes"
+_NUM_SCENES = 1000
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EvaluationImages:
+    """The first images of a split, in batches.
+
+    Attributes:
+        source: Where they come from; a broken image is an error.
+        name: Of the data, for the protocol.
+        split: Which split.
+        count: How many.
+        size: Side in pixels.
+        batch_size: Images in a batch; the last one may be smaller.
+    """
+
+    source: ImageSource
+    name: str
+    split: Split
+    count: int
+    size: int
+    batch_size: int
+
+    @property
+    def preprocessing(self) -> str:
+        """For the protocol."""
+        if self.name == SCENES:
+            return f"rendered at {self.size} pixels"
+        return f"central square scaled to {self.size} pixels, Pillow's bicubic filter"
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Batches (B, 3, S, S) in [-1, 1], from the first."""
+        import torch
+
+        load = partial(_load, self.source)
+        threads = min(8, os.cpu_count() or 1)
+        for batch in batched(in_threads(load, range(self.count), num_threads=threads), self.batch_size):
+            yield torch.stack(batch)
+
+
+def open_images(
+    data: Sequence[str], *, split: Split, count: int | None, size: int, batch_size: int
+) -> EvaluationImages:
+    """Find out what kind of data is meant, and open it.
+
+    Args:
+        data: The word ``scenes``, one folder of images or of tar shards, or shards (files or patterns).
+        split: Which split.
+        count: How many images; 1,000 scenes or all stored images by default. Never more than there are.
+        size: Side in pixels.
+        batch_size: Images in a batch.
+
+    Raises:
+        ValueError: If there are no such images, or a number is below 1.
+    """
+    from layton.data.folder import ImageFolderSource
+    from layton.data.shards import ShardSource
+    from layton.data.sources import ScenesSource
+    from layton.data.transforms import Fit
+
+    if (count is not None and count < 1) or batch_size < 1:
+        raise ValueError(f"count and batch_size must be >= 1, got {count} and {batch_size}")
+    source: ImageSource
+    name = " ".join(Path(item).name for item in data)
+    folder = Path(data[0]) if len(data) == 1 and Path(data[0]).is_dir() else None
+    if list(data) == [SCENES]:
+        source, name = ScenesSource(split=split, length=count or _NUM_SCENES, size=size), SCENES
+    elif folder is not None and not any(folder.glob("*.tar")):
+        source = ImageFolderSource(str(folder), split=split, transform=Fit(size), max_bad=0)
+    else:
+        shards = [str(folder / "*.tar")] if folder is not None else list(data)
+        source = ShardSource(shards, split=split, transform=Fit(size), captions="optional", max_bad=0)
+    total = len(source)
+    return EvaluationImages(source, name, split, min(count or total, total), size, batch_size)
+
+
+def _load(source: ImageSource, index: int) -> Tensor:
+    return source.sample(index, seed=0)["image"]

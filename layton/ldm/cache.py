@@ -1,0 +1,126 @@
+"""Latents (and codes) of images computed once: diffusion training then never touches a pixel."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layton.data.cache import CachedTensors
+from layton.data.loader import collate
+from layton.data.randomness import mix
+from layton.data.sources import ImageSource, SampleSource
+from layton.ldm.autoencoder import Autoencoder
+
+
+class CachedLatents(SampleSource):
+    """A source of latents, made from an image source when first asked for and then read from disk.
+
+    A sample holds ``latent`` (C, h, w) float16, ``caption`` and ``key``, and with a tokenizer ``codes`` (N,) int16.
+
+    Args:
+        source: Images of equal size.
+        autoencoder: Folder of the AutoencoderKL.
+        folder: Where the cache lies.
+        tokenizer: Folder with ``encoder/`` and ``quantizer/`` (an export of stage 0); None caches no codes.
+        num_samples: How many; more than the source has means that its augmentation is drawn anew each time round.
+        batch_size: Images encoded at once.
+
+    Raises:
+        ValueError: If the folder holds a cache made by something else.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        *,
+        autoencoder: str,
+        folder: str,
+        tokenizer: str | None = None,
+        num_samples: int | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        count = len(source) if num_samples is None else num_samples
+        fingerprint: dict[str, str | int | float | bool] = {
+            "autoencoder": digest(Path(autoencoder)),
+            "tokenizer": "" if tokenizer is None else digest(Path(tokenizer)),
+            "source": type(source).__name__,
+            "num_samples": count,
+            "first_key": source.sample(0, seed=0)["key"],
+        }
+        self._cache = CachedTensors.open_or_build(
+            lambda: _batches(source, count, batch_size),
+            _Encode(autoencoder, tokenizer),
+            folder,
+            fingerprint=fingerprint,
+        )
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self._cache)
+
+    def sample(self, index: int, *, seed: int) -> dict[str, Any]:
+        """One cached sample; the seed has no influence."""
+        return self._cache.sample(index, seed=seed)
+
+
+class _Encode:
+    """Batch of images to latents and codes; loads its networks only when a cache must be built."""
+
+    def __init__(self, autoencoder: str, tokenizer: str | None) -> None:
+        self.folders = (autoencoder, tokenizer)
+        self.parts: tuple[Autoencoder, Any] | None = None
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        if self.parts is None:
+            autoencoder = Autoencoder.from_pretrained(self.folders[0]).eval()
+            self.parts = (autoencoder, None if self.folders[1] is None else load_code_parts(self.folders[1]))
+        autoencoder, codes_of = self.parts
+        images = batch["image"]
+        tensors = {"latent": autoencoder.encode(images).half()}
+        if codes_of is not None:
+            encoder, quantizer = codes_of
+            tensors["codes"] = quantizer.encode(encoder(images).float()).to(torch.int16)
+        return tensors
+
+
+def load_code_parts(folder: str | Path) -> tuple[Any, Any]:
+    """Encoder and quantizer of an export of stage 0 or of a tokenizer folder, in eval mode.
+
+    Raises:
+        ValueError: If a part is missing or names a class that is not allowed.
+    """
+    from layton.encoder import ImageEncoder
+    from layton.folder import read_class
+    from layton.quantizer import Quantizer
+    from layton.tokenizer import resolve_class
+
+    root = Path(folder)
+    encoder = resolve_class(read_class(root / "encoder"), ImageEncoder).from_pretrained(root / "encoder")
+    quantizer = resolve_class(read_class(root / "quantizer"), Quantizer).from_pretrained(root / "quantizer")
+    return encoder.eval(), quantizer.freeze().eval()
+
+
+def _batches(source: ImageSource, count: int, batch_size: int) -> Iterator[dict[str, Any]]:
+    for start in range(0, count, batch_size):
+        indices = range(start, min(start + batch_size, count))
+        yield dict(collate([source.sample(i % len(source), seed=mix(i)) for i in indices]))
+
+
+def digest(folder: Path) -> str:
+    """16 hex digits over the weights in a folder and below.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    files = sorted(folder.rglob("*.safetensors"))
+    if not files:
+        raise ValueError(f"no safetensors weights in {folder}")
+    total = hashlib.sha256()
+    for file in files:
+        total.update(file.read_bytes())
+    return total.hexdigest()[:16]

@@ -1,0 +1,128 @@
+"""Stage 1: trains the latent diffusion decoder (LADD) with the diffusion loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill.denoiser import Condition
+from layton.control import SMALL_CHANNELS, encode_null_caption
+from layton.decoders import DiffusionDecoder
+from layton.ladd import LADD
+from layton.ldm.autoencoder import Autoencoder
+from layton.ldm.cache import load_code_parts
+from layton.ldm.unet import use_fast_attention
+from layton.losses.reconstruction import psnr
+from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
+from layton.tasks.text_to_image import draw
+
+
+class DecoderTask(LaytonTask):
+    """``||LADD(z_t, C, t) - target||^2`` with the LDM's own target (Layton, arXiv 2503.08377, section 3, stage 1).
+
+    With ``train_tokenizer`` false, batches hold ``latent`` (B, C, h, w) and ``codes`` (B, N) from a cache; otherwise
+    ``image`` (B, 3, H, W), and the encoder learns through the straight-through codes while the codebook goes on
+    following its features.
+
+    Args:
+        ldm: Diffusers pipeline folder.
+        tokenizer: Folder with ``encoder/`` and ``quantizer/`` from stage 0.
+        optimizer: Makes the optimizer.
+        lr_scheduler: Makes the learning-rate schedule.
+        train_tokenizer: Train encoder and codebook jointly.
+        embedding_channels: Widths of the code embedding.
+        conditioning_scale: Factor on the control branch's residuals.
+        preview_steps: Sampling steps of the pictures made while training.
+    """
+
+    def __init__(
+        self,
+        ldm: str,
+        tokenizer: str,
+        *,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        train_tokenizer: bool = False,
+        embedding_channels: tuple[int, ...] = SMALL_CHANNELS,
+        conditioning_scale: float = 1.0,
+        preview_steps: int = 25,
+    ) -> None:
+        super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
+        self.encoder, self.quantizer = load_code_parts(tokenizer)
+        self.train_tokenizer = train_tokenizer
+        if train_tokenizer:
+            self.encoder.requires_grad_(True)
+            self.quantizer.requires_grad_(True)
+        else:
+            self.encoder.requires_grad_(False)
+        self.ladd = LADD.from_pipeline(
+            ldm,
+            code_dim=self.quantizer.code_dim,
+            embedding_channels=embedding_channels,
+            conditioning_scale=conditioning_scale,
+            null_embeds=encode_null_caption(ldm) if (Path(ldm) / "text_encoder").is_dir() else None,
+        )
+        self._autoencoder = [Autoencoder.from_pretrained(Path(ldm) / "vae").requires_grad_(False).eval()]
+        self.preview_steps = preview_steps
+
+    def setup(self, stage: str) -> None:
+        """Pick the attention that is quick on this device."""
+        use_fast_attention(self.ladd.unet, self.device)
+        use_fast_attention(self.ladd.controlnet, self.device)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Loss of one batch, ()."""
+        x_0, embeddings, codebook_loss = self._inputs(batch)
+        terms = {"diffusion": self._diffusion(x_0, embeddings, self.step_generator("diffusion", device="cpu"))}
+        if self.train_tokenizer:
+            terms["codebook"] = codebook_loss
+        return self.log_losses(terms, batch_size=len(x_0))
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Loss at times and noises that depend on the batch's position only, ()."""
+        x_0, embeddings, _ = self._inputs(batch)
+        loss = self._diffusion(x_0, embeddings, torch.Generator().manual_seed(batch_idx))
+        return self.log_losses({"diffusion": loss}, batch_size=len(x_0))
+
+    def _diffusion(self, x_0: Tensor, embeddings: Tensor, generator: torch.Generator) -> Tensor:
+        t, eps = draw(x_0, generator)
+        prediction = self.ladd(self.ladd.schedule.add_noise(x_0, eps, t), t, Condition(spatial=embeddings))
+        return F.mse_loss(prediction.float(), self.ladd.target(x_0, eps, t).float())
+
+    def _inputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents (B, C, h, w), code embeddings (B, d, h', w'), codebook loss ()."""
+        if self.train_tokenizer:
+            images = batch["image"]
+            with torch.no_grad():
+                x_0 = self._autoencoder[0].to(self.device).encode(images).float()
+            output = self.quantizer(self.encoder(images).float())
+            return x_0, output.embeddings, output.loss
+        x_0 = batch["latent"].float()
+        codes = batch["codes"].long()
+        side = int(codes.shape[1] ** 0.5)
+        return x_0, self.quantizer.codes_to_embeddings(codes, (side, side)), x_0.new_zeros(())
+
+    def picture_grid(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """What the autoencoder keeps, over what the codes keep."""
+        x_0, embeddings, _ = self._inputs(batch)
+        decoder = DiffusionDecoder(self.ladd, self._autoencoder[0].to(self.device))
+        image = self._autoencoder[0].decode(x_0).float().clamp(-1, 1)
+        decoded = decoder.decode(embeddings, num_steps=self.preview_steps)
+        self.log_preview(psnr(decoded, image).mean())
+        return {"image": image, "decoded": decoded}
+
+    def log_preview(self, value: Tensor) -> None:
+        """Give the loggers the PSNR of the preview against the autoencoder's own pictures, dB."""
+        for logger in self.trainer.loggers:
+            logger.log_metrics({"preview/psnr": float(value)}, step=self.global_step)
+
+    def export(self, folder: Path) -> None:
+        """Write ``decoder/``, and ``encoder/`` and ``quantizer/`` if they were trained."""
+        self.ladd.save_pretrained(folder / "decoder")
+        if self.train_tokenizer:
+            self.encoder.save_pretrained(folder / "encoder")
+            self.quantizer.save_pretrained(folder / "quantizer")

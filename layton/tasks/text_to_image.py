@@ -1,0 +1,139 @@
+"""Trains the text-conditional UNet of the small latent diffusion model, with its text encoder, on cached latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill.denoiser import Condition, GuidedDenoiser
+from distill.models import UNetDenoiser
+from distill.noise import gaussian_like
+from distill.parameterization import prediction_type_from_config
+from distill.samplers import sample
+from distill.schedules import schedule_from_config
+from distill.timesteps import timesteps
+from layton.ldm.autoencoder import Autoencoder
+from layton.ldm.pipeline import build_scheduler, save_pipeline
+from layton.ldm.text import TextConditioner
+from layton.ldm.unet import build_unet, use_fast_attention
+from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
+
+
+class TextToImageTask(LaytonTask):
+    """Latent diffusion with caption dropout (arXiv 2112.10752, eq. 3; arXiv 2207.12598 for the dropout).
+
+    Batches hold ``latent`` (B, C, h, w), scaled, and ``caption`` (`layton.ldm.cache.CachedLatents`).
+
+    Args:
+        autoencoder: Folder of the AutoencoderKL that made the latents; it goes into the exported pipeline.
+        block_out_channels: Widths of the UNet's levels.
+        num_heads: Its attention heads.
+        text_width: D of the text encoder.
+        text_depth: Its layers.
+        caption_dropout: Share of captions replaced by the empty one.
+        optimizer: Makes the optimizer.
+        lr_scheduler: Makes the learning-rate schedule.
+        preview_steps: Sampling steps of the pictures made while training.
+        preview_guidance: Their guidance scale.
+    """
+
+    def __init__(
+        self,
+        autoencoder: str,
+        *,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        block_out_channels: tuple[int, ...] = (96, 128),
+        num_heads: int = 2,
+        text_width: int = 192,
+        text_depth: int = 3,
+        caption_dropout: float = 0.1,
+        preview_steps: int = 20,
+        preview_guidance: float = 3.0,
+    ) -> None:
+        super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
+        from layton.ldm.text import build_text_encoder, build_tokenizer
+
+        if not 0 <= caption_dropout < 1:
+            raise ValueError(f"caption_dropout must be in [0, 1), got {caption_dropout}")
+        self._autoencoder = [Autoencoder.from_pretrained(autoencoder).eval()]  # in a list: no part of this model
+        tokenizer = build_tokenizer()
+        text_encoder = build_text_encoder(tokenizer, width=text_width, depth=text_depth)
+        self.text = TextConditioner(tokenizer, text_encoder)
+        unet = build_unet(
+            latent_channels=self._autoencoder[0].latent_channels,
+            block_out_channels=block_out_channels,
+            num_heads=num_heads,
+            text_width=text_width,
+        )
+        config = dict(build_scheduler().config)
+        self.denoiser = UNetDenoiser(unet, schedule_from_config(config), prediction_type_from_config(config))
+        self.caption_dropout = caption_dropout
+        self.preview_steps, self.preview_guidance = preview_steps, preview_guidance
+
+    def setup(self, stage: str) -> None:
+        """Pick the attention that is quick on this device."""
+        use_fast_attention(self.denoiser.unet, self.device)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Loss of one batch, ()."""
+        generator = self.step_generator("diffusion", device="cpu")
+        dropped = torch.rand(len(batch["caption"]), generator=generator) < self.caption_dropout
+        captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), batch["caption"], strict=True)]
+        return self._loss(batch["latent"].float(), captions, generator)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Loss at times and noises that depend on the batch's position only, ()."""
+        return self._loss(batch["latent"].float(), batch["caption"], torch.Generator().manual_seed(batch_idx))
+
+    def _loss(self, x_0: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
+        t, eps = draw(x_0, generator)
+        condition = Condition(embeds=self.text(captions))
+        prediction = self.denoiser(self.denoiser.schedule.add_noise(x_0, eps, t), t, condition)
+        loss = F.mse_loss(prediction.float(), self.denoiser.target(x_0, eps, t).float())
+        return self.log_losses({"diffusion": loss}, batch_size=len(x_0))
+
+    @torch.no_grad()
+    def generate(self, captions: list[str], seeds: list[int]) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] for captions, each from its own seed."""
+        autoencoder = self._autoencoder[0].to(self.device)
+        size = int(self.denoiser.unet.config.sample_size)
+        x_T = torch.empty(len(captions), autoencoder.latent_channels, size, size, device=self.device)
+        x_T = gaussian_like(x_T, [torch.Generator().manual_seed(seed) for seed in seeds])
+        null = Condition(embeds=self.text([""] * len(captions)))
+        guided = GuidedDenoiser(self.denoiser, self.preview_guidance, null)
+        times = timesteps(self.denoiser.schedule, self.preview_steps, "trailing").to(self.device)
+        latents = sample(guided, x_T, times, Condition(embeds=self.text(captions)))
+        return autoencoder.decode(latents).float().clamp(-1, 1)
+
+    def picture_grid(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Validation images over pictures generated from their captions."""
+        autoencoder = self._autoencoder[0].to(self.device)
+        captions = batch["caption"][:8]
+        return {
+            "image": autoencoder.decode(batch["latent"][:8].float()).float().clamp(-1, 1),
+            "generated": self.generate(captions, list(range(len(captions)))),
+        }
+
+    def export(self, folder: Path) -> None:
+        """Write the whole ``StableDiffusionPipeline`` folder."""
+        save_pipeline(
+            folder,
+            vae=self._autoencoder[0].model,
+            text_encoder=self.text.text_encoder,
+            tokenizer=self.text.tokenizer,
+            unet=self.denoiser.unet,
+        )
+
+
+def draw(x_0: Tensor, generator: torch.Generator, *, num_train_timesteps: int = 1000) -> tuple[Tensor, Tensor]:
+    """Times (B,), spread evenly over the schedule by stratification, and noise like ``x_0`` (B, C, h, w)."""
+    batch = len(x_0)
+    strata = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
+    t = (strata * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
+    eps = torch.randn(x_0.shape, generator=generator)
+    return t.to(x_0.device), eps.to(x_0)

@@ -1,0 +1,107 @@
+"""`layton evaluate reconstruction` and `layton evaluate sceneval`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command_tools import Run, tree
+
+from layton.commands.objects import compare, objects_kept
+from layton.data.sources import ScenesSource
+from layton.metrics.image import psnr, round_to_uint8
+from layton.scenes import render, sample_scene, split_seeds
+from layton.sceneval import make_prompts, write_prompts
+from layton.tokenizer import LaytonTokenizer
+
+
+@pytest.fixture(autouse=True)
+def without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """EPD has its own tests; without it these are quick."""
+    monkeypatch.setitem(sys.modules, "timm", None)
+
+
+def test_tokenizer_on_scenes(run: Run, tokenizer: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    options = ["--data", "scenes", "--count", 5, "--size", 32, "--batch-size", 2, "--objects", 2]
+    written = run("evaluate", "reconstruction", *options, "--tokenizer", tokenizer, "--json", report)
+    figures = json.loads(report.read_text())
+    source = ScenesSource(split="test", length=5, size=32)
+    images = torch.stack([source.sample(index, seed=0)["image"] for index in range(5)])
+    results = round_to_uint8(LaytonTokenizer.from_pretrained(tokenizer).reconstruct(images))
+    assert figures["model"]["psnr"]["mean"] == pytest.approx(psnr(results, images).mean().item(), abs=1e-3)
+    assert set(figures["references"]) == {"palette", "pca"}
+    assert figures["codebook"]["vocab_size"] == 64
+    assert figures["protocol"]["num_images"] == 5
+    assert (figures["protocol"]["dataset"], figures["protocol"]["decoder"]) == ("scenes", "light")
+    assert figures["objects"]["scenes"] == 2
+    for word in ("palette", "pca", "model against palette", "objects:", "no epd"):
+        assert word in written
+
+
+def test_autoencoder_alone_on_a_folder(run: Run, fails: Run, pipeline: Path, photos: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    options = ["--data", photos, "--split", "train", "--size", 32]
+    run("evaluate", "reconstruction", *options, "--autoencoder", pipeline, "--json", report)
+    figures = json.loads(report.read_text())
+    assert figures["codebook"] is None
+    assert 1 <= figures["protocol"]["num_images"] < 5
+    assert "16 unquantised numbers" in figures["protocol"]["references"]["pca"]  # 4 channels at f8
+    assert "no AutoencoderKL" in fails("evaluate", "reconstruction", *options, "--autoencoder", photos)
+    assert "no shard matches" in fails("evaluate", "reconstruction", "--data", "nothing", "--autoencoder", pipeline)
+
+
+def test_the_evaluation_stops_at_a_broken_image(fails: Run, tokenizer: Path, photos: Path, tmp_path: Path) -> None:
+    (photos / "2.jpg").write_bytes(b"")
+    options = ["--data", photos, "--split", "train", "--size", 32, "--tokenizer", tokenizer]
+    report = tmp_path / "report.json"
+    assert "the file is empty" in fails("evaluate", "reconstruction", *options, "--json", report)
+    assert not report.exists()
+
+
+def test_objects_are_kept_by_a_perfect_and_lost_by_an_empty_reconstruction() -> None:
+    perfect = objects_kept(lambda images: images, 6, split="test", size=128, batch_size=4)
+    assert (perfect.kept, perfect.kept_alone, perfect.originals) == (1.0, 1.0, 1.0)
+    empty = objects_kept(torch.zeros_like, 6, split="test", size=128, batch_size=4)
+    assert (empty.kept, empty.originals) == (0.0, 1.0)
+
+
+def test_every_object_counts() -> None:
+    seed = next(seed for seed in split_seeds("test", 100) if len(sample_scene(seed).objects) == 4)
+    scene = sample_scene(seed)
+    assert compare(scene, render(scene, 128)) == (0, 0)
+    fewer = type(scene)(scene.task, scene.objects[:-1], scene.background, scene.seed)
+    assert compare(scene, render(fewer, 128)) == (1, 0)
+    assert compare(fewer, render(scene, 128)) == (0, 1)
+
+
+def test_sceneval_of_a_pipeline(run: Run, pipeline: Path, tmp_path: Path) -> None:
+    reports = []
+    for batch_size in (5, 2):
+        out, report = tmp_path / f"out{batch_size}", tmp_path / f"{batch_size}.json"
+        options = ["--per-task", 1, "--images-per-prompt", 2, "--steps", 2, "--guidance-scale", 2.0]
+        options += ["--batch-size", batch_size, "--out", out, "--json", report, "--seed", 3]
+        assert "overall" in run("evaluate", "sceneval", "--pipeline", pipeline, *options)
+        reports.append(json.loads(report.read_text()))
+    assert reports[0] == reports[1]
+    assert (reports[0]["prompts"], reports[0]["images"]) == (6, 12)
+    assert reports[0]["run"]["num_inference_steps"] == 2
+    assert len(reports[0]["run"]["prompts_sha256"]) == 64
+    files = tree(tmp_path / "out5")
+    assert "00005/samples/0001.png" in files
+    assert files["00000/samples/0000.png"] != files["00000/samples/0001.png"]
+
+
+def test_sceneval_with_a_prompts_file_and_refusals(run: Run, fails: Run, both: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    write_prompts(prompts, make_prompts(1)[:1])
+    options = ["--pipeline", both, "--prompts", prompts, "--images-per-prompt", 1, "--steps", 1]
+    assert "single_object" in run("evaluate", "sceneval", *options)
+    fails("evaluate", "sceneval", *options, "--out", prompts.parent, status=2)
+    assert "guidance" in fails("evaluate", "sceneval", *options, "--guidance-scale", -1)
+    prompts.write_text("{}\n")
+    assert "line 1" in fails("evaluate", "sceneval", *options)
+    assert "model_index.json" in fails("evaluate", "sceneval", "--pipeline", tmp_path)
