@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
+INDEX_FILES = ("config.json", "model_index.json")  # of a part or a tokenizer; of a diffusers pipeline
 
 
 def resolve(name: Path | str, *, part: str = "") -> Path:
@@ -25,7 +26,7 @@ def resolve(name: Path | str, *, part: str = "") -> Path:
         return folder
     for root in (ASSETS, ASSETS / "interim"):
         embedded = root / str(name) / part
-        if Path(name).name == str(name) and embedded.is_dir():
+        if Path(name).name == str(name) and any((embedded / index).is_file() for index in INDEX_FILES):
             return embedded
     known = sorted(path.name for path in ASSETS.glob("*") if path.is_dir() and path.name != "interim")
     raise ValueError(f"{name!s} is neither a folder nor an embedded model with {part or 'weights'} (known: {known})")

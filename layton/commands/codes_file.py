@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self, cast
+from typing import IO, Any, Self
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ class CodesHeader:
             raise ValueError(f"{source}: damaged metadata ({error})") from error
         if policy not in FIT_POLICIES or min(vocab_size, num_tokens, image_size) < 1:
             raise ValueError(f"{source}: damaged metadata ({dict(values)})")
-        return cls(fingerprint, vocab_size, num_tokens, image_size, cast(FitPolicy, policy))
+        return cls(fingerprint, vocab_size, num_tokens, image_size, policy)
 
 
 class CodesWriter:

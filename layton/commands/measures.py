@@ -65,4 +65,6 @@ def mean_figures(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 def in_words(figures: dict[str, float]) -> str:
     """Figures for people: 24.31 dB, SSIM 0.812, EPD 0.153."""
     words = [f"{figures['psnr']:.2f} dB", f"SSIM {figures['ssim']:.3f}"]
-    return ", ".join(words + [f"EPD {figures['epd']:.3f}"] * ("epd" in figures))
+    if "epd" in figures:
+        words.append(f"EPD {figures['epd']:.3f}")
+    return ", ".join(words)

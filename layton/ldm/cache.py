@@ -101,7 +101,7 @@ def load_code_parts(folder: str | Path) -> tuple[Any, Any]:
 
     root = Path(folder)
     encoder = resolve_class(read_class(root / "encoder"), ImageEncoder).from_pretrained(root / "encoder")
-    quantizer = resolve_class(read_class(root / "quantizer"), Quantizer).from_pretrained(root / "quantizer")
+    quantizer = Quantizer.from_pretrained(root / "quantizer")
     return encoder.eval(), quantizer.freeze().eval()
 
 

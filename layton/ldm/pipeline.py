@@ -20,6 +20,7 @@ def build_scheduler() -> DDIMScheduler:
         num_train_timesteps=1000,
         clip_sample=False,
         set_alpha_to_one=True,
+        steps_offset=1,  # as in Stable Diffusion's files; without effect on trailing steps
         prediction_type="v_prediction",
         timestep_spacing="trailing",
     )

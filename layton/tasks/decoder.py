@@ -109,7 +109,11 @@ class DecoderTask(LaytonTask):
     def picture_grid(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """What the autoencoder keeps, over what the codes keep."""
         x_0, embeddings, _ = self._inputs(batch)
-        decoder = DiffusionDecoder(self.ladd, self._autoencoder[0].to(self.device))
+        decoder = DiffusionDecoder(
+            self.ladd,
+            self._autoencoder[0].to(self.device),
+            latents_per_token=x_0.shape[-1] // embeddings.shape[-1],
+        )
         image = self._autoencoder[0].decode(x_0).float().clamp(-1, 1)
         decoded = decoder.decode(embeddings, num_steps=self.preview_steps)
         self.log_preview(psnr(decoded, image).mean())

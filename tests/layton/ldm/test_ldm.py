@@ -1,0 +1,135 @@
+"""The latent diffusion model's parts: latents, vocabulary, and the folder that plain diffusers loads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from layton.data.sources import ScenesSource
+from layton.ldm.autoencoder import Autoencoder, build_autoencoder, standardise_latents
+from layton.ldm.cache import CachedLatents
+from layton.ldm.pipeline import save_pipeline
+from layton.ldm.text import TextConditioner, build_text_encoder, build_tokenizer
+from layton.ldm.unet import build_unet, use_fast_attention
+from layton.scenes import caption, sample_scene
+
+
+def tiny_autoencoder() -> Autoencoder:
+    torch.manual_seed(0)
+    return Autoencoder(build_autoencoder(latent_channels=4, block_out_channels=(8, 8, 8), norm_num_groups=4)).eval()
+
+
+def tiny_unet(text_width: int = 16) -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return build_unet(
+        latent_channels=4, latent_size=8, block_out_channels=(16, 16), text_width=text_width, norm_num_groups=8
+    ).eval()
+
+
+def test_autoencoder_starts_by_passing_colour_through() -> None:
+    torch.manual_seed(1)
+    images = torch.rand(4, 3, 1, 1).mul(2).sub(1).expand(4, 3, 64, 64)  # flat colours
+    latents = tiny_autoencoder().encode(images)
+    distances = torch.cdist(latents.flatten(1), latents.flatten(1))
+    assert distances[~torch.eye(4, dtype=torch.bool)].min() > 0.05 * latents.flatten(1).norm(dim=1).mean()
+
+
+def test_standardised_latents_have_unit_variance_and_decode_to_the_same_images() -> None:
+    autoencoder = tiny_autoencoder()
+    images = torch.rand(6, 3, 32, 32) * 2 - 1
+    latents = autoencoder.encode(images)
+    standard = Autoencoder(standardise_latents(autoencoder.model, latents))
+    assert torch.allclose(standard.encode(images).mean((0, 2, 3)), torch.zeros(4), atol=1e-4)
+    assert torch.allclose(standard.encode(images).std((0, 2, 3)), torch.ones(4), atol=1e-3)
+    inner = lambda x: x[..., 8:-8, 8:-8]  # noqa: E731 (zero padding before the 1x1 convolutions' neighbours differs)
+    torch.testing.assert_close(
+        inner(standard.decode(standard.encode(images))), inner(autoencoder.decode(latents)), atol=1e-3, rtol=1e-3
+    )
+    moved = standard.model.encode(images).latent_dist
+    torch.testing.assert_close(
+        moved.std / autoencoder.model.encode(images).latent_dist.std,
+        torch.ones(6, 4, 8, 8) / (latents.std((0, 2, 3))[None, :, None, None]),
+        rtol=1e-3,
+        atol=1e-3,
+    )
+
+
+def test_vocabulary_knows_every_text_and_splits_chinese_into_characters() -> None:
+    tokenizer = build_tokenizer()
+    for text in ("a red star left of a blue circle", "\U0001f642 naïve 漢字 \x00 z", ""):
+        ids = tokenizer(text).input_ids
+        assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.eos_token_id not in ids[1:-1]  # the unknown token is the end token: it must not occur
+    chinese = caption(sample_scene(0), language="zh")
+    assert len(tokenizer(chinese).input_ids) - 2 == len(chinese)
+    words = "a pink circle and a black star"
+    assert len(tokenizer(words).input_ids) - 2 == len(words.split())
+
+
+def test_captions_fit_into_the_prompt() -> None:
+    tokenizer = build_tokenizer()
+    for seed in range(200):
+        for language in ("en", "zh"):
+            assert len(tokenizer(caption(sample_scene(seed), language=language)).input_ids) <= 32
+
+
+def test_plain_attention_equals_the_fused_one() -> None:
+    unet = tiny_unet()
+    inputs = (torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.randn(2, 5, 16))
+    with torch.no_grad():
+        fused = unet(*inputs).sample
+        use_fast_attention(unet, "cpu")
+        torch.testing.assert_close(unet(*inputs).sample, fused, atol=1e-5, rtol=1e-4)
+
+
+def test_saved_pipeline_is_loaded_and_sampled_by_diffusers_alone(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    text_encoder = build_text_encoder(tokenizer, width=16, depth=1, num_heads=2)
+    save_pipeline(
+        tmp_path / "ldm",
+        vae=tiny_autoencoder().model,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=tiny_unet(),
+    )
+    program = (
+        "import sys, torch\n"
+        "from diffusers import StableDiffusionPipeline\n"
+        "pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1], local_files_only=True)\n"
+        "pipe.set_progress_bar_config(disable=True)\n"
+        "images = pipe('a red star', num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images\n"
+        "assert images[0].size == (32, 32), images[0].size\n"
+        "assert not any(name.split('.')[0] in ('layton', 'distill', 'generation') for name in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "ldm")], check=True, cwd=tmp_path)  # noqa: S603
+
+
+def test_text_conditioner_equals_the_pipeline_encoding() -> None:
+    tokenizer = build_tokenizer()
+    conditioner = TextConditioner(tokenizer, build_text_encoder(tokenizer, width=16, depth=1, num_heads=2)).eval()
+    both = conditioner(["a red star", ""])
+    assert both.shape == (2, 32, 16)
+    torch.testing.assert_close(both[1], conditioner.null(), atol=1e-6, rtol=1e-5)
+
+
+def test_cached_latents_equal_those_made_directly_and_refuse_another_autoencoder(tmp_path: Path) -> None:
+    autoencoder = tiny_autoencoder()
+    autoencoder.model.save_pretrained(tmp_path / "vae")
+    source = ScenesSource(split="train", length=3, size=64)
+    cached = CachedLatents(source, autoencoder=str(tmp_path / "vae"), folder=str(tmp_path / "cache"), batch_size=2)
+    sample = cached.sample(2, seed=0)
+    image = source.sample(2, seed=0)["image"]
+    with torch.no_grad():
+        direct = autoencoder.encode(image[None])[0]
+    torch.testing.assert_close(sample["latent"].float(), direct, atol=2e-3, rtol=2e-3)
+    assert sample["caption"] == caption(sample_scene(2)) or sample["key"].startswith("scenes/")
+    build_autoencoder(latent_channels=4, block_out_channels=(8, 8, 16), norm_num_groups=4).save_pretrained(
+        tmp_path / "other"
+    )
+    with pytest.raises(ValueError, match="autoencoder"):
+        CachedLatents(source, autoencoder=str(tmp_path / "other"), folder=str(tmp_path / "cache"))

@@ -1,0 +1,218 @@
+"""Every stage of the embedded world through the real command, tiny: each run's export feeds the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from layton.cli import main
+from layton.encoder import ViTEncoder
+from layton.ldm.autoencoder import Autoencoder, build_autoencoder
+from layton.ldm.cache import load_code_parts
+from layton.pixel_decoder import PixelDecoder
+from layton.quantizer import CosineVQ
+from layton.tasks.tokenizer import TokenizerTask
+
+STEPS = 2
+SIZE = 64
+
+
+def source(split: str, length: int) -> dict[str, Any]:
+    return {
+        "class_path": "layton.data.sources.ScenesSource",
+        "init_args": {"split": split, "length": length, "size": SIZE},
+    }
+
+
+def cached(split: str, length: int, name: str, *, codes: bool) -> dict[str, Any]:
+    arguments = {"source": source(split, length), "autoencoder": "ae/export", "folder": f"cache/{name}"}
+    if codes:
+        arguments["tokenizer"] = "tok/export"
+    return {"class_path": "layton.ldm.cache.CachedLatents", "init_args": arguments}
+
+
+def run_file(model: dict[str, Any], train: dict[str, Any], validation: dict[str, Any]) -> dict[str, Any]:
+    model["init_args"]["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}
+    return {
+        "seed_everything": 0,
+        "trainer": {
+            "max_steps": STEPS,
+            "accelerator": "cpu",
+            "val_check_interval": STEPS,
+            "check_val_every_n_epoch": None,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [
+                {"class_path": "layton.callbacks.EMA", "init_args": {"decay": 0.9}},
+                {"class_path": "layton.callbacks.PictureGrid", "init_args": {"every_n_steps": STEPS}},
+            ],
+        },
+        "model": model,
+        "data": {
+            "class_path": "layton.data.module.ImageDataModule",
+            "init_args": {"batch_size": 2, "train": [train], "validation": [validation]},
+        },
+    }
+
+
+def fit(folder: Path, name: str, run: dict[str, Any]) -> Path:
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(run))
+    assert main(["--debug", "fit", "--config", str(folder / f"{name}.yaml"), "--run_dir", str(folder / name)]) == 0
+    assert list((folder / name / "grids").glob("*.png"))
+    return folder / name / "export"
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    yield
+
+
+def save_tiny_autoencoder(folder: Path) -> None:
+    torch.manual_seed(0)
+    model = build_autoencoder(latent_channels=4, block_out_channels=(8, 8, 8), norm_num_groups=4)
+    model.save_pretrained(folder / "ae" / "export")
+
+
+def save_tiny_tokenizer(folder: Path) -> None:
+    torch.manual_seed(0)
+    ViTEncoder(code_dim=4, width=16, depth=1, num_heads=2, stem_width=8).save_pretrained(folder / "tok/export/encoder")
+    CosineVQ(vocab_size=32, code_dim=4, start_points=0).save_pretrained(folder / "tok/export/quantizer")
+
+
+def test_autoencoder_run_exports_a_diffusers_autoencoder(tmp_path: Path) -> None:
+    save_tiny_autoencoder(tmp_path)
+    model = {
+        "class_path": "layton.tasks.autoencoder.AutoencoderTask",
+        "init_args": {
+            "autoencoder": {
+                "class_path": "layton.ldm.autoencoder.Autoencoder",
+                "init_args": {"pretrained": "ae/export"},
+            }
+        },
+    }
+    export = fit(tmp_path, "autoencoder", run_file(model, source("train", 8), source("validation", 4)))
+    latents = Autoencoder.from_pretrained(export).eval().encode(torch.zeros(1, 3, SIZE, SIZE))
+    assert latents.shape == (1, 4, SIZE // 4, SIZE // 4)
+
+
+def test_tokenizer_run_exports_parts_that_encode(tmp_path: Path) -> None:
+    model = {
+        "class_path": "layton.tasks.tokenizer.TokenizerTask",
+        "init_args": {
+            "encoder": {
+                "class_path": "layton.encoder.ViTEncoder",
+                "init_args": {"code_dim": 4, "width": 16, "depth": 1, "num_heads": 2, "stem_width": 8},
+            },
+            "quantizer": {
+                "class_path": "layton.quantizer.CosineVQ",
+                "init_args": {"vocab_size": 32, "code_dim": 4, "start_points": 0},
+            },
+            "decoder": {
+                "class_path": "layton.pixel_decoder.PixelDecoder",
+                "init_args": {"code_dim": 4, "width": 16, "depth": 1, "num_heads": 2, "fine_width": 8},
+            },
+            "perceptual": {
+                "class_path": "layton.losses.perceptual.PerceptualLoss",
+                "init_args": {"weights": "mini", "crop": 32},
+            },
+        },
+    }
+    export = fit(tmp_path, "tokenizer", run_file(model, source("train", 8), source("validation", 4)))
+    encoder, quantizer = load_code_parts(export)
+    codes = quantizer.encode(encoder(torch.zeros(1, 3, SIZE, SIZE)))
+    assert codes.shape == (1, 16)
+    assert PixelDecoder.from_pretrained(export / "decoder")(quantizer.codes_to_embeddings(codes, (4, 4))).shape == (
+        (1, 3, SIZE, SIZE)
+    )
+
+
+def test_adversarial_stage_0_trains_the_judge_before_it_counts(tmp_path: Path) -> None:
+    tiny = {"code_dim": 4, "width": 16, "depth": 1, "num_heads": 2}
+    model = {
+        "class_path": "layton.tasks.tokenizer.AdversarialTokenizerTask",
+        "init_args": {
+            "encoder": {"class_path": "layton.encoder.ViTEncoder", "init_args": {**tiny, "stem_width": 8}},
+            "quantizer": {
+                "class_path": "layton.quantizer.CosineVQ",
+                "init_args": {"vocab_size": 32, "code_dim": 4, "start_points": 0},
+            },
+            "decoder": {"class_path": "layton.pixel_decoder.PixelDecoder", "init_args": {**tiny, "fine_width": 8}},
+            "discriminator": {
+                "class_path": "layton.losses.adversarial.PatchDiscriminator",
+                "init_args": {"width": 8, "num_layers": 2},
+            },
+            "discriminator_optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
+            "start_step": 1,
+            "lead_steps": 1,
+        },
+    }
+    run = run_file(model, source("train", 8), source("validation", 4))
+    run["trainer"]["max_steps"] = 2 * STEPS  # two optimizers step in each batch
+    fit(tmp_path, "adversarial", run)
+
+
+def test_text_to_image_run_then_stage_1_on_its_export(tmp_path: Path) -> None:
+    save_tiny_autoencoder(tmp_path)
+    save_tiny_tokenizer(tmp_path)
+    text_to_image = {
+        "class_path": "layton.tasks.text_to_image.TextToImageTask",
+        "init_args": {
+            "autoencoder": "ae/export",
+            "block_out_channels": [16, 16],
+            "text_width": 16,
+            "text_depth": 1,
+            "preview_steps": 2,
+        },
+    }
+    run = run_file(
+        text_to_image, cached("train", 8, "train", codes=False), cached("validation", 4, "validation", codes=False)
+    )
+    ldm = fit(tmp_path, "t2i", run)
+    assert {path.name for path in ldm.iterdir()} >= {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+    decoder = {
+        "class_path": "layton.tasks.decoder.DecoderTask",
+        "init_args": {
+            "ldm": str(ldm),
+            "tokenizer": "tok/export",
+            "embedding_channels": [8],
+            "preview_steps": 2,
+        },
+    }
+    run = run_file(
+        decoder, cached("train", 8, "train_codes", codes=True), cached("validation", 4, "val_codes", codes=True)
+    )
+    export = fit(tmp_path, "stage1", run)
+    assert (export / "decoder" / "model.safetensors").is_file()
+    decoder["init_args"]["train_tokenizer"] = True
+    export = fit(tmp_path, "joint", run_file(decoder, source("train", 8), source("validation", 4)))
+    assert (export / "encoder" / "model.safetensors").is_file()
+
+
+def test_tokenizer_overfits_one_batch() -> None:
+    torch.manual_seed(0)
+    task = TokenizerTask(
+        ViTEncoder(code_dim=4, width=32, depth=1, num_heads=2, stem_width=16),
+        CosineVQ(vocab_size=64, code_dim=4, start_points=0, dead_share=0.0),
+        PixelDecoder(code_dim=4, width=32, depth=1, num_heads=2, fine_width=16, num_fine_blocks=1),
+        optimizer=torch.optim.AdamW,
+    )
+    from layton.data.sources import ScenesSource
+
+    scenes = ScenesSource(split="train", length=2, size=SIZE)
+    batch = {"image": torch.stack([scenes[0]["image"], scenes[1]["image"]]), "caption": ["", ""], "key": ["a", "b"]}
+    optimizer = torch.optim.AdamW(task.trainable_parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        output = task.quantizer(task.encoder(batch["image"]))
+        loss = (task.decoder(output.embeddings) - batch["image"]).square().mean() + output.loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.3 * losses[0]

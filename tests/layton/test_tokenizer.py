@@ -1,0 +1,144 @@
+"""`LaytonTokenizer`: borders, sizes, files, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from layton import assets
+from layton.decoders import LightDecoder
+from layton.encoder import ViTEncoder
+from layton.pixel_decoder import PixelDecoder
+from layton.quantizer import CosineVQ
+from layton.tokenizer import EncodedImages, LaytonTokenizer, resolve_class
+
+
+def tiny(code_dim: int = 4, **decoders: LightDecoder) -> LaytonTokenizer:
+    torch.manual_seed(0)
+    encoder = ViTEncoder(code_dim=4, width=32, depth=1, num_heads=2, patch_size=8, stem_width=8)
+    quantizer = CosineVQ(vocab_size=64, code_dim=code_dim, start_points=0)
+    quantizer.set_codebook(F.normalize(torch.randn(64, code_dim), dim=-1))
+    light = LightDecoder(PixelDecoder(4, 32, 1, 2, fine_width=8, num_fine_blocks=1, patch_size=8))
+    return LaytonTokenizer(encoder, quantizer, {"light": light, **decoders}, image_size=32).eval()
+
+
+def picture(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_shapes_ranges_and_types() -> None:
+    model = tiny()
+    codes = model.encode(torch.rand(2, 3, 50, 70) * 2 - 1)
+    assert (codes.shape, codes.dtype) == ((2, 16), torch.int64)
+    assert 0 <= int(codes.min()) <= int(codes.max()) < model.vocab_size
+    assert model.decode(codes).shape == (2, 3, 32, 32)
+    assert model.reconstruct(torch.zeros(1, 3, 100, 100)).shape == (1, 3, 100, 100)
+
+
+@pytest.mark.parametrize("policy", ["crop", "pad", "resize"])
+def test_sizes_come_back(policy: str) -> None:
+    model, images = tiny(), [picture(*size) for size in ((40, 20), (1, 1), (32, 32), (3, 200))]
+    results = model.decode_images(model.encode_images(images, policy=policy))
+    for image, result in zip(images, results, strict=True):
+        side = min(image.size)
+        assert result.size == ((side, side) if policy == "crop" else image.size)
+
+
+def test_images_that_are_none_are_refused() -> None:
+    model = tiny()
+    good = torch.zeros(1, 3, 32, 32)
+    for bad in (good[0], good[:, :1], good + 2, torch.full_like(good, torch.nan), good * torch.inf):
+        with pytest.raises(ValueError, match="images must"):
+            model.encode(bad)
+    with pytest.raises(ValueError, match="no images"):
+        model.encode_images([])
+    with pytest.raises(ValueError, match="square"):
+        model.reconstruct(torch.zeros(1, 3, 32, 40))
+    with pytest.raises(ValueError, match="policy"):
+        model.encode(torch.zeros(1, 3, 32, 40), policy="stretch")
+
+
+def test_codes_that_are_none_are_refused_before_any_network_runs() -> None:
+    model = tiny()
+    model.decoder().network.register_forward_pre_hook(lambda *_: pytest.fail("the network ran"))
+    good = torch.zeros(1, 16, dtype=torch.int64)
+    bad = [good - 1, good + 64, good.float(), good[:, :-1], good[0], good.repeat(1, 2), good + 2**40]
+    for codes in bad:
+        with pytest.raises(ValueError, match="codes"):
+            model.decode(codes)
+    with pytest.raises(ValueError, match="no decoder 'other'; there are light"):
+        model.decode(good, decoder="other")
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    again = LaytonTokenizer.from_pretrained(tmp_path)
+    image = [picture(32, 32)]
+    assert torch.equal(again.encode_images(image).codes, model.encode_images(image).codes)
+    assert again.fingerprint() == model.fingerprint()
+    assert not again.training
+    codes = model.encode_images(image).codes
+    assert torch.equal(again.decode(codes), model.decode(codes))
+    assert isinstance(model.encode_images(image), EncodedImages)
+    half = tmp_path / "half"
+    model.save_pretrained(half, dtype=torch.float16)
+    assert LaytonTokenizer.from_pretrained(half).fingerprint() == model.fingerprint()
+
+
+def test_without_decoders_it_encodes(tmp_path: Path) -> None:
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    bare = LaytonTokenizer.from_pretrained(tmp_path, decoders=[])
+    image = [picture(32, 32)]
+    assert torch.equal(bare.encode_images(image).codes, model.encode_images(image).codes)
+    with pytest.raises(ValueError, match="there are none"):
+        bare.decode(torch.zeros(1, 16, dtype=torch.int64))
+
+
+def test_parts_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="4-d features, quantizer takes 8-d"):
+        tiny(code_dim=8)
+    model = tiny()
+    with pytest.raises(ValueError, match="not a multiple of 8"):
+        LaytonTokenizer(model.encoder, model.quantizer, {}, image_size=30)
+    with pytest.raises(ValueError, match="no decoder 'none'"):
+        LaytonTokenizer(model.encoder, model.quantizer, dict(model.decoders), image_size=32, default_decoder="none")
+
+
+def test_classes_in_files_are_checked_before_anything_is_imported(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("os.system", "antigravity.Fly", "laytonevil.X", "layton.cli.main", "layton.nowhere.X"):
+        path.write_text(json.dumps({**config, "encoder": name}))
+        with pytest.raises(ValueError, match=r"not allowed|no class|is no ImageEncoder"):
+            LaytonTokenizer.from_pretrained(tmp_path)
+    assert "antigravity" not in sys.modules
+    assert resolve_class("torch.nn.modules.linear.Linear", torch.nn.Module, ["torch."]) is torch.nn.Linear
+
+
+def test_missing_folders_and_decoders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="neither a folder nor an embedded model"):
+        LaytonTokenizer.from_pretrained("maxi")
+    with pytest.raises(ValueError, match="neither a folder nor an embedded model"):
+        assets.resolve("../layton")
+    with pytest.raises(ValueError, match="not a saved part"):
+        LaytonTokenizer.from_pretrained(tmp_path)
+    tiny().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no decoder 'other'"):
+        LaytonTokenizer.from_pretrained(tmp_path, decoders=["other"])
+
+
+def test_importing_the_package_and_the_command_line_is_light() -> None:
+    heavy = "{'torch', 'diffusers', 'transformers', 'lightning', 'timm', 'torchmetrics'}"
+    code = f"import sys, layton, layton.cli; found = {heavy} & set(sys.modules); assert not found, found"
+    subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603
