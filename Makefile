@@ -24,7 +24,7 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2  # one thread each: two processes of two threads slow one another down
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo_out

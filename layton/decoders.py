@@ -13,7 +13,6 @@ from distill.noise import gaussian_like
 from distill.samplers import dpmpp_2m, sample
 from distill.timesteps import timesteps
 from layton.folder import JsonValue, class_name, load_config, save_config
-from layton.folder import load_config, save_config
 from layton.interface import CodeDecoder, Generators, default_generators
 from layton.ladd import LADD
 from layton.ldm.autoencoder import Autoencoder

@@ -22,7 +22,10 @@ def find_pipeline(name: str | Path) -> Path:
     Raises:
         ValueError: If there is none.
     """
-    folder = assets.resolve(name)
+    try:
+        folder = assets.resolve(name)
+    except ValueError:
+        folder = assets.resolve(name, part="ldm")  # an embedded model of which only this part is there
     for place in (folder, folder / "ldm"):
         if (place / "model_index.json").is_file():
             return place

@@ -1,0 +1,60 @@
+"""Puts the exports of finished runs together into one tokenizer folder, in fp16: how the embedded ``mini`` was made.
+
+    python tools/assemble.py --tokenizer runs/tokenizer/export --out layton/assets/mini \
+        [--ldm runs/text_to_image/export] [--decoder runs/decoder/export/decoder]
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+
+from layton.decoders import DiffusionDecoder, LightDecoder
+from layton.interface import CodeDecoder
+from layton.ladd import LADD
+from layton.ldm.autoencoder import Autoencoder
+from layton.ldm.cache import load_code_parts
+from layton.pixel_decoder import PixelDecoder
+from layton.tokenizer import LDM_FOLDER, LaytonTokenizer
+
+
+def main() -> None:
+    """Assemble from the command line's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="export of stage 0")
+    parser.add_argument("--out", type=Path, required=True, help="tokenizer folder to write")
+    parser.add_argument("--ldm", type=Path, help="export of the text-to-image run, a diffusers pipeline folder")
+    parser.add_argument("--decoder", type=Path, help="decoder of the stage-1 run; needs --ldm")
+    arguments = parser.parse_args()
+    encoder, quantizer = load_code_parts(arguments.tokenizer)
+    decoders: dict[str, CodeDecoder] = {
+        "light": LightDecoder(PixelDecoder.from_pretrained(arguments.tokenizer / "decoder"))
+    }
+    if arguments.ldm is not None:
+        copy_pipeline(arguments.ldm, arguments.out / LDM_FOLDER)
+    if arguments.decoder is not None:
+        if arguments.ldm is None:
+            parser.error("--decoder needs --ldm")
+        from diffusers import UNet2DConditionModel
+
+        unet = UNet2DConditionModel.from_pretrained(arguments.ldm / "unet")
+        network = LADD.from_pretrained(arguments.decoder, unet=unet)
+        decoders["diffusion"] = DiffusionDecoder(network, Autoencoder.from_pretrained(arguments.ldm / "vae"))
+    tokenizer = LaytonTokenizer(encoder, quantizer, decoders, default_decoder=list(decoders)[-1])
+    tokenizer.save_pretrained(arguments.out, dtype=torch.float16)
+
+
+def copy_pipeline(source: Path, target: Path) -> None:
+    """Copy a StableDiffusionPipeline folder with its weights in fp16."""
+    from diffusers import StableDiffusionPipeline
+
+    shutil.rmtree(target, ignore_errors=True)
+    pipeline = StableDiffusionPipeline.from_pretrained(source, torch_dtype=torch.float16, local_files_only=True)
+    pipeline.save_pretrained(target, safe_serialization=True)
+
+
+if __name__ == "__main__":
+    main()
