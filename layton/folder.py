@@ -24,20 +24,30 @@ M = TypeVar("M", bound=nn.Module)
 JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file in the folder of ``path``, flush it to disk and rename it to ``path``."""
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file in the folder of ``path``, flush it to disk and rename it to ``path``.
+
+    The one way in which this library writes a file. The temporary one lies in the same folder, so that the rename
+    never is a copy; after it the folder is flushed too, so that the name survives a power cut.
+
+    Args:
+        path: Final place; its folder is made.
+        write: Writes a whole file to the path that it is given.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
-        part.touch()
-        mode = part.stat().st_mode  # by the user's umask; safetensors would make the file private
         write(part)
-        part.chmod(mode)
         with part.open("rb") as written:
             os.fsync(written.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def save_config(folder: Path, config: Mapping[str, JsonValue]) -> None:

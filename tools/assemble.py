@@ -1,6 +1,6 @@
 """Puts the exports of finished runs together into one tokenizer folder, in fp16: how the embedded ``mini`` was made.
 
-    python tools/assemble.py --tokenizer runs/tokenizer/export --out layton/assets/mini \
+python tools/assemble.py --tokenizer runs/tokenizer/export --out layton/assets/mini \
         [--ldm runs/text_to_image/export] [--decoder runs/decoder/export/decoder]
 """
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import bisect
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
 from pathlib import Path
@@ -21,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from layton.data.sources import SampleSource
+from layton.folder import write_atomically
 
 Fingerprint = Mapping[str, str | int | float | bool]
 ComputeFn = Callable[[dict[str, Any]], Mapping[str, Tensor]]
@@ -109,7 +108,8 @@ class CachedTensors(SampleSource):
             "tensors": writer.names,
             "parts": writer.parts,
         }
-        _write_atomically(target / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+        text = json.dumps(manifest, indent=1, sort_keys=True)
+        write_atomically(target / _MANIFEST, lambda part: part.write_text(text, encoding="utf-8"))
         return cls(folder, fingerprint=fingerprint, in_memory=in_memory)
 
     @classmethod
@@ -218,12 +218,7 @@ class _PartWriter:
         name = f"part-{len(self.parts):05d}.safetensors"
         tensors = {key: torch.cat(values).contiguous() for key, values in self._tensors.items()}
         metadata = {"texts": json.dumps(self._texts, ensure_ascii=False)}
-        path = self._folder / f".{name}.{os.getpid()}"
-        try:
-            save_file(tensors, path, metadata=metadata)
-            _replace(path, self._folder / name)
-        finally:
-            path.unlink(missing_ok=True)
+        write_atomically(self._folder / name, lambda part: save_file(tensors, part, metadata=metadata))
         self.parts.append({"file": name, "samples": count})
         self._tensors, self._texts = {}, {"key": [], "caption": []}
 
@@ -257,25 +252,3 @@ def _read_texts(path: Path) -> dict[str, list[str]]:
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path}: damaged cache ({error})") from error
     return texts
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        _replace(Path(name), path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _replace(source: Path, target: Path) -> None:
-    """Give a written file its final name, durably: its bytes first, then its name."""
-    with source.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(source, target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from layton.folder import CONFIG_NAME, WEIGHTS_NAME, write_atomically
+
 if TYPE_CHECKING:
     from layton.quantizers.base import Quantizer
-
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
 
 
 def save_quantizer(quantizer: Quantizer, folder: str | os.PathLike[str]) -> None:
@@ -28,9 +26,9 @@ def save_quantizer(quantizer: Quantizer, folder: str | os.PathLike[str]) -> None
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in quantizer._weights().items()}
     config = {"class": type(quantizer).__name__, **quantizer.config(), "fingerprint": quantizer.fingerprint()}
-    _write_atomically(folder / WEIGHTS_NAME, lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    write_atomically(folder / WEIGHTS_NAME, lambda path: save_file(weights, path, metadata={"format": "pt"}))
     text = json.dumps(config, indent=2) + "\n"
-    _write_atomically(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def load_quantizer(folder: str | os.PathLike[str], classes: Mapping[str, type[Quantizer]]) -> Quantizer:
@@ -83,21 +81,6 @@ def _load_weights(quantizer: Quantizer, path: Path) -> None:
     if faults:
         raise ValueError(f"{path} does not fit {type(quantizer).__name__}: {'; '.join(sorted(faults))}")
     quantizer._load_weights({name: tensor.float() for name, tensor in tensors.items()})
-
-
-def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside ``path``, flushes to disk, then renames: readers see the old file or the whole new one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def copy_weights(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:

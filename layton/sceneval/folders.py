@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from layton.sceneval.prompts import write_atomically
+from layton.folder import write_atomically
 from layton.sceneval.spec import PromptSpec
 
 _SAMPLE: Final = re.compile(r"\d+\.png")
@@ -54,11 +54,10 @@ def write_folder(out: Path, index: int, spec: PromptSpec, images: Sequence[NDArr
     """
     folder = out / f"{index:05d}"
     (folder / "samples").mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "metadata.jsonl", (spec.to_json() + "\n").encode("utf-8"))
+    write_atomically(folder / "metadata.jsonl", lambda part: part.write_text(spec.to_json() + "\n", encoding="utf-8"))
     for number, image in enumerate(images):
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "PNG")
-        write_atomically(folder / "samples" / f"{number:04d}.png", buffer.getvalue())
+        picture = Image.fromarray(image)
+        write_atomically(folder / "samples" / f"{number:04d}.png", partial(picture.save, format="PNG"))
     return folder
 
 

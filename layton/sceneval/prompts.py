@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
+from layton.folder import write_atomically
 from layton.scenes.captions import INVERSE, describe
 from layton.scenes.layout import sample_scene
 from layton.scenes.splits import Split, is_unseen, split_seeds
@@ -105,7 +104,7 @@ def write_prompts(path: Path, prompts: Iterable[PromptSpec]) -> None:
     """Write a prompts file, one JSON object a line, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(prompt.to_json() + "\n" for prompt in prompts)
-    write_atomically(path, text.encode("utf-8"))
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def read_prompts(path: Path) -> list[PromptSpec]:
@@ -124,17 +123,3 @@ def read_prompts(path: Path) -> list[PromptSpec]:
         except (ValueError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
     return prompts
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file through a temporary one in the same folder."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
-        temporary = Path(handle.name)
-        try:
-            handle.write(content)
-            handle.flush()
-            os.fchmod(handle.fileno(), 0o644)  # temporary files are private, results are not
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    os.replace(temporary, path)
