@@ -132,6 +132,38 @@ def test_tokenizer_run_exports_parts_that_encode(tmp_path: Path) -> None:
     )
 
 
+def test_decoder_only_tuning_keeps_old_tokens_valid(tmp_path: Path) -> None:
+    save_tiny_tokenizer(tmp_path)
+    torch.manual_seed(1)
+    PixelDecoder(code_dim=4, width=16, depth=1, num_heads=2, fine_width=8).save_pretrained(
+        tmp_path / "tok/export/decoder"
+    )
+
+    def part(name: str, function: str, *, frozen: bool) -> dict[str, Any]:
+        arguments = {"folder": f"tok/export/{name}", "frozen": frozen}
+        return {"class_path": f"layton.pretrained.{function}", "init_args": arguments}
+
+    model = {
+        "class_path": "layton.tasks.tokenizer.TokenizerTask",
+        "init_args": {
+            "encoder": part("encoder", "vit_encoder", frozen=True),
+            "quantizer": part("quantizer", "quantizer", frozen=True),
+            "decoder": part("decoder", "pixel_decoder", frozen=False),
+        },
+    }
+    export = fit(tmp_path, "tuned", run_file(model, source("train", 8), source("validation", 4)))
+    images = torch.rand(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    codes = []
+    for folder in (tmp_path / "tok/export", export):
+        encoder, quantizer = load_code_parts(folder)
+        codes.append(quantizer.encode(encoder(images)))
+    assert torch.equal(*codes)
+    before, after = (
+        PixelDecoder.from_pretrained(f / "decoder").state_dict() for f in (tmp_path / "tok/export", export)
+    )
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
 def test_adversarial_stage_0_trains_the_judge_before_it_counts(tmp_path: Path) -> None:
     tiny = {"code_dim": 4, "width": 16, "depth": 1, "num_heads": 2}
     model = {

@@ -31,3 +31,16 @@ def test_files_named_in_a_run_file_are_found_beside_it(tmp_path: Path, capsys: p
 def test_overlays_parse_over_a_run(tmp_path: Path, path: Path) -> None:
     arguments = ["--config", str(write_run(tmp_path)), "--config", str(path), "--print_config"]
     assert main(["fit", *arguments], allow=["toy"]) == 0
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "mini").glob("*.yaml")), ids=lambda path: path.stem)
+def test_embedded_runs_parse(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = CONFIGS / "data" / "scenes_256.yaml"
+    assert main(["fit", "--config", str(path), "--data", str(data), "--print_config"]) == 0
+    assert "class_path: layton.tasks." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "data").glob("*.yaml")), ids=lambda path: path.stem)
+def test_data_files_parse(path: Path) -> None:
+    run = CONFIGS / "mini" / "tokenizer.yaml"
+    assert main(["fit", "--config", str(run), "--data", str(path), "--print_config"]) == 0

@@ -1,0 +1,42 @@
+"""Trained parts as a starting point of another run: functions that a run file names where it would name a class.
+
+    encoder: {class_path: layton.pretrained.vit_encoder, init_args: {folder: runs/tokenizer/export/encoder}}
+
+With ``frozen`` a part does not learn. Encoder and codebook frozen is decoder-only tuning: old tokens stay valid.
+"""
+
+from __future__ import annotations
+
+from layton.encoder import ViTEncoder
+from layton.pixel_decoder import PixelDecoder
+from layton.quantizer import Quantizer
+from layton.vqgan import VQGANEncoder
+
+
+def vit_encoder(folder: str, *, frozen: bool = False) -> ViTEncoder:
+    """A saved `ViTEncoder`.
+
+    Args:
+        folder: What its ``save_pretrained`` wrote.
+        frozen: Keep it as it is.
+
+    Raises:
+        ValueError: If the folder holds something else.
+    """
+    return ViTEncoder.from_pretrained(folder).requires_grad_(not frozen)
+
+
+def vqgan_encoder(folder: str, *, frozen: bool = False) -> VQGANEncoder:
+    """A saved `VQGANEncoder`; see `vit_encoder`."""
+    return VQGANEncoder.from_pretrained(folder).requires_grad_(not frozen)
+
+
+def quantizer(folder: str, *, frozen: bool = False) -> Quantizer:
+    """A saved quantizer of any kind; see `vit_encoder`. Its averages start anew, with equal counts for all codes."""
+    loaded = Quantizer.from_pretrained(folder)
+    return loaded.freeze() if frozen else loaded
+
+
+def pixel_decoder(folder: str, *, frozen: bool = False) -> PixelDecoder:
+    """A saved `PixelDecoder`; see `vit_encoder`."""
+    return PixelDecoder.from_pretrained(folder).requires_grad_(not frozen)
