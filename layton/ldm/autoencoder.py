@@ -96,7 +96,7 @@ class Autoencoder(nn.Module):
     def __init__(self, model: AutoencoderKL | None = None, *, pretrained: str | None = None) -> None:
         super().__init__()
         if pretrained is not None:
-            model = AutoencoderKL.from_pretrained(pretrained)
+            model = load_autoencoder(pretrained)
         self.model = model if model is not None else build_autoencoder()
         self.latent_channels = int(self.model.config.latent_channels)
         self.downsample_factor = 2 ** (len(self.model.config.block_out_channels) - 1)
@@ -104,7 +104,7 @@ class Autoencoder(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> Autoencoder:
         """Read a diffusers AutoencoderKL folder."""
-        return cls(AutoencoderKL.from_pretrained(str(folder)))
+        return cls(load_autoencoder(folder))
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w), the mean of the posterior."""
@@ -120,6 +120,17 @@ class Autoencoder(nn.Module):
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] through the latent and back, clamped to [-1, 1]."""
         return self.decode(self.encode(images)).float().clamp(-1, 1)
+
+
+def load_autoencoder(folder: Path | str) -> AutoencoderKL:
+    """A local AutoencoderKL folder, in float32 whatever it is stored in.
+
+    Raises:
+        ValueError: If the folder holds none.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{folder} holds no autoencoder: there is no config.json")
+    return AutoencoderKL.from_pretrained(str(folder), torch_dtype=torch.float32, local_files_only=True)
 
 
 @torch.no_grad()
