@@ -7,6 +7,7 @@ python tools/assemble.py --tokenizer runs/tokenizer/export --out layton/assets/m
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -54,6 +55,15 @@ def copy_pipeline(source: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     pipeline = StableDiffusionPipeline.from_pretrained(source, torch_dtype=torch.float16, local_files_only=True)
     pipeline.save_pretrained(target, safe_serialization=True)
+    forget_origin(target)
+
+
+def forget_origin(folder: Path) -> None:
+    """Strike out where parts were loaded from, which diffusers and transformers write into their configs."""
+    for path in folder.rglob("*.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
