@@ -3,6 +3,8 @@
     encoder: {class_path: layton.pretrained.vit_encoder, init_args: {folder: runs/tokenizer/export/encoder}}
 
 With ``frozen`` a part does not learn. Encoder and codebook frozen is decoder-only tuning: old tokens stay valid.
+Parts that learn come in training mode: Lightning leaves modes as they are, and a quantizer in evaluation mode neither
+learns nor holds the features to its codes.
 """
 
 from __future__ import annotations
@@ -23,20 +25,20 @@ def vit_encoder(folder: str, *, frozen: bool = False) -> ViTEncoder:
     Raises:
         ValueError: If the folder holds something else.
     """
-    return ViTEncoder.from_pretrained(folder).requires_grad_(not frozen)
+    return ViTEncoder.from_pretrained(folder).requires_grad_(not frozen).train(not frozen)
 
 
 def vqgan_encoder(folder: str, *, frozen: bool = False) -> VQGANEncoder:
     """A saved `VQGANEncoder`; see `vit_encoder`."""
-    return VQGANEncoder.from_pretrained(folder).requires_grad_(not frozen)
+    return VQGANEncoder.from_pretrained(folder).requires_grad_(not frozen).train(not frozen)
 
 
 def quantizer(folder: str, *, frozen: bool = False) -> Quantizer:
     """A saved quantizer of any kind; see `vit_encoder`. Its averages start anew, with equal counts for all codes."""
     loaded = Quantizer.from_pretrained(folder)
-    return loaded.freeze() if frozen else loaded
+    return loaded.freeze() if frozen else loaded.train()
 
 
 def pixel_decoder(folder: str, *, frozen: bool = False) -> PixelDecoder:
     """A saved `PixelDecoder`; see `vit_encoder`."""
-    return PixelDecoder.from_pretrained(folder).requires_grad_(not frozen)
+    return PixelDecoder.from_pretrained(folder).requires_grad_(not frozen).train(not frozen)

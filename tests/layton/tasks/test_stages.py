@@ -132,7 +132,7 @@ def test_tokenizer_run_exports_parts_that_encode(tmp_path: Path) -> None:
     )
 
 
-def test_decoder_only_tuning_keeps_old_tokens_valid(tmp_path: Path) -> None:
+def tune(tmp_path: Path, *, frozen: bool) -> Path:
     save_tiny_tokenizer(tmp_path)
     torch.manual_seed(1)
     PixelDecoder(code_dim=4, width=16, depth=1, num_heads=2, fine_width=8).save_pretrained(
@@ -146,12 +146,16 @@ def test_decoder_only_tuning_keeps_old_tokens_valid(tmp_path: Path) -> None:
     model = {
         "class_path": "layton.tasks.tokenizer.TokenizerTask",
         "init_args": {
-            "encoder": part("encoder", "vit_encoder", frozen=True),
-            "quantizer": part("quantizer", "quantizer", frozen=True),
+            "encoder": part("encoder", "vit_encoder", frozen=frozen),
+            "quantizer": part("quantizer", "quantizer", frozen=frozen),
             "decoder": part("decoder", "pixel_decoder", frozen=False),
         },
     }
-    export = fit(tmp_path, "tuned", run_file(model, source("train", 8), source("validation", 4)))
+    return fit(tmp_path, "tuned", run_file(model, source("train", 8), source("validation", 4)))
+
+
+def test_decoder_only_tuning_keeps_old_tokens_valid(tmp_path: Path) -> None:
+    export = tune(tmp_path, frozen=True)
     images = torch.rand(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
     codes = []
     for folder in (tmp_path / "tok/export", export):
@@ -162,6 +166,12 @@ def test_decoder_only_tuning_keeps_old_tokens_valid(tmp_path: Path) -> None:
         PixelDecoder.from_pretrained(f / "decoder").state_dict() for f in (tmp_path / "tok/export", export)
     )
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_codebook_that_goes_on_from_an_export_learns(tmp_path: Path) -> None:
+    export = tune(tmp_path, frozen=False)  # saved parts load in evaluation mode, where a codebook stands still
+    before, after = (load_code_parts(folder)[1].codebook for folder in (tmp_path / "tok/export", export))
+    assert not torch.equal(before, after)
 
 
 def test_adversarial_stage_0_trains_the_judge_before_it_counts(tmp_path: Path) -> None:
