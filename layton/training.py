@@ -32,6 +32,7 @@ from layton.callbacks import (
 from layton.callbacks.checkpoint import CHECKPOINT_FOLDER
 from layton.errors import UsageError
 from layton.folder import write_atomically
+from layton.lock import is_main_process, lock_folder
 from layton.run_files import allow_modules, check_run_files, refused_class_paths
 from layton.tasks.base import LaytonTask
 
@@ -95,6 +96,13 @@ class TrainingCLI(LightningCLI):
         files = self._get(self.config, "config") or []
         return (Path("runs") / (Path(str(files[0])).stem if files else "run")).absolute()
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand != "fit" or not is_main_process():
+            super()._run_subcommand(subcommand)
+            return
+        with lock_folder(self.run_dir):
+            super()._run_subcommand(subcommand)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Trainer with the run folder, the CSV logger and the callbacks that were not configured."""
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
@@ -143,6 +151,7 @@ def run(subcommand: str, args: Sequence[str], *, allow: Iterable[str] = ()) -> i
 
     Raises:
         SystemExit: status 2 for a wrong command line or run file.
+        FolderInUseError: another process trains in the run folder.
     """
     check_run_files(args, allowed=allow_modules(allow))
     cli = _make(TrainingCLI, [subcommand, *args], run=True)

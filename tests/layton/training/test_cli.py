@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import layton.run_files
 from layton.callbacks import CheckpointError
 from layton.cli import main
 from layton.folder import load_tensors
+from layton.lock import lock_folder
 from layton.training import load_task
 
 
@@ -25,7 +27,8 @@ def fit(run: Path, *args: str) -> int:
 def test_a_run_leaves_all_its_files_and_the_averaged_weights(tmp_path: Path) -> None:
     run, folder = write_run(tmp_path), tmp_path / "run"
     assert fit(run) == 0
-    assert {path.name for path in folder.iterdir()} == {"config.yaml", "checkpoints", "export", "grids", "logs"}
+    names = {path.name for path in folder.iterdir()}
+    assert names == {".lock", "config.yaml", "checkpoints", "export", "grids", "logs"}
     assert sorted(path.name for path in (folder / "grids").iterdir()) == [f"step={step:08d}.png" for step in (3, 6, 7)]
     checkpoint = torch.load(folder / "checkpoints" / "step=00000007.ckpt", weights_only=True)
     average = next(state for name, state in checkpoint["callbacks"].items() if name.startswith("EMA"))
@@ -35,6 +38,14 @@ def test_a_run_leaves_all_its_files_and_the_averaged_weights(tmp_path: Path) -> 
     for name, tensor in exported.items():
         assert torch.equal(tensor, named[f"part.{name}"])
         assert not torch.equal(tensor, checkpoint["state_dict"][f"part.{name}"])
+
+
+def test_a_second_run_in_one_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path)
+    with lock_folder(tmp_path / "run"):
+        assert fit(run) == 1
+    assert f"pid {os.getpid()} on" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
 
 
 def test_resume_auto_never_and_continue(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
