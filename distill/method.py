@@ -35,15 +35,20 @@ class DistillBatch:
     """Conditions, and clean latents where there are any.
 
     Raises:
-        ValueError: ``x_0`` does not have ``latent_shape``, or its batch is not the condition's.
+        ValueError: ``x_0`` does not have ``latent_shape``, or its batch is not the condition's; ``noise`` comes without
+            ``x_0`` or is shaped unlike it.
     """
 
     condition: Condition  # of batch size B
     null: Condition  # what guidance guides away from, batch size B or 1; empty where the use knows no guidance
     latent_shape: tuple[int, int, int]  # (C, h, w)
     x_0: Tensor | None = None  # (B, C, h, w) clean latents; None in image-free training
+    noise: Tensor | None = None  # (B, C, h, w) the noise that a teacher turned into x_0; only in batches of pairs
 
     def __post_init__(self) -> None:
+        if self.noise is not None and (self.x_0 is None or self.noise.shape != self.x_0.shape):
+            given = None if self.x_0 is None else tuple(self.x_0.shape)
+            raise ValueError(f"noise must be shaped like its x_0 {given}, got {tuple(self.noise.shape)}")
         if self.x_0 is not None and tuple(self.x_0.shape) != (self.batch_size, *self.latent_shape):
             raise ValueError(f"x_0 must be {(self.batch_size, *self.latent_shape)}, got {tuple(self.x_0.shape)}")
 
@@ -63,7 +68,7 @@ class MethodOutput:
     """Terms of the student's loss, and what the critic needs to learn from the same samples."""
 
     terms: dict[str, Tensor]  # unweighted, each ()
-    critic_inputs: Mapping[str, Tensor] = field(default=NO_TENSORS)  # detached
+    critic_inputs: Mapping[str, Tensor] = field(default_factory=lambda: NO_TENSORS)  # detached
 
 
 class DistillationMethod(nn.Module, ABC):
