@@ -49,7 +49,7 @@ class Step:
     coef_t: Coefficients  # (B,)
     coef_s: Coefficients  # (B,)
     lands_clean: bool  # whether s is the clean end (for any sample), where no noise is left to predict
-    previous: Step | None  # the step before, without its own predecessor
+    previous: Step | None  # the step before; it knows its own predecessor, which knows none
     evaluate: Callable[[Tensor, Tensor], Prediction]  # (x, t) -> prediction under the same condition
     draw: Callable[[], Tensor]  # fresh standard normal noise like x_t
 
@@ -252,11 +252,16 @@ def _make_step(
         coef_t=denoiser.schedule.coefficients(t),
         coef_s=denoiser.schedule.coefficients(s),
         lands_clean=lands_clean,
-        # Only one predecessor is kept: a chain of steps would hold every state in memory.
-        previous=None if previous is None else replace(previous, previous=None),
+        previous=None if previous is None else _without_history(previous),
         evaluate=evaluate,
         draw=draw,
     )
+
+
+def _without_history(step: Step) -> Step:
+    """The step with one predecessor: third-order solvers need two steps, and a whole chain would hold every state."""
+    before = step.previous
+    return replace(step, previous=None if before is None else replace(before, previous=None))
 
 
 def _check_times(times: Tensor, x_T: Tensor) -> Tensor:
