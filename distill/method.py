@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +79,7 @@ class DistillationMethod(nn.Module, ABC):
         needs_null: Whether guidance of the teacher needs ``batch.null``.
     """
 
-    needs_latents: ClassVar[bool] = False
+    needs_latents: bool = False
     needs_null: bool = True
     target_decay: float | None = None
 
