@@ -112,7 +112,7 @@ def add_lora(
             # This is what diffusers' add_adapter calls; its bookkeeping is one flag.
             inject_adapter_in_model(settings.to_peft(), host, name)
         if hasattr(host, "_hf_peft_config_loaded"):
-            host._hf_peft_config_loaded = True
+            cast(Any, host)._hf_peft_config_loaded = True
     network.requires_grad_(False)
     for parameter, required in others.items():
         parameter.requires_grad_(required)
@@ -276,7 +276,7 @@ def _mark_checkpoints(parts: Sequence[nn.Module]) -> None:
     for part in parts:
         function = getattr(part, "_gradient_checkpointing_func", None)
         if function is not None and not isinstance(function, _AdapterCheckpoint):
-            part._gradient_checkpointing_func = _AdapterCheckpoint(part, function)
+            cast(Any, part)._gradient_checkpointing_func = _AdapterCheckpoint(part, function)
 
 
 @contextmanager
@@ -388,8 +388,8 @@ def update_target(networks: Networks, decay: float) -> None:
     if target is student:
         return
     if isinstance(student, AdapterView) and isinstance(target, AdapterView):
-        sources = list(adapter_parameters(student.denoiser, student.names[-1]))
-        averages = list(adapter_parameters(target.denoiser, target.names[-1]))
+        sources: list[Tensor] = list(adapter_parameters(student.denoiser, student.names[-1]))
+        averages: list[Tensor] = list(adapter_parameters(target.denoiser, target.names[-1]))
     else:
         sources, averages = list(student.parameters()), list(target.parameters())
         for average, source in zip(target.buffers(), student.buffers(), strict=True):

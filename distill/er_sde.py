@@ -34,7 +34,7 @@ Quadrature = Literal["riemann", "simpson"]
 _LAMBDA_MIN, _LAMBDA_MAX = 1e-12, 1e12
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: as a default argument, jsonargparse reads it by vars()
 class NoiseScale:
     """A noise-scale function ``phi``.
 

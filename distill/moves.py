@@ -17,7 +17,7 @@ from distill.schedules import as_times
 SolverKind = Literal["ddim", "er_sde"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: as a default argument, jsonargparse reads it by vars()
 class SolverSettings:
     """A solver by name and numbers, as run files write it.
 

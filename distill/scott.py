@@ -15,7 +15,7 @@ from distill.moves import SolverSettings
 from distill.schedules import NoiseSchedule
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: as a default argument, jsonargparse reads it by vars()
 class Adversary:
     """The adversarial term.
 

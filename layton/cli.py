@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,7 +16,9 @@ TRAINING = {
     "validate": "evaluate a stage on its validation split: layton validate --config RUN.yaml --ckpt_path auto",
     "test": "evaluate a stage on its test split: layton test --config RUN.yaml --ckpt_path auto",
 }
-_DISTILL_HELP = "distil a diffusion model: layton distill METHOD, the same as fit on configs/distill/METHOD.yaml"
+_DISTILL_HELP = (
+    "distil a diffusion model: layton distill METHOD --pipeline FOLDER; `fit` on configs/distill/METHOD.yaml"
+)
 
 
 def main(args: Sequence[str] | None = None, *, allow: Iterable[str] = ()) -> int:
@@ -78,20 +81,30 @@ def _train(name: str, rest: list[str], allowed: list[str]) -> int:
 
 
 def _distill(rest: list[str], allowed: list[str]) -> int:
-    folder = find_configs() / "distill"
-    methods = sorted(path.stem for path in folder.glob("*.yaml"))
+    from layton.commands.distill import HELP, fit_arguments
+
+    files = {path.stem: path for folder in reversed(_config_folders()) for path in (folder / "distill").glob("*.yaml")}
+    methods = ", ".join(sorted(files)) or f"none in {find_configs() / 'distill'}"
+    if rest and rest[-1] in ("-h", "--help"):
+        sys.stdout.write(HELP.format(methods=methods))
+        return 0
     if not rest or rest[0].startswith("-"):
-        raise UsageError(f"layton distill needs a method; there are {', '.join(methods) or f'none in {folder}'}")
-    if rest[0] not in methods:
-        raise UsageError(f"no run file for {rest[0]!r} in {folder}; there are {', '.join(methods) or 'none'}")
-    return _train("fit", ["--config", str(folder / f"{rest[0]}.yaml"), *rest[1:]], allowed)
+        raise UsageError(f"layton distill needs a method; there are {methods}")
+    if rest[0] not in files:
+        raise UsageError(f"no method {rest[0]!r}; there are {methods}")
+    return _train("fit", fit_arguments(files[rest[0]], rest[1:]), allowed)
 
 
 def find_configs() -> Path:
-    """The folder of run files: ``configs`` here, beside the packages (a checkout), or inside the installed package."""
-    package = Path(__file__).resolve().parent
-    candidates = (Path("configs"), package.parent / "configs", package / "configs")
+    """The folder of run files: ``configs`` here, beside the packages (a checkout), or among what was installed."""
+    candidates = _config_folders()
     return next((path for path in candidates if path.is_dir()), candidates[0])
+
+
+def _config_folders() -> tuple[Path, ...]:
+    schemes = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))
+    installed = (Path(sysconfig.get_path("data", scheme)) / "share" / "layton" / "configs" for scheme in schemes)
+    return Path("configs"), Path(__file__).resolve().parent.parent / "configs", *installed
 
 
 def _call(name: str, command: Command, rest: list[str]) -> int:

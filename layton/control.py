@@ -6,7 +6,7 @@ Legend: B batch, d code dimension, h w grid.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,53 +14,16 @@ from typing import Literal, cast
 
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
-from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.adapters import TLCM_LORA_TARGETS as TLCM_LORA_TARGETS  # passed on
+from distill.adapters import LoraSettings as LoraSettings
 from layton.folder import JsonValue, save_config, save_tensors
 
 Resize = Literal["nearest", "bilinear", "bicubic"]
 PAPER_CHANNELS = (32, 96, 256)
 SMALL_CHANNELS = (32, 64)  # for UNets about 64 to 128 wide: a sixth of the parameters
-TLCM_LORA_TARGETS = (
-    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
-    "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class LoraSettings:
-    """Low-rank adaptors on the frozen UNet, as the released model has them.
-
-    Attributes:
-        rank: r of the update ``alpha / r * B A``.
-        alpha: PEFT's default 8 is what the released checkpoints were trained with, whatever their rank.
-        targets: Endings of the names of the adapted layers; default TLCM's list (arXiv 2406.05768).
-    """
-
-    rank: int = 64
-    alpha: float = 8.0
-    targets: tuple[str, ...] = TLCM_LORA_TARGETS
-
-    def to_peft(self) -> LoraConfig:
-        """The same as a ``peft.LoraConfig`` (B starts at zero: no effect before training)."""
-        return LoraConfig(
-            r=self.rank, lora_alpha=cast(int, self.alpha), target_modules=list(self.targets), init_lora_weights=True
-        )
-
-    def to_json(self) -> dict[str, JsonValue]:
-        """The settings as JSON values."""
-        return {"rank": self.rank, "alpha": self.alpha, "targets": list(self.targets)}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, JsonValue]) -> LoraSettings:
-        """The settings that ``to_json`` gave."""
-        return cls(
-            rank=cast(int, values["rank"]),
-            alpha=cast(float, values["alpha"]),
-            targets=tuple(cast("list[str]", values["targets"])),
-        )
 
 
 class CodeEmbedding(nn.Module):

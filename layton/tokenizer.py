@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
@@ -23,6 +23,7 @@ from layton.quantizer import Quantizer
 CLASS_NAME = "layton.tokenizer.LaytonTokenizer"
 ALLOWED_PREFIXES = ("layton.", "generation.")
 LDM_FOLDER = "ldm"
+PREFERRED_DECODERS = ("consistency", "diffusion", "light")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,7 +47,8 @@ class LaytonTokenizer(ImageTokenizer):
         quantizer: Features to codes.
         decoders: Code decoders by name; none are needed to encode.
         image_size: Side of the encoder's square input in pixels.
-        default_decoder: Name of the decoder that is used when none is asked for; the first by default.
+        default_decoder: Name of the decoder that is used when none is asked for; by default the best there is:
+            ``consistency``, then ``diffusion``, then ``light``, then the first.
 
     Raises:
         ValueError: If parts do not fit each other.
@@ -69,7 +71,7 @@ class LaytonTokenizer(ImageTokenizer):
         self.encoder = encoder
         self.quantizer = quantizer.freeze()
         self.decoders = nn.ModuleDict(decoders)
-        self.default_decoder = default_decoder if default_decoder is not None else next(iter(decoders), "")
+        self.default_decoder = default_decoder if default_decoder is not None else best_decoder(decoders)
         if decoders or default_decoder is not None:
             self.decoder(self.default_decoder)
         self.image_size = image_size
@@ -221,7 +223,14 @@ class LaytonTokenizer(ImageTokenizer):
         Args:
             folder: Where to write.
             dtype: Floating-point type on disk (the codebook is always float32).
+
+        Raises:
+            ValueError: If a decoder is kept as the difference from another one that is not there.
         """
+        for name in self.decoders:
+            base = self.decoder(name).base
+            if base is not None and base not in self.decoders:
+                raise ValueError(f"decoder {name!r} is saved as its difference from {base!r}, which was not loaded")
         root = Path(folder)
         self.encoder.save_pretrained(root / "encoder", dtype=dtype)
         self.quantizer.save_pretrained(root / "quantizer")
@@ -283,6 +292,11 @@ class LaytonTokenizer(ImageTokenizer):
             default_decoder=default if default in loaded else None,
         )
         return tokenizer.eval()
+
+
+def best_decoder(names: Collection[str]) -> str:
+    """The decoder to take when none is asked for; the empty name if there is none."""
+    return next((name for name in PREFERRED_DECODERS if name in names), next(iter(names), ""))
 
 
 def resolve_class(name: str, base: type, allow: Sequence[str] = ()) -> Any:

@@ -1,7 +1,8 @@
 """Puts the exports of finished runs together into one tokenizer folder, in fp16: how the embedded ``mini`` was made.
 
 python tools/assemble.py --tokenizer runs/tokenizer/export --out layton/assets/mini \
-        [--ldm runs/text_to_image/export] [--decoder runs/decoder/export/decoder]
+        [--ldm runs/text_to_image/export] [--decoder runs/decoder/export/decoder] \
+        [--consistency runs/consistency_pixel/export/decoder]
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from layton.decoders import DiffusionDecoder, LightDecoder
+from layton.decoders import ConsistencyDecoder, DiffusionDecoder, LightDecoder
 from layton.interface import CodeDecoder
 from layton.ladd import LADD
 from layton.ldm.autoencoder import Autoencoder
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="tokenizer folder to write")
     parser.add_argument("--ldm", type=Path, help="export of the text-to-image run, a diffusers pipeline folder")
     parser.add_argument("--decoder", type=Path, help="decoder of the stage-1 run; needs --ldm")
+    parser.add_argument("--consistency", type=Path, help="decoder of the stage-2 run; needs --decoder")
     arguments = parser.parse_args()
     encoder, quantizer = load_code_parts(arguments.tokenizer)
     decoders: dict[str, CodeDecoder] = {
@@ -44,7 +46,13 @@ def main() -> None:
         unet = UNet2DConditionModel.from_pretrained(arguments.ldm / "unet")
         network = LADD.from_pretrained(arguments.decoder, unet=unet)
         decoders["diffusion"] = DiffusionDecoder(network, Autoencoder.from_pretrained(arguments.ldm / "vae"))
-    tokenizer = LaytonTokenizer(encoder, quantizer, decoders, default_decoder=list(decoders)[-1])
+    if arguments.consistency is not None:
+        if arguments.decoder is None:
+            parser.error("--consistency needs --decoder, the stage-1 decoder that it was trained on")
+        decoders["consistency"] = ConsistencyDecoder.from_pretrained(
+            arguments.consistency, ldm=arguments.ldm, base=arguments.decoder
+        )
+    tokenizer = LaytonTokenizer(encoder, quantizer, decoders)
     tokenizer.save_pretrained(arguments.out, dtype=torch.float16)
 
 

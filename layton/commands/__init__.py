@@ -4,6 +4,7 @@ To add one, write a typed function in a module of this package and add a row. Th
 text. Its positional parameters become positional arguments, its keyword-only parameters become options (``num_images``
 is ``--num-images``); a ``list[X]`` takes one or more values. A name of two words is a command in a group. It returns
 None or an exit status; what it raises is told in one line (`layton.errors.UsageError`: exit 2, anything else: exit 1).
+Commands of the generator stand here by name only: `layton` itself never imports `generation`.
 """
 
 from __future__ import annotations
@@ -20,19 +21,36 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
+    "bench": Command("generation.commands.bench", "bench", "speeds of decoding, as ratios against peers and limits"),
     "convert": Command("layton.commands.convert", "convert", "a released checkpoint into a tokenizer folder"),
+    "convert gpt": Command("generation.commands.convert", "convert_gpt", "a released GPT into a model folder"),
+    "data check": Command("generation.commands.data", "check", "is every image of a dataset readable?"),
+    "data verify": Command("generation.commands.data", "verify", "is a token dataset whole?"),
     "decode": Command("layton.commands.encode", "decode", "a file of codes to image files"),
     "demo": Command("layton.commands.demo", "demo", "what the embedded weights can do, in under two minutes"),
     "encode": Command("layton.commands.encode", "encode", "image files to a file of codes, 256 for each"),
+    "evaluate geneval": Command(
+        "generation.commands.evaluate_geneval",
+        "evaluate_geneval",
+        "images in GenEval's layout for its scorer, or the scorer's results summed up",
+    ),
+    "evaluate generation": Command(
+        "generation.commands.evaluate_generation",
+        "evaluate_generation",
+        "generated images against real ones: FD-effnet, CLIP score, with protocol",
+    ),
     "evaluate reconstruction": Command(
         "layton.commands.evaluate_reconstruction",
         "evaluate_reconstruction",
         "every measure of a tokenizer or an autoencoder, with references and protocol",
     ),
     "evaluate sceneval": Command(
-        "layton.commands.evaluate_sceneval", "evaluate_sceneval", "does a text-to-image pipeline draw what it is told?"
+        "generation.commands.evaluate_sceneval", "evaluate_sceneval", "does a text-to-image model draw what it is told?"
     ),
     "export": Command("layton.commands.export", "export", "a training checkpoint's averaged weights as model folders"),
+    "generate": Command("generation.commands.generate", "generate", "text to image with LaytonGen"),
     "info": Command("layton.commands.info", "info", "versions, devices, embedded models; with a run file, its sizes"),
     "reconstruct": Command("layton.commands.reconstruct", "reconstruct", "original and reconstruction side by side"),
+    "reproduce": Command("layton.commands.reproduce", "reproduce", "one paper's headline claim, measured again"),
+    "tokenize": Command("generation.commands.tokenize", "tokenize", "a dataset to token shards; run again, it resumes"),
 }

@@ -6,9 +6,11 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from layton.commands import COMMANDS
 from layton.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from layton.convert import ConvertedParts
     from layton.tokenizer import LaytonTokenizer
 
-Kind = Literal["auto", "layton", "llamagen"]
+Kind = Literal["auto", "layton", "llamagen", "gpt"]
 Precision = Literal["float32", "float16", "bfloat16"]
 _SHOWN_PROBLEMS = 10
 
@@ -58,7 +60,8 @@ def convert(
     Args:
         checkpoint: a .pth, .pt or .safetensors file; nothing in it is executed.
         out: folder to write; must not exist.
-        kind: layton (the released LaCTok tokenizer), llamagen (VQ-16 or VQ-8), or auto to see from the tensors.
+        kind: layton (the released LaCTok tokenizer), llamagen (VQ-16 or VQ-8), gpt (LaCTokGen-T or LlamaGen GPT, as
+            `layton convert gpt` does), or auto to see from the tensors.
         lora: keep the decoder's adaptors apart, or merge them into the UNet.
         dtype: of the weights on disk; codes stay float32.
         image_size: side in pixels of the encoder's input.
@@ -77,8 +80,11 @@ def convert(
     files = {"unet": unet_config, "vae": vae_config, "scheduler": scheduler_config}
     settings = LdmSettings(vae, {name: _read_config(path) for name, path in files.items() if path is not None})
     try:
+        found = _kind(checkpoint, kind)
+        if found == "gpt":
+            return _convert_gpt(checkpoint, out=out, dtype=dtype)
         with staged(out) as folder:
-            if _kind(checkpoint, kind) == "llamagen":
+            if found == "llamagen":
                 lines = convert_llamagen(checkpoint, folder, dtype=_dtype(dtype), image_size=image_size)
             else:
                 parts = read_released(checkpoint, settings, lora=lora, dtype=_dtype(dtype), ignore=ignore or [])
@@ -186,9 +192,17 @@ def _kind(checkpoint: Path, kind: Kind) -> Kind:
         return "layton"
     if any(name.startswith("quantize.") for name in names):
         return "llamagen"
-    raise ConvertError(
-        checkpoint, ["neither a LaCTok tokenizer (decoder.unet.*) nor a LlamaGen VQ tokenizer (quantize.*)"]
-    )
+    if names.keys() >= {"tok_embeddings.weight", "output.weight"}:
+        return "gpt"
+    known = "a LaCTok tokenizer (decoder.unet.*), a LlamaGen VQ tokenizer (quantize.*) nor a GPT (tok_embeddings.*)"
+    raise ConvertError(checkpoint, [f"neither {known}"])
+
+
+def _convert_gpt(checkpoint: Path, *, out: Path, dtype: Precision) -> int:
+    """The generator's converter, found by its name in the table of commands: `layton` does not import `generation`."""
+    command = COMMANDS["convert gpt"]
+    status: int = getattr(import_module(command.module), command.function)(checkpoint, out=out, dtype=dtype)
+    return status
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,12 @@ from layton.commands.calling import progress
 from layton.commands.reports import write_json
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from layton.commands.images import FittedImage
-    from layton.commands.pictures import Row
+    from layton.commands.pictures import Cell, Row
+    from layton.sceneval import PromptSpec
     from layton.tokenizer import LaytonTokenizer
 
 _SEED = 2_000_000_000  # scenes from here on are test scenes
@@ -27,13 +32,15 @@ _SAMPLES = (
     ("160x320", 160, 1, 2),
 )
 IMAGES_PER_TASK = 5
+IMAGES_BY_EVERY_DECODER = 2  # of them
+_GENERATOR = "generation.demonstration"  # resolved when it is needed: this package does not import that one
 
 
 def demo(*, out: Path = Path("demo"), tokenizer: str = "mini", device: str | None = None) -> None:
     """Reconstruct sample images with every decoder and draw images from prompts; pictures and figures to a folder.
 
-    Writes reconstructions.png, report.json and, if there is a text-to-image model beside the tokenizer,
-    generations.png. The samples are rendered here; no photograph and no network is needed.
+    Writes reconstructions.png, report.json and, if there is a LaytonGen or another text-to-image model beside the
+    tokenizer, generations.png. The samples are rendered here; no photograph and no network is needed.
 
     Args:
         out: folder to write; made if needed.
@@ -109,12 +116,40 @@ def reconstruct_samples(model: LaytonTokenizer, name: str) -> tuple[list[Row], d
 
 
 def generate_samples(name: str, device: str | None) -> tuple[list[Row], dict[str, Any]]:
-    """Rows of pictures by task, and the checker's verdicts; no rows where there is no text-to-image model."""
-    from PIL import Image
+    """Rows of pictures by task, and the checker's verdicts: of LaytonGen, or else of the diffusion model.
 
-    from layton.commands.pictures import Cell, Row
+    No rows where there is neither.
+    """
+    if import_module(_GENERATOR).has_generator(name):
+        return generate_by_laytongen(name, device)
+    return generate_by_diffusion(name, device)
+
+
+def generate_by_laytongen(name: str, device: str | None) -> tuple[list[Row], dict[str, Any]]:
+    """Prompts of every task as tokens, shown by every decoder; the report counts those of the default decoder."""
+    from layton.commands.pictures import Row
+    from layton.sceneval import make_prompts
+    from layton.sceneval.report import PROTOCOL
+
+    specs = make_prompts(IMAGES_PER_TASK)
+    few = [number for number in range(len(specs)) if number % IMAGES_PER_TASK < IMAGES_BY_EVERY_DECODER]
+    with progress(len(specs), "generate") as bar:
+        drawn = import_module(_GENERATOR).draw_samples(name, [spec.prompt for spec in specs], few, device=device)
+        bar.update(len(specs))
+    rows: list[Row] = []
+    figures: dict[str, Any] = {}
+    for decoder, pictures in drawn.pictures.items():
+        found, verdicts = _judge([(number, specs[number], pixels) for number, pixels in pictures.items()])
+        rows += [Row(f"{row.label}, decoder {decoder}", row.cells) for row in found]
+        figures[decoder] = {"right": sum(v["right"] for v in verdicts), "of": len(verdicts), "images": verdicts}
+    default = next(iter(figures.values()))
+    return rows, {**default, "decoders": figures, "protocol": {"checker": PROTOCOL, **drawn.settings}}
+
+
+def generate_by_diffusion(name: str, device: str | None) -> tuple[list[Row], dict[str, Any]]:
+    """Prompts of every task drawn by the latent diffusion model."""
     from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS, TextToImage, find_pipeline
-    from layton.sceneval import check, make_prompts
+    from layton.sceneval import make_prompts
     from layton.sceneval.report import PROTOCOL
 
     try:
@@ -123,21 +158,34 @@ def generate_samples(name: str, device: str | None) -> tuple[list[Row], dict[str
         return [], {"absent": str(error)}
     draw = TextToImage.load(folder, num_steps=DEFAULT_STEPS, guidance_scale=DEFAULT_GUIDANCE, device=device)
     specs = make_prompts(IMAGES_PER_TASK)
-    rows: dict[str, list[Cell]] = {}
-    images: list[dict[str, Any]] = []
+    drawn: list[tuple[int, PromptSpec, NDArray[np.uint8]]] = []
     with progress(len(specs), "generate") as bar:
         for start in range(0, len(specs), IMAGES_PER_TASK):
             batch = specs[start : start + IMAGES_PER_TASK]
             seeds = list(range(start, start + len(batch)))
-            for spec, seed, pixels in zip(batch, seeds, draw([spec.prompt for spec in batch], seeds), strict=True):
-                verdict = check(pixels, spec)
-                words = "right" if verdict.correct else f"wrong: {verdict.reasons[0]}"
-                rows.setdefault(spec.task, []).append(Cell(Image.fromarray(pixels), f"{spec.prompt}\n{words}"))
-                images.append({"prompt": spec.prompt, "seed": seed, "right": verdict.correct, "wrong": verdict.reasons})
+            drawn += zip(seeds, batch, draw([spec.prompt for spec in batch], seeds), strict=True)
             bar.update(len(batch))
+    rows, images = _judge(drawn)
     figures = {"right": sum(image["right"] for image in images), "of": len(images), "images": images}
     protocol = {"checker": PROTOCOL, "steps": draw.num_steps, "guidance_scale": draw.guidance_scale}
-    return [Row(task.replace("_", " "), cells) for task, cells in rows.items()], {**figures, "protocol": protocol}
+    return rows, {**figures, "protocol": protocol}
+
+
+def _judge(drawn: Sequence[tuple[int, PromptSpec, NDArray[np.uint8]]]) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Rows of pictures by task with the checker's verdict under each, and the verdicts."""
+    from PIL import Image
+
+    from layton.commands.pictures import Cell, Row
+    from layton.sceneval import check
+
+    rows: dict[str, list[Cell]] = {}
+    images: list[dict[str, Any]] = []
+    for seed, spec, pixels in drawn:
+        verdict = check(pixels, spec)
+        words = "right" if verdict.correct else f"wrong: {verdict.reasons[0]}"
+        rows.setdefault(spec.task, []).append(Cell(Image.fromarray(pixels), f"{spec.prompt}\n{words}"))
+        images.append({"prompt": spec.prompt, "seed": seed, "right": verdict.correct, "wrong": verdict.reasons})
+    return [Row(task.replace("_", " "), cells) for task, cells in rows.items()], images
 
 
 def _summary(report: dict[str, Any], out: Path) -> Sequence[str]:
@@ -150,9 +198,13 @@ def _summary(report: dict[str, Any], out: Path) -> Sequence[str]:
         if "mean" in values
     ]
     lines += [f"no {name.upper()}: {reason}" for name, reason in reconstructions["absent"].items()]
-    if "of" in generations:
+    lines += [
+        f"drawn from text with decoder {name}: {values['right']} of {values['of']} right by the checker"
+        for name, values in generations.get("decoders", {}).items()
+    ]
+    if "of" in generations and "decoders" not in generations:
         lines.append(f"drawn from text: {generations['right']} of {generations['of']} right by the checker")
-    else:
+    elif "absent" in generations:
         lines.append(f"nothing drawn from text: {generations['absent']}")
     files = "reconstructions.png" + ", generations.png" * ("of" in generations)
     return [*lines, f"{out}: {files}, report.json, in {report['seconds']:.0f} s"]

@@ -25,7 +25,7 @@ def scene_captions(count: int, *, language: Literal["en", "zh"]) -> Iterator[str
 
 
 def build_tokenizer(
-    corpus: Iterable[str] | None = None, *, vocab_size: int = 1024, max_length: int = 32
+    corpus: Iterable[str] | None = None, *, vocab_size: int = 1280, max_length: int = 32
 ) -> CLIPTokenizer:
     """Train a byte-level BPE vocabulary for CLIP's tokenizer.
 
@@ -34,17 +34,19 @@ def build_tokenizer(
 
     Args:
         corpus: Texts to learn merges from; None takes the captions of 4,000 training Scenes.
-        vocab_size: Entries that the training may make (the byte symbols come on top where they are missing).
+        vocab_size: Entries that the training may make, the 512 byte symbols included.
         max_length: Tokens of a prompt, the two special ones included; longer prompts are cut by the pipeline.
 
     Returns:
-        The tokenizer; the same for the same corpus.
+        The tokenizer; the same for the same corpus, in every process: a resumed run builds it again.
     """
     base: Tokenizer = CLIPTokenizer().backend_tokenizer
     alphabet = sorted(ByteLevel.alphabet())
     trainer = BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[BOS, EOS],
+        # Named as special tokens, the word-final symbols get their numbers in this order, and ties between merges,
+        # which go by number, fall the same way each time; the trainer's own order is that of a hash map.
+        special_tokens=[BOS, EOS, *(symbol + END_OF_WORD for symbol in alphabet)],
         initial_alphabet=alphabet,
         end_of_word_suffix=END_OF_WORD,
         show_progress=False,
@@ -54,7 +56,7 @@ def build_tokenizer(
     characters = sorted({c for text in scene_captions(4000, language="zh") for c in text if not c.isspace()})
     merges = [tuple(merge) for merge in model["merges"]] + character_merges(characters)
     entries = sorted(model["vocab"], key=lambda entry: model["vocab"][entry])
-    entries += [symbol + END_OF_WORD for symbol in alphabet] + ["".join(merge) for merge in merges]
+    entries += ["".join(merge) for merge in merges]
     vocab = {entry: index for index, entry in enumerate(dict.fromkeys(entries))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
 

@@ -136,9 +136,47 @@ def bootstrap_spread(
         times_a = _drawn(len(features_a), generator)
         times_b = times_a if paired else _drawn(len(features_b), generator)
         distances.append(frechet_distance_of_features(features_a, features_b, times_a=times_a, times_b=times_b))
-    sample = torch.stack(distances)
+    return _spread(torch.stack(distances), seed)
+
+
+def bootstrap_ratio(
+    real: Tensor, features_a: Tensor, features_b: Tensor, *, num_resamples: int = 20, seed: int = 0
+) -> BootstrapSpread:
+    """Spread of ``FD(real, a) / FD(real, b)`` when the same rows of all three sets are drawn with replacement.
+
+    For two models that drew one image for each of the same captions: what they have in common cancels, so the spread is
+    smaller than that of either distance. Read the spread and not the level, as with `bootstrap_spread`.
+
+    Args:
+        real: (n, D).
+        features_a: (n, D).
+        features_b: (n, D).
+        num_resamples: At least 2.
+        seed: Seed of the draws.
+
+    Raises:
+        ValueError: Too few resamples, or sets of different sizes.
+    """
+    if num_resamples < 2 or not len(real) == len(features_a) == len(features_b):
+        raise ValueError(
+            f"need num_resamples >= 2 and sets of one size, got {num_resamples}, "
+            f"{len(real)}, {len(features_a)} and {len(features_b)}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    ratios = []
+    for _ in range(num_resamples):
+        times = _drawn(len(real), generator)
+        above, below = (
+            frechet_distance_of_features(real, features, times_a=times, times_b=times)
+            for features in (features_a, features_b)
+        )
+        ratios.append(above / below.clamp(min=torch.finfo(below.dtype).tiny))
+    return _spread(torch.stack(ratios), seed)
+
+
+def _spread(sample: Tensor, seed: int) -> BootstrapSpread:
     low, high = torch.quantile(sample, torch.tensor([0.05, 0.95], dtype=sample.dtype)).tolist()
-    return BootstrapSpread(float(sample.std()), low, high, num_resamples, seed)
+    return BootstrapSpread(float(sample.std()), low, high, len(sample), seed)
 
 
 def _drawn(size: int, generator: torch.Generator) -> Tensor:

@@ -1,112 +1,284 @@
-"""`LightDecoder` and `DiffusionDecoder`: steps, scale, noise, files."""
+"""Code decoders: one contract for all of them, then what is particular to each."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from layton.decoders import DiffusionDecoder, LightDecoder
+from layton.decoders import ConsistencyDecoder, DiffusionDecoder, LightDecoder
+from layton.decoders.consistency import HYPER_TIMES, LAYTON_TIMES, sampling_at, time_table
+from layton.decoders.difference import Adaptation, adapt, fingerprints, fold_adapters
+from layton.folder import class_name, load_tensors
+from layton.interface import CodeDecoder
 from layton.ladd import LADD
 from layton.ldm.autoencoder import Autoencoder, build_autoencoder
 from layton.ldm.unet import build_unet
 from layton.pixel_decoder import PixelDecoder
+from layton.tokenizer import best_decoder, resolve_class
 
-
-@pytest.fixture(scope="module")
-def ldm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("ldm")
-    build_unet(latent_channels=4, latent_size=4, block_out_channels=(16, 16), text_width=16).save_pretrained(
-        folder / "unet"
-    )
-    build_autoencoder(latent_channels=4, block_out_channels=(8, 8), sample_size=8).save_pretrained(folder / "vae")
-    DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(
-        folder / "scheduler"
-    )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def diffusion(ldm: Path) -> DiffusionDecoder:
-    network = LADD.from_pipeline(ldm, code_dim=4, embedding_channels=(8,)).eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in network.controlnet.parameters():  # zero convolutions would hide the codes
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
-    return DiffusionDecoder(network, Autoencoder.from_pretrained(ldm / "vae"), latents_per_token=2).eval()
-
-
-def codes(count: int = 3) -> torch.Tensor:
-    return torch.randn(count, 4, 2, 2, generator=torch.Generator().manual_seed(1))
+CODE_DIM = 4
 
 
 def seeds(*values: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(value) for value in values]
 
 
-@torch.no_grad()
-def test_size_range_and_determinism(diffusion: DiffusionDecoder) -> None:
-    images = diffusion.decode(codes(), num_steps=2)
-    assert images.shape == (3, 3, 8, 8)
-    assert -1 <= float(images.min()) < float(images.max()) <= 1
-    assert torch.equal(images, diffusion.decode(codes(), num_steps=2))
-    assert torch.equal(images, diffusion.decode(codes(), num_steps=2, generator=seeds(0, 0, 0)))
-    assert not torch.equal(images, diffusion.decode(codes(), num_steps=2, generator=seeds(1, 1, 1)))
+def codes(count: int = 3) -> torch.Tensor:
+    return torch.randn(count, CODE_DIM, 2, 2, generator=torch.Generator().manual_seed(1))
 
 
-@torch.no_grad()
-def test_an_image_depends_on_its_own_codes_and_noise(diffusion: DiffusionDecoder) -> None:
-    together = diffusion.decode(codes(), num_steps=2, generator=seeds(4, 5, 6))
-    for index, seed in enumerate((4, 5, 6)):
-        alone = diffusion.decode(codes()[index][None], num_steps=2, generator=seeds(seed))
-        torch.testing.assert_close(together[index][None], alone, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(*diffusion.decode(codes(2), num_steps=2))
+def scramble(parameters: list[torch.nn.Parameter], seed: int, std: float = 0.3) -> None:
+    """Trained weights in place of zero ones, which would hide the codes and the adaptors."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=std, generator=generator)
 
 
-@torch.no_grad()
-def test_scale_is_used_once_and_given_back(diffusion: DiffusionDecoder) -> None:
-    before = diffusion.network.conditioning_scale
-    silent = diffusion.decode(codes(2), num_steps=2, conditioning_scale=0.0)
-    torch.testing.assert_close(silent[0], silent[1])  # without codes only the noise is left, and that is the same
-    assert diffusion.network.conditioning_scale == before
-
-
-@torch.no_grad()
-def test_steps(diffusion: DiffusionDecoder) -> None:
-    calls: list[int] = []
-    handle = diffusion.network.unet.register_forward_hook(lambda *_: calls.append(1))
-    for steps in (1, 3, None):
-        calls.clear()
-        diffusion.decode(codes(1), num_steps=steps)
-        assert len(calls) == (25 if steps is None else steps)
-    handle.remove()
-    with pytest.raises(ValueError, match="num_steps"):
-        diffusion.decode(codes(1), num_steps=0)
-
-
-@torch.no_grad()
-def test_saved_and_loaded(diffusion: DiffusionDecoder, ldm: Path, tmp_path: Path) -> None:
-    diffusion.save_pretrained(tmp_path)
-    again = DiffusionDecoder.from_pretrained(tmp_path, ldm=ldm)
-    assert again.latents_per_token == 2
-    assert torch.equal(again.decode(codes(), num_steps=2), diffusion.decode(codes(), num_steps=2))
-    with pytest.raises(ValueError, match="latent diffusion model"):
-        DiffusionDecoder.from_pretrained(tmp_path)
-
-
-@torch.no_grad()
-def test_light_decoder(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def ldm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    light = LightDecoder(PixelDecoder(4, 32, 1, 2, fine_width=8, num_fine_blocks=1, patch_size=8)).eval()
-    images = light.decode(20 * codes())
-    assert images.shape == (3, 3, 16, 16)
-    assert float(images.abs().max()) <= 1
-    light.save_pretrained(tmp_path)
-    assert torch.equal(LightDecoder.from_pretrained(tmp_path).decode(20 * codes(), num_steps=1), images)
-    with pytest.raises(ValueError, match="1 steps, not for 2"):
-        light.decode(codes(), num_steps=2)
-    with pytest.raises(ValueError, match="scale"):
-        light.decode(codes(), conditioning_scale=1.0)
+    folder = tmp_path_factory.mktemp("ldm")
+    unet = build_unet(latent_channels=4, latent_size=4, block_out_channels=(16, 16), text_width=16)
+    unet.save_pretrained(folder / "unet")
+    vae = build_autoencoder(latent_channels=4, block_out_channels=(8, 8), sample_size=8)
+    vae.save_pretrained(folder / "vae")
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler.save_pretrained(folder / "scheduler")
+    return folder
+
+
+def make_network(ldm: Path, seed: int = 0) -> LADD:
+    torch.manual_seed(seed)
+    network = LADD.from_pipeline(ldm, code_dim=CODE_DIM, embedding_channels=(8,)).eval()
+    scramble(list(network.controlnet.parameters()), seed)
+    return network
+
+
+def make_light(_: Path) -> LightDecoder:
+    torch.manual_seed(0)
+    return LightDecoder(PixelDecoder(CODE_DIM, 32, 1, 2, fine_width=8, num_fine_blocks=1, patch_size=4)).eval()
+
+
+def make_diffusion(ldm: Path) -> DiffusionDecoder:
+    autoencoder = Autoencoder.from_pretrained(ldm / "vae")
+    return DiffusionDecoder(make_network(ldm), autoencoder, latents_per_token=2).eval()
+
+
+def make_consistency(ldm: Path, adaptation: Adaptation | None = None) -> ConsistencyDecoder:
+    network = make_network(ldm)
+    record = adapt(network, adaptation or Adaptation())
+    scramble(list(record.tensors(network).values()), seed=2, std=0.1)  # type: ignore[arg-type]
+    autoencoder = Autoencoder.from_pretrained(ldm / "vae")
+    return ConsistencyDecoder(network, autoencoder, latents_per_token=2, difference=record).eval()
+
+
+DECODERS: dict[str, Callable[[Path], CodeDecoder]] = {
+    "light": make_light,
+    "diffusion": make_diffusion,
+    "consistency": make_consistency,
+}
+"""Every decoder of the library; a new one joins the contract here."""
+
+
+@pytest.fixture(scope="module", params=list(DECODERS))
+def named(request: pytest.FixtureRequest, ldm: Path) -> tuple[str, CodeDecoder]:
+    return request.param, DECODERS[request.param](ldm)
+
+
+@pytest.fixture
+def decoder(named: tuple[str, CodeDecoder]) -> CodeDecoder:
+    return named[1]
+
+
+def steps_of(decoder: CodeDecoder) -> tuple[int, ...]:
+    return decoder.steps if decoder.steps is not None else (1, 3)
+
+
+@torch.no_grad()
+def test_pictures_have_size_and_range_and_do_not_change(decoder: CodeDecoder) -> None:
+    for steps in steps_of(decoder):
+        images = decoder.decode(20 * codes(), num_steps=steps)
+        assert images.shape == (3, 3, 8, 8) and images.dtype == torch.float32
+        assert -1 <= float(images.min()) < float(images.max()) <= 1
+        assert torch.equal(images, decoder.decode(20 * codes(), num_steps=steps))
+        assert torch.equal(images, decoder.decode(20 * codes(), num_steps=steps, generator=seeds(0, 0, 0)))
+
+
+@torch.no_grad()
+def test_a_picture_depends_on_its_own_codes_and_noise(decoder: CodeDecoder) -> None:
+    steps = steps_of(decoder)[-1]
+    together = decoder.decode(codes(), num_steps=steps, generator=seeds(4, 5, 6))
+    for index, seed in enumerate((4, 5, 6)):
+        alone = decoder.decode(codes()[index][None], num_steps=steps, generator=seeds(seed))
+        torch.testing.assert_close(together[index][None], alone, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(*decoder.decode(codes(2), num_steps=steps))
+
+
+@torch.no_grad()
+def test_only_known_numbers_of_steps(decoder: CodeDecoder) -> None:
+    with pytest.raises(ValueError, match="steps"):
+        decoder.decode(codes(1), num_steps=0)
+    assert decoder.check_steps(None) == decoder.default_steps
+    if decoder.steps is not None:
+        assert decoder.default_steps in decoder.steps
+        unknown = max(decoder.steps) + 1
+        trained = ", ".join(map(str, decoder.steps))
+        with pytest.raises(ValueError, match=f"trained for {trained} steps, not for {unknown}"):
+            decoder.decode(codes(1), num_steps=unknown)
+
+
+@torch.no_grad()
+def test_saved_and_loaded_it_gives_the_same_pictures(named: tuple[str, CodeDecoder], ldm: Path, tmp_path: Path) -> None:
+    name, decoder = named
+    if decoder.base is not None:
+        DECODERS[decoder.base](ldm).save_pretrained(tmp_path / decoder.base)
+    decoder.save_pretrained(tmp_path / name)
+    again = resolve_class(class_name(type(decoder)), CodeDecoder).from_pretrained(tmp_path / name, ldm=ldm)
+    assert (again.steps, again.default_steps, again.base) == (decoder.steps, decoder.default_steps, decoder.base)
+    for steps in steps_of(decoder):
+        expected = decoder.decode(codes(), num_steps=steps)
+        torch.testing.assert_close(again.decode(codes(), num_steps=steps), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_files_name_the_public_class(decoder: CodeDecoder) -> None:
+    assert class_name(type(decoder)) == f"layton.decoders.{type(decoder).__name__}"
+
+
+@torch.no_grad()
+def test_decoders_through_a_diffusion_model_say_when_it_is_missing(decoder: CodeDecoder, tmp_path: Path) -> None:
+    decoder.save_pretrained(tmp_path / "decoder")
+    (tmp_path / "diffusion").mkdir()
+    if decoder.needs_ldm:
+        with pytest.raises(ValueError, match="latent diffusion model"):
+            type(decoder).from_pretrained(tmp_path / "decoder")  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def test_scale_is_used_once_and_given_back(decoder: CodeDecoder) -> None:
+    steps = steps_of(decoder)[-1]
+    if not decoder.needs_ldm:
+        with pytest.raises(ValueError, match="scale"):
+            decoder.decode(codes(), conditioning_scale=1.0)
+        return
+    before = decoder.decode(codes(2), num_steps=steps)
+    silent = decoder.decode(codes(2), num_steps=steps, conditioning_scale=0.0)
+    torch.testing.assert_close(silent[0], silent[1])  # without codes only the noise is left, and that is the same
+    assert torch.equal(decoder.decode(codes(2), num_steps=steps), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [make_diffusion, make_consistency])
+def test_seeds_matter_and_steps_are_network_evaluations(make: Callable[[Path], CodeDecoder], ldm: Path) -> None:
+    decoder = make(ldm)
+    assert not torch.equal(
+        decoder.decode(codes(1), num_steps=2), decoder.decode(codes(1), num_steps=2, generator=seeds(1))
+    )
+    times: list[float] = []
+    handle = decoder.network.unet.register_forward_pre_hook(lambda _, inputs: times.append(float(inputs[1][0])))  # type: ignore[union-attr]
+    for steps in (1, 2, 3, None):
+        times.clear()
+        decoder.decode(codes(1), num_steps=steps)
+        assert len(times) == (decoder.default_steps if steps is None else steps)
+        if isinstance(decoder, ConsistencyDecoder):
+            assert tuple(times) == LAYTON_TIMES[steps or 3]
+    handle.remove()  # type: ignore[union-attr]
+
+
+def test_presets_are_the_published_times() -> None:
+    assert LAYTON_TIMES[3] == (999, 499, 124)
+    assert time_table("hyper") == dict(HYPER_TIMES) == {1: (800.0,)}
+    with pytest.raises(ValueError, match="no preset 'fast'"):
+        time_table("fast")
+
+
+@pytest.mark.parametrize("times", [{}, {2: (999.0,)}, {2: (499.0, 999.0)}, {1: (1000.0,)}, {1: (0.0,)}])
+def test_times_that_cannot_be(times: dict[int, tuple[float, ...]], ldm: Path) -> None:
+    with pytest.raises(ValueError, match=r"times"):
+        sampling_at(times, make_network(ldm))
+
+
+@torch.no_grad()
+def test_an_adapted_network_starts_as_its_base(ldm: Path) -> None:
+    before = make_diffusion(ldm).decode(codes(), num_steps=3)
+    decoder = make_diffusion(ldm)
+    adapt(decoder.network, Adaptation(unet="lora", branch="lora"))
+    torch.testing.assert_close(decoder.decode(codes(), num_steps=3), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("adaptation", "share"),
+    [
+        (Adaptation(unet="lora", branch="lora"), None),
+        (Adaptation(unet="frozen", branch="full"), "controlnet."),
+        (Adaptation(unet="full", branch="frozen"), "unet."),
+    ],
+)
+def test_only_what_was_trained_is_saved(adaptation: Adaptation, share: str | None, ldm: Path, tmp_path: Path) -> None:
+    decoder = make_consistency(ldm, adaptation)
+    make_diffusion(ldm).save_pretrained(tmp_path / "diffusion")
+    decoder.save_pretrained(tmp_path / "consistency")
+    names = load_tensors(tmp_path / "consistency" / "model.safetensors")
+    assert all(".lora_" in name if share is None else name.startswith(share) for name in names)
+    again = ConsistencyDecoder.from_pretrained(tmp_path / "consistency", ldm=ldm)
+    torch.testing.assert_close(again.decode(codes()), decoder.decode(codes()), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_wrong_base_is_refused_and_a_rounded_one_is_not(dtype: torch.dtype, ldm: Path, tmp_path: Path) -> None:
+    base = make_diffusion(ldm)
+    base.save_pretrained(tmp_path / "diffusion", dtype=dtype)
+    make_consistency(ldm).save_pretrained(tmp_path / "consistency", dtype=dtype)
+    rounded = DiffusionDecoder.from_pretrained(tmp_path / "diffusion", ldm=ldm).network
+    assert not torch.equal(rounded.controlnet.conv_in.weight, base.network.controlnet.conv_in.weight)
+    assert fingerprints(rounded)["unet"] == fingerprints(base.network)["unet"]
+    ConsistencyDecoder.from_pretrained(tmp_path / "consistency", ldm=ldm)
+    make_diffusion(ldm).save_pretrained(tmp_path / "diffusion", dtype=torch.float32)
+    ConsistencyDecoder.from_pretrained(tmp_path / "consistency", ldm=ldm)
+    DiffusionDecoder(make_network(ldm, seed=5), base.autoencoder).save_pretrained(tmp_path / "diffusion")
+    with pytest.raises(ValueError, match="trained on another 'diffusion' decoder"):
+        ConsistencyDecoder.from_pretrained(tmp_path / "consistency", ldm=ldm)
+
+
+@torch.no_grad()
+def test_a_missing_base_is_named(ldm: Path, tmp_path: Path) -> None:
+    make_consistency(ldm).save_pretrained(tmp_path / "consistency")
+    with pytest.raises(ValueError, match="what differs from the decoder 'diffusion'"):
+        ConsistencyDecoder.from_pretrained(tmp_path / "consistency", ldm=ldm)
+
+
+@torch.no_grad()
+def test_without_a_base_everything_is_saved(ldm: Path, tmp_path: Path) -> None:
+    network = make_network(ldm)
+    autoencoder = Autoencoder.from_pretrained(ldm / "vae")
+    whole = ConsistencyDecoder(network, autoencoder, sampling=sampling_at("hyper", network)).eval()
+    whole.save_pretrained(tmp_path / "consistency")
+    again = ConsistencyDecoder.from_pretrained(tmp_path / "consistency", ldm=ldm)
+    assert again.sampling.times == ((800.0,),) and again.base is None
+    assert torch.equal(again.decode(codes()), whole.decode(codes()))
+
+
+@torch.no_grad()
+def test_folded_adapters_come_out_again(ldm: Path) -> None:
+    decoder = make_consistency(ldm)
+    weight = decoder.network.unet.conv_in.weight.clone()
+    apart = decoder.decode(codes())
+    fold_adapters(decoder.network)
+    torch.testing.assert_close(decoder.decode(codes()), apart, rtol=1e-5, atol=1e-5)
+    fold_adapters(decoder.network, fold=False)
+    torch.testing.assert_close(decoder.decode(codes()), apart, rtol=1e-5, atol=1e-5)
+    assert torch.equal(decoder.network.unet.conv_in.weight, weight)
+
+
+def test_the_best_decoder_there_is() -> None:
+    assert best_decoder(["light", "diffusion", "consistency"]) == "consistency"
+    assert best_decoder(["light", "diffusion"]) == "diffusion"
+    assert best_decoder(["other", "light"]) == "light"
+    assert best_decoder(["other"]) == "other"
+    assert best_decoder([]) == ""

@@ -133,3 +133,10 @@ def test_cached_latents_equal_those_made_directly_and_refuse_another_autoencoder
     )
     with pytest.raises(ValueError, match="autoencoder"):
         CachedLatents(source, autoencoder=str(tmp_path / "other"), folder=str(tmp_path / "cache"))
+
+
+def test_the_vocabulary_is_the_same_each_time_it_is_made() -> None:
+    words = ["one red circle", "two blue stars", "three green crosses left of a brown diamond"] * 3
+    made = [build_tokenizer(words, vocab_size=800).backend_tokenizer.to_str() for _ in range(4)]
+    assert len(set(made)) == 1
+    assert len(build_tokenizer(words, vocab_size=800)("three blue stars")["input_ids"]) == 5

@@ -1,0 +1,131 @@
+"""What training costs, in forward-equivalents of the denoiser: the unit in which methods are compared.
+
+One sample through the network is 1 F, its backward pass 2 F more. Per sample plain denoising training then costs 3 F
+and latent consistency distillation 6 F (student with backward, guided teacher 2, target 1). Teacher, discriminator and
+data generation are counted with everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
+
+BACKWARD = 2.0  # gradients of inputs and of weights, each about one forward; the same for LoRA, by convention
+
+
+class Budget:
+    """Accumulates forward-equivalents of watched networks, by account; survives restarts through its state.
+
+    Views of one network (``distill.adapters``) share its count: watch the shared denoiser once, not each view. Gradient
+    checkpointing repeats forwards inside the network, which is a matter of memory and not counted.
+    """
+
+    def __init__(self) -> None:
+        self.accounts: dict[str, float] = {}
+
+    @property
+    def total(self) -> float:
+        """Forward-equivalents of all accounts."""
+        return sum(self.accounts.values())
+
+    def add(self, equivalents: float, account: str = "other") -> None:
+        """Count what no watched network sees, for instance data generated beforehand.
+
+        Raises:
+            ValueError: The number is negative or not finite.
+        """
+        if not 0.0 <= equivalents < float("inf"):
+            raise ValueError(f"forward-equivalents must be >= 0 and finite, got {equivalents}")
+        self.accounts[account] = self.accounts.get(account, 0.0) + equivalents
+
+    def watch(self, network: nn.Module, account: str = "denoiser", *, cost: float = 1.0) -> RemovableHandle:
+        """Count every call of a network from now on; a backward pass through a call is counted when it happens.
+
+        Args:
+            network: Called with at least one tensor, whose first dimension is the batch.
+            account: Name to count under.
+            cost: Cost of one sample relative to the denoiser's, see ``relative_cost``.
+
+        Returns:
+            A handle whose ``remove()`` ends the watch.
+
+        Raises:
+            ValueError: The cost is not positive.
+        """
+        if not cost > 0:
+            raise ValueError(f"cost must be > 0, got {cost}")
+
+        def after_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+            samples = len(next(_tensors((args, kwargs))))
+            self.add(cost * samples, account)
+            differentiable = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+            if torch.is_grad_enabled() and differentiable:
+                register_multi_grad_hook(
+                    differentiable, lambda _: self.add(BACKWARD * cost * samples, account), mode="any"
+                )
+
+        return network.register_forward_hook(after_forward, with_kwargs=True)
+
+    @contextmanager
+    def watching(self, costs: Mapping[str, tuple[nn.Module, float]]) -> Iterator[Budget]:
+        """Watch several networks inside a ``with`` block.
+
+        Args:
+            costs: For each account the network and its relative cost.
+        """
+        handles = [self.watch(network, account, cost=cost) for account, (network, cost) in costs.items()]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def state_dict(self) -> dict[str, float]:
+        """The accounts, to be kept in a checkpoint."""
+        return dict(self.accounts)
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on counting from what ``state_dict`` gave."""
+        self.accounts = {account: float(value) for account, value in state.items()}
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products, convolutions and attention in ``run()``."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def relative_cost(run: Callable[[], object], reference: Callable[[], object]) -> float:
+    """Cost of one call relative to another, by counted operations; both on the same number of samples.
+
+    Args:
+        run: Calls the discriminator, decoder or whatever is to be counted.
+        reference: Calls the denoiser.
+
+    Raises:
+        ValueError: One of the two has no operations that can be counted.
+    """
+    own, unit = count_flops(run), count_flops(reference)
+    if not own or not unit:
+        raise ValueError(f"nothing to compare: {own} operations against {unit}")
+    return own / unit
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Tensors in nested tuples, lists and dicts, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, Iterable) and not isinstance(value, str | bytes):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,210 @@
+"""Speed of decoding as ratios, side by side in one run.
+
+Times of another machine, or of another minute of this one, say little. So every round measures all contenders one after
+another, a ratio is formed in each round, and the median ratio is reported (with the ratio of the fastest times beside
+it). With one thread the clock is that of the thread's CPU time, which neighbours disturb less than the wall clock.
+
+Bars, with random weights and a head that is not zero: P2 floor kernel / step, where the floor kernel is the model's own
+linear layers alone, as ``nn.Linear`` computes them (the times tell of the packed ones, which decoding runs, as well);
+P3 transformers' generate on a Llama of the same shape and as many rows / step; P4 codes a second of 8 images / of 1;
+P5 step at the last code / at the 8th; P6 step / step with int8 weights; P7 guided step / plain step.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+
+import torch
+
+from generation.contenders import (
+    BenchShape,
+    Clock,
+    build,
+    build_peer,
+    captions,
+    decodes_like_a_full_pass,
+    floor_times,
+    peer_times,
+    step_times,
+)
+from generation.packing import packed
+from generation.quantization import quantize_int8
+from generation.transformer import LaytonGenTransformer
+
+EARLY = 8
+"""The code whose step is compared with the last one's."""
+WINDOW = 4
+"""Steps on either side over which the time of one step is taken."""
+
+
+SHAPES = (BenchShape("38M", "small", 1.4), BenchShape("111M", "B", 1.25))
+
+
+@dataclass(frozen=True, slots=True)
+class BenchOptions:
+    """How much is measured.
+
+    Attributes:
+        rounds: Interleaved repeats.
+        num_codes: Codes that are decoded in each repeat; N when None.
+        peer: Whether transformers is measured.
+        batch: Images of the larger batch.
+    """
+
+    rounds: int = 5
+    num_codes: int | None = None
+    peer: bool = True
+    batch: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One ratio.
+
+    Attributes:
+        name: Such as "P2 38M".
+        text: What is divided by what.
+        ratio: Median over rounds of the ratio in a round.
+        ratio_of_fastest: The same from the fastest times of all rounds.
+        goal: What it should be.
+        at_least: Whether more is better.
+        passed: Whether the goal is met.
+    """
+
+    name: str
+    text: str
+    ratio: float
+    ratio_of_fastest: float
+    goal: float
+    at_least: bool
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """Ratios, times and protocol.
+
+    Attributes:
+        bars: Ratios.
+        milliseconds: Median time of a step by contender.
+        cached_equals_uncached: By shape: decoded codes are those that a full pass finds likeliest.
+        cache_bytes: By shape: memory that keys and values take for one guided image.
+        protocol: How it was measured.
+    """
+
+    bars: tuple[Bar, ...]
+    milliseconds: dict[str, float]
+    cached_equals_uncached: dict[str, bool]
+    cache_bytes: dict[str, int]
+    protocol: dict[str, object]
+
+    def as_json(self) -> dict[str, object]:
+        """Plain data."""
+        return asdict(self)
+
+
+Times = dict[str, list[float]]
+
+
+def run_bench(shapes: Sequence[BenchShape] = SHAPES, options: BenchOptions | None = None) -> BenchReport:
+    """Measure all bars with the number of threads that torch has.
+
+    Args:
+        shapes: What to measure.
+        options: How much.
+    """
+    chosen = options or BenchOptions()
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    bars: list[Bar] = []
+    milliseconds: dict[str, float] = {}
+    equal: dict[str, bool] = {}
+    size: dict[str, int] = {}
+    load = os.getloadavg()
+    for shape in shapes:
+        model = build(shape)
+        times = measure(model, shape, chosen, clock)
+        bars += shape_bars(shape, times, chosen)
+        milliseconds |= {f"{shape.name} {name}": 1e3 * median(values) for name, values in times.items()}
+        equal[shape.name] = decodes_like_a_full_pass(model, shape)
+        size[shape.name] = 2 * 2 * len(model.blocks) * model.width * (shape.caption_length + shape.num_tokens - 1) * 4
+    protocol: dict[str, object] = {
+        "clock": "thread CPU time" if clock is time.thread_time else "wall",
+        "threads": torch.get_num_threads(),
+        "rounds": chosen.rounds,
+        "num_codes": chosen.num_codes,
+        "torch": torch.__version__,
+        "load_before": list(load),
+        "load_after": list(os.getloadavg()),
+    }
+    return BenchReport(tuple(bars), milliseconds, equal, size, protocol)
+
+
+def measure(model: LaytonGenTransformer, shape: BenchShape, options: BenchOptions, clock: Clock) -> Times:
+    """Seconds of a step of every contender in every round."""
+    count = options.num_codes or shape.num_tokens
+    fast = packed(model)
+    small = quantize_int8(copy.deepcopy(model))
+    contenders: dict[str, Callable[[], list[float]]] = {
+        "plain": lambda: step_times(model, captions(shape, 1), 1.0, count, clock),
+        "guided": lambda: step_times(model, captions(shape, 1), 2.0, count, clock),
+        "floor": lambda: floor_times(model, 2, count, clock),
+        "packed floor": lambda: floor_times(fast, 2, count, clock),
+        "int8": lambda: step_times(small, captions(shape, 1), 2.0, count, clock),
+        "batch": lambda: step_times(model, captions(shape, options.batch), 2.0, count, clock),
+    }
+    if options.peer:
+        peer = build_peer(model, shape)
+        contenders["peer"] = lambda: peer_times(peer, shape, 2, count, clock)
+    times: Times = {name: [] for name in (*contenders, "early", "late")}
+    for _ in range(options.rounds):
+        for name, run in contenders.items():
+            steps = run()
+            times[name].append(median(steps))
+            if name == "guided":
+                early = min(EARLY, len(steps) - 1)
+                times["early"].append(median(steps[max(0, early - WINDOW) : early + WINDOW]))
+                times["late"].append(median(steps[-2 * WINDOW :]))
+    return times
+
+
+def shape_bars(shape: BenchShape, times: Times, options: BenchOptions) -> list[Bar]:
+    """All bars of one shape."""
+    bars = [
+        _bar(f"P2 {shape.name}", "floor kernel / step", times["floor"], times["guided"], 0.75, at_least=True),
+        _bar(
+            f"P4 {shape.name}",
+            f"codes a second of {options.batch} images / of 1",
+            times["guided"],
+            times["batch"],
+            3.0,
+            at_least=True,
+            factor=options.batch,
+        ),
+        _bar(
+            f"P5 {shape.name}",
+            "step at the last code / at the 8th",
+            times["late"],
+            times["early"],
+            1.25,
+            at_least=False,
+        ),
+        _bar(f"P6 {shape.name}", "step / step with int8 weights", times["guided"], times["int8"], 1.7, at_least=True),
+        _bar(f"P7 {shape.name}", "guided step / plain step", times["guided"], times["plain"], 1.4, at_least=False),
+    ]
+    if "peer" in times:
+        text = "transformers generate / step"
+        bars.append(_bar(f"P3 {shape.name}", text, times["peer"], times["guided"], shape.peer_goal, at_least=True))
+    return sorted(bars, key=lambda bar: bar.name)
+
+
+def _bar(
+    name: str, text: str, over: list[float], under: list[float], goal: float, *, at_least: bool, factor: float = 1.0
+) -> Bar:
+    ratio = factor * median(a / b for a, b in zip(over, under, strict=True))
+    fastest = factor * min(over) / min(under)
+    return Bar(name, text, ratio, fastest, goal, at_least, ratio >= goal if at_least else ratio <= goal)

@@ -1,0 +1,160 @@
+"""Decoding one code at a time: keys and values of all earlier tokens are kept in memory that is taken once.
+
+Legend: R rows (images; twice as many with guidance), L caption length, N image tokens, K heads, hd head width,
+S = L + N - 1 tokens that are ever fed, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from generation.packing import packed
+from generation.rope import Rotation
+from generation.transformer import LaytonGenTransformer, attention_bias
+
+
+class StaticLayerCache:
+    """Keys and values of one layer: two slices (R, K, S, hd) of the memory of all layers.
+
+    Each head's tokens lie one after another, so that attention over the first t of them reads one stretch of memory
+    and nothing is copied as the sequence grows.
+    """
+
+    __slots__ = ("keys", "length", "values")
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values, self.length = keys, values, 0
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values (R, K, T, hd); returns views of those of all tokens so far."""
+        start, self.length = self.length, self.length + key.shape[2]
+        self.keys[:, :, start : self.length].copy_(key)
+        self.values[:, :, start : self.length].copy_(value)
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+class CachedDecoder:
+    """A transformer with the memory of one batch: `prefill` once, then `step` for each code.
+
+    Logits equal those of `LaytonGenTransformer.forward` up to rounding. On a CPU the decoder holds a packed copy of the
+    weights (`generation.packing`); to make it once for many batches, pass ``packed(model)``.
+
+    Args:
+        model: In eval mode.
+        condition: Text features (R, L, dim) or labels (R,).
+        mask: (R, L), true for real caption tokens, which stand last; None when all are real.
+        num_codes: How many codes will be decoded at most; N when None.
+
+    Raises:
+        ValueError: If the model is in training mode, the mask does not fit, is not left-padded or leaves a caption
+            empty, or ``num_codes`` is not in 1..N.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        model: LaytonGenTransformer,
+        condition: Tensor,
+        mask: Tensor | None = None,
+        *,
+        num_codes: int | None = None,
+    ) -> None:
+        count = model.num_tokens if num_codes is None else num_codes
+        if model.training:
+            raise ValueError("decoding needs the model in eval mode, it is in training mode")
+        if not 1 <= count <= model.num_tokens:
+            raise ValueError(f"num_codes must be in 1..{model.num_tokens}, got {count}")
+        self.model = model
+        self.mask = _checked_mask(mask, condition)
+        self._prefix: Tensor = model.prefix(condition)
+        self._vocabulary = packed(model.vocabulary)
+        self._blocks = [packed(block) for block in model.blocks]
+        self._head = self._vocabulary.frozen_head()
+        rows, length, width = self._prefix.shape
+        self.prefix_length, self.capacity = length, length + count - 1
+        self.rotation = model.rotations(length, device=condition.device)
+        heads = model.num_heads
+        shape = (len(model.blocks), 2, rows, heads, self.capacity, width // heads)
+        memory = torch.empty(shape, device=self._prefix.device, dtype=self._prefix.dtype)
+        self.layers = [StaticLayerCache(keys, values) for keys, values in memory]
+        self.memory = memory
+        self._bias: Tensor | None = None
+        if self.mask is not None:  # what the last token may see: of this, each step takes the first columns
+            self._bias = attention_bias(
+                self.mask, queries=1, keys=self.capacity + 1, device=memory.device, dtype=memory.dtype
+            )
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache, caption included."""
+        return self.layers[0].length
+
+    @torch.inference_mode()
+    def prefill(self, codes: Tensor | None = None) -> Tensor:
+        """Feed the caption and codes (R, n) that are known already, in one pass.
+
+        Returns:
+            Logits of the next code (R, V).
+
+        Raises:
+            ValueError: If something was fed before, or there is no room.
+        """
+        if self.length:
+            raise ValueError(f"prefill comes first, the cache holds {self.length} tokens")
+        x = self._prefix
+        if codes is not None and codes.shape[1]:
+            x = torch.cat([x, self._vocabulary.embed(codes).to(x.dtype)], dim=1)
+        if x.shape[1] > self.capacity:
+            raise ValueError(f"{x.shape[1]} tokens do not fit into a cache of {self.capacity}")
+        bias = attention_bias(self.mask, queries=x.shape[1], keys=x.shape[1], device=x.device, dtype=x.dtype)
+        return self._feed(x, self.rotation.at(0, x.shape[1]), bias)
+
+    @torch.inference_mode()
+    def step(self, codes: Tensor) -> Tensor:
+        """Feed one code for each row.
+
+        Args:
+            codes: (R,) int64.
+
+        Returns:
+            Logits of the next code (R, V).
+
+        Raises:
+            ValueError: If the cache is full or empty.
+        """
+        place = self.length
+        if not 0 < place < self.capacity:
+            raise ValueError(f"the cache holds {place} of {self.capacity} tokens: nothing can be fed")
+        x = self._vocabulary.embed(codes[:, None]).to(self.memory.dtype)
+        bias = None if self._bias is None else self._bias[..., : place + 1]
+        return self._feed(x, self.rotation.at(place, place + 1), bias)
+
+    def keep_rows(self, count: int) -> None:
+        """Forget all rows after the first ``count``, as when guidance ends."""
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[:count], layer.values[:count]
+        self._bias = None if self._bias is None else self._bias[:count]
+
+    def _feed(self, x: Tensor, rotation: Rotation, bias: Tensor | None) -> Tensor:
+        for block, layer in zip(self._blocks, self.layers, strict=True):
+            x = block(x, rotation, bias, layer)
+        return self._head(self.model.norm(x[:, -1]))
+
+
+def _checked_mask(mask: Tensor | None, condition: Tensor) -> Tensor | None:
+    """The mask as bool, or None if every token is real.
+
+    Raises:
+        ValueError: If it does not fit, is not left-padded, or a caption is empty.
+    """
+    if mask is None:
+        return None
+    if mask.shape != condition.shape[:2]:
+        raise ValueError(f"mask {tuple(mask.shape)} does not fit captions {tuple(condition.shape)}")
+    real = mask.to(torch.bool)
+    if real.numel() and not bool(real[:, -1].all()):
+        raise ValueError("captions are padded on the left and hold a token at least: the last must be real")
+    if bool((real[:, :-1] & ~real[:, 1:]).any()):
+        raise ValueError("captions are padded on the left: padding found after a real token")
+    return None if bool(real.all()) else real

@@ -1,0 +1,1 @@
+"""Commands of ``layton`` that need the generator; `layton.commands.COMMANDS` names them, nothing else does."""

@@ -1,0 +1,115 @@
+"""``layton evaluate generation``: generated images against the real ones of a captioned data set."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from generation.commands.models import Kind, load_drawer
+from layton.commands.calling import progress
+from layton.commands.reports import write_json
+from layton.data.types import Split
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from layton.commands.evaluation_data import EvaluationImages
+
+
+def evaluate_generation(
+    *,
+    data: list[str],
+    model: str = "mini",
+    kind: Kind = "laytongen",
+    split: Split = "test",
+    count: int | None = None,
+    size: int = 256,
+    tokenizer: str | None = None,
+    decoder: str | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    clip: str | None = None,
+    resamples: int = 20,
+    seed: int = 0,
+    batch_size: int = 8,
+    device: str | None = None,
+    json: Path | None = None,
+) -> None:
+    """Draw an image for each caption of a data set: FD-effnet against its images; FID and CLIP score where possible.
+
+    Weights that are not on disk are not downloaded; what is not measured is listed with the reason.
+
+    Args:
+        data: the word scenes, a folder of images with captions, or tar shards (files or patterns).
+        model: embedded model or folder.
+        kind: laytongen, or diffusion for a diffusers text-to-image folder.
+        split: train, validation or test.
+        count: images to take from the start of the split; 1,000 scenes or all stored images by default.
+        size: side in pixels to which real images are cropped and scaled.
+        tokenizer: of LaytonGen, where it does not lie beside the generator.
+        decoder: name of the code decoder; the tokenizer's own choice by default.
+        steps: of the decoder, or of the diffusion model; its own number by default.
+        guidance_scale: of classifier-free guidance; the model's own by default.
+        temperature: of LaytonGen.
+        top_k: of LaytonGen; 0 for all codes.
+        top_p: of LaytonGen; 1 for all codes.
+        clip: folder of a CLIP model in transformers' format.
+        resamples: bootstrap resamples for the spread of FD-effnet; 0 for none.
+        seed: of the first image; the following images count up from it.
+        batch_size: images at once.
+        device: where to run; the accelerator if there is one.
+        json: write figures and protocol to this file as well.
+    """
+    from generation.evaluation import evaluate_generation as evaluate
+    from layton.commands.evaluation_data import open_images
+    from layton.metrics.external import ExternalSources
+
+    images = open_images(data, split=split, count=count, size=size, batch_size=batch_size)
+    loaded = load_drawer(
+        kind,
+        model,
+        tokenizer=tokenizer,
+        decoder=decoder,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        device=device,
+    )
+    facts = {"dataset": images.name, "split": split, "preprocessing": images.preprocessing, "size": size}
+    with progress(images.count, "draw") as bar:
+        report = evaluate(
+            loaded.draw,
+            captioned(images),
+            protocol={**facts, **loaded.settings},
+            seed=seed,
+            sources=ExternalSources(clip=clip),
+            num_resamples=resamples,
+            on_progress=bar.update,
+        )
+    sys.stdout.write(report.summary() + "\n")
+    if json is not None:
+        write_json(json, report.to_dict())
+
+
+def captioned(images: EvaluationImages) -> Iterator[tuple[Tensor, list[str]]]:
+    """Batches of images (B, 3, S, S) in [-1, 1] and their captions.
+
+    Raises:
+        ValueError: If an image has no caption.
+    """
+    import torch
+
+    for start in range(0, images.count, images.batch_size):
+        stop = min(start + images.batch_size, images.count)
+        samples = [images.source.sample(index, seed=0) for index in range(start, stop)]
+        untold = [sample["key"] for sample in samples if not sample["caption"]]
+        if untold:
+            raise ValueError(f"{untold[0]} has no caption to draw from")
+        yield torch.stack([sample["image"] for sample in samples]), [sample["caption"] for sample in samples]

@@ -1,0 +1,115 @@
+"""``layton evaluate sceneval`` for LaytonGen as well as for diffusion models."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+
+from generation.commands.models import Kind, load_drawer
+from layton.commands.calling import progress
+from layton.commands.evaluate_sceneval import evaluate_sceneval as evaluate_diffusion
+from layton.commands.evaluate_sceneval import table
+from layton.commands.reports import write_json
+from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from layton.errors import UsageError
+
+
+def evaluate_sceneval(
+    *,
+    pipeline: str = "mini",
+    kind: Kind = "diffusion",
+    prompts: Path | None = None,
+    per_task: int = 50,
+    images_per_prompt: int = 4,
+    tokenizer: str | None = None,
+    decoder: str | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    out: Path | None = None,
+    device: str | None = None,
+    json: Path | None = None,
+) -> None:
+    """Score a text-to-image model on the Scenes prompts, in GenEval's form and on a scale of its own.
+
+    Args:
+        pipeline: embedded model, folder of a diffusers text-to-image pipeline, or folder of a LaytonGen.
+        kind: diffusion, or laytongen.
+        prompts: file of prompts in GenEval's JSON lines; by default they are made from test seeds.
+        per_task: prompts made for each of the six tasks, a fifth of them of unseen combinations where there are such.
+        images_per_prompt: images drawn for each prompt.
+        tokenizer: of LaytonGen, where it does not lie beside the generator.
+        decoder: name of LaytonGen's code decoder; the tokenizer's own choice by default.
+        steps: denoising steps (25 by default), or those of LaytonGen's decoder.
+        guidance_scale: of classifier-free guidance; 1 is none.
+        temperature: of LaytonGen; 0 takes the likeliest code each time.
+        top_k: of LaytonGen; 0 for all codes.
+        top_p: of LaytonGen; 1 for all codes.
+        seed: of the first image; the following images count up from it.
+        batch_size: images drawn at once; the score does not depend on it.
+        out: folder for the images in GenEval's layout; must be new or empty.
+        device: where to run; the accelerator if there is one.
+        json: write scores and protocol to this file as well.
+    """
+    if kind == "diffusion":
+        if any(value is not None for value in (tokenizer, decoder, temperature, top_k, top_p)):
+            raise UsageError("tokenizer, decoder, temperature, top_k and top_p need --kind laytongen")
+        evaluate_diffusion(
+            pipeline=pipeline,
+            prompts=prompts,
+            per_task=per_task,
+            images_per_prompt=images_per_prompt,
+            steps=DEFAULT_STEPS if steps is None else steps,
+            guidance_scale=DEFAULT_GUIDANCE if guidance_scale is None else guidance_scale,
+            seed=seed,
+            batch_size=batch_size,
+            out=out,
+            device=device,
+            json=json,
+        )
+        return
+    from layton.metrics.protocol import library_versions
+    from layton.sceneval import make_prompts, read_prompts, run_sceneval
+
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} is not empty: images of another run there would be counted as this one's")
+    specs = make_prompts(per_task) if prompts is None else read_prompts(prompts)
+    loaded = load_drawer(
+        kind,
+        pipeline,
+        tokenizer=tokenizer,
+        decoder=decoder,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        device=device,
+    )
+    with progress(len(specs) * images_per_prompt, "draw") as bar:
+        report = run_sceneval(
+            loaded.draw,
+            specs,
+            images_per_prompt,
+            out,
+            batch_size=batch_size,
+            seed=seed,
+            on_progress=lambda done, _: bar.update(done - bar.n),
+        )
+    sys.stdout.write(table(report))
+    if json is not None:
+        text = "".join(spec.to_json() + "\n" for spec in specs)
+        run = {
+            **loaded.settings,
+            "images_per_prompt": images_per_prompt,
+            "seed": seed,
+            "prompts": "make_prompts, test seeds" if prompts is None else prompts.name,
+            "prompts_sha256": hashlib.sha256(text.encode("utf-8")).hexdigest(),
+            "versions": library_versions(),
+        }
+        write_json(json, {**report.to_dict(), "run": run})

@@ -1,0 +1,102 @@
+"""Which text-to-image model an evaluation is about: LaytonGen, or any diffusers folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Kind = Literal["laytongen", "diffusion"]
+
+
+class Draws(Protocol):
+    """``(texts, seeds) -> images`` uint8 (H, W, 3), each of which depends on its own text and seed alone."""
+
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[NDArray[np.uint8]]:
+        """Draw one image for each prompt and seed."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drawer:
+    """A loaded model and every setting that decides its pictures.
+
+    Attributes:
+        draw: Draws.
+        settings: Plain values, for protocols.
+    """
+
+    draw: Draws
+    settings: dict[str, Any]
+
+
+def load_drawer(
+    kind: Kind,
+    name: str,
+    *,
+    tokenizer: str | None = None,
+    decoder: str | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    device: str | None = None,
+) -> Drawer:
+    """Load a model of either kind.
+
+    Args:
+        kind: What the name means.
+        name: Embedded model or folder.
+        tokenizer: Of LaytonGen, where it does not lie beside the generator.
+        decoder: Of LaytonGen.
+        steps: Of the decoder, or of the diffusion model.
+        guidance_scale: The model's own by default.
+        temperature: Of LaytonGen.
+        top_k: Of LaytonGen.
+        top_p: Of LaytonGen.
+        device: Where to run.
+
+    Raises:
+        UsageError: If an option of LaytonGen is given for a diffusion model.
+        ValueError: If the model does not exist or is damaged.
+    """
+    from layton.errors import UsageError
+
+    if kind == "laytongen":
+        from generation.drawing import LaytonGenDrawer
+
+        draw = LaytonGenDrawer.load(
+            name,
+            tokenizer=tokenizer,
+            decoder=decoder,
+            num_steps=steps,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            device=device,
+        )
+        return Drawer(draw, draw.settings())
+    if any(value is not None for value in (tokenizer, decoder, temperature, top_k, top_p)):
+        raise UsageError("tokenizer, decoder, temperature, top_k and top_p are LaytonGen's, not a diffusion model's")
+    from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS, TextToImage, find_pipeline
+
+    other = TextToImage.load(
+        find_pipeline(name),
+        num_steps=DEFAULT_STEPS if steps is None else steps,
+        guidance_scale=DEFAULT_GUIDANCE if guidance_scale is None else guidance_scale,
+        device=device,
+    )
+    settings = {
+        "model": name,
+        "pipeline_class": type(other.pipeline).__name__,
+        "scheduler": type(other.pipeline.scheduler).__name__,
+        "num_inference_steps": other.num_steps,
+        "guidance_scale": other.guidance_scale,
+        "prompts_rewritten": False,
+    }
+    return Drawer(other, settings)

@@ -1,0 +1,123 @@
+"""``layton tokenize``: a dataset of images and captions to token shards."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from layton.commands.calling import progress
+from layton.commands.reports import write_json
+from layton.data.geometry import FitPolicy
+from layton.data.types import Split, check_split
+from layton.errors import UsageError
+
+if TYPE_CHECKING:
+    from layton.data.sources import ImageSource
+
+SCENES = "scenes"
+_NAMED = 5  # broken images that are named on the terminal; all of them are in the manifest
+
+
+def tokenize(
+    sources: list[str],
+    *,
+    out: Path,
+    tokenizer: str = "mini",
+    policy: FitPolicy = "crop",
+    split: str = "all",
+    count: int | None = None,
+    offset: int = 0,
+    chinese: float = 0.0,
+    reworded: float = 0.0,
+    shard_size: int = 4096,
+    batch_size: int = 16,
+    max_bad: int = 0,
+    text_encoder: str | None = None,
+    text_length: int | None = None,
+    device: str | None = None,
+    json: Path | None = None,
+) -> int:
+    """Encode a dataset to token shards, once; run again it continues where it was interrupted.
+
+    Broken images are passed over, counted and named; more of them than allowed make exit status 1 at the end.
+
+    Args:
+        sources: tar shards (files or patterns), one folder of shards or of images, or the word scenes.
+        out: folder to write; shards of codes, captions and keys, with plan.json and manifest.json.
+        tokenizer: embedded tokenizer or folder.
+        policy: how images become square: crop (the central square), pad (white borders) or resize.
+        split: train, validation, test, or all (of scenes: train).
+        count: scenes to render; 16384 by default. For stored images: all.
+        offset: scenes to pass over at the beginning of the split.
+        chinese: share of scene captions in Chinese.
+        reworded: share of scene captions said in another way than the canonical one.
+        shard_size: images in a shard.
+        batch_size: images encoded at once.
+        max_bad: broken images that are accepted.
+        text_encoder: also cache its features of the captions: a transformers folder or a diffusers pipeline.
+        text_length: tokens of a caption that it reads.
+        device: where to run; the accelerator if there is one.
+        json: write figures to this file as well.
+    """
+    from generation.text_encoders import text_encoder as load_text_encoder
+    from generation.tokenizing import TokenizeJob, tokenize_dataset
+    from layton.commands.models import choose_device, load_tokenizer
+
+    started = time.perf_counter()
+    model = load_tokenizer(tokenizer, decoders=[], device=device)
+    source, name = open_source(
+        sources, split=split, count=count, offset=offset, size=model.image_size, chinese=chinese, reworded=reworded
+    )
+    encoder = None
+    if text_encoder is not None:
+        encoder = load_text_encoder(text_encoder, max_length=text_length).to(choose_device(device))
+    job = TokenizeJob(source, model, name, policy, shard_size, batch_size, encoder)
+    with progress(len(source), "tokenize") as bar:
+        report = tokenize_dataset(job, out, on_progress=bar.update)
+    seconds = time.perf_counter() - started
+    sys.stdout.write(
+        f"{out}: {report.samples} images in {report.shards} shards ({report.reused} were there), "
+        f"{len(report.skipped)} passed over, {report.samples / seconds:.1f} images/s\n"
+    )
+    for reason in report.skipped[:_NAMED]:
+        sys.stderr.write(f"layton: passed over {reason}\n")
+    if report.cut_captions:
+        sys.stderr.write(f"layton: {report.cut_captions} captions were longer than the text encoder reads\n")
+    if json is not None:
+        write_json(json, {**asdict(report), "seconds": seconds, "header": asdict(job.header())})
+    return int(len(report.skipped) > max_bad)
+
+
+def open_source(
+    sources: Sequence[str], *, split: str, count: int | None, offset: int, size: int, chinese: float, reworded: float
+) -> tuple[ImageSource, str]:
+    """The images that are meant, and a name for them.
+
+    Raises:
+        UsageError: If the arguments contradict each other.
+        ValueError: If there are no such images.
+    """
+    from layton.data.folder import ImageFolderSource
+    from layton.data.shards import ShardSource
+    from layton.data.sources import ScenesSource
+
+    known: Split | None = None if split == "all" else check_split(split)
+    if not sources:
+        raise UsageError("nothing to tokenize: name shards, a folder of images, or scenes")
+    if list(sources) == [SCENES]:
+        scenes = ScenesSource(
+            split=known or "train", length=count or 16384, size=size, offset=offset, chinese=chinese, reworded=reworded
+        )
+        return scenes, f"scenes {known or 'train'} {offset} {len(scenes)} {chinese:g} {reworded:g}"
+    if count is not None or offset or chinese or reworded:
+        raise UsageError("--count, --offset, --chinese and --reworded are for scenes alone")
+    folder = Path(sources[0]) if len(sources) == 1 and Path(sources[0]).is_dir() else None
+    name = " ".join([Path(item).name for item in sources] + ([] if known is None else [known]))
+    if folder is not None and not any(folder.glob("*.tar")):
+        return ImageFolderSource(str(folder), split=known, max_bad=None), name
+    shards = [str(folder / "*.tar")] if folder is not None else list(sources)
+    return ShardSource(shards, split=known, captions="optional", max_bad=None), name

@@ -1,0 +1,111 @@
+"""Trains the alternative decoders: stage 2's task with another decoder at the end, and its teacher chosen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal, cast, get_args
+
+from distill.few_step import Kind
+from distill.method import DistillationMethod
+from generation.decoders.hipa import HiPADecoder, require_attention
+from generation.decoders.instaflow import InstaFlowDecoder
+from layton.decoders.consistency import ConsistencyDecoder
+from layton.decoders.difference import Adaptation, copy_sharing
+from layton.losses.pixel_supervision import PixelSupervision
+from layton.tasks.base import LRSchedulerCallable, OptimizerCallable
+from layton.tasks.consistency_decoder import ConsistencyDecoderTask
+
+DecoderName = Literal["instaflow", "hipa"]
+BUDGET = 500_000
+
+
+class OneStepDecoderTask(ConsistencyDecoderTask):
+    """Distils stage 1's decoder to one step, by `distill.reflow`, `distill.one_step` or `distill.hipa`.
+
+    Batches are `generation.decoders.pairs.DecoderPairs`' or, for pairs made on the fly at 25 forwards each,
+    `layton.ldm.cache.CachedLatents`' with ``codes``. With ``image`` in them one-step pictures can be compared with the
+    originals too, which the papers, text to image, have no counterpart of: codes say nearly all of a picture.
+
+    Args:
+        ldm: Diffusers pipeline folder.
+        tokenizer: Folder with ``encoder/`` and ``quantizer/``, whose codes the batches hold.
+        decoder: Stage 1's export: where the student starts, and the teacher.
+        name: Which decoder comes out.
+        method: How it is distilled.
+        optimizer: Makes the optimizer.
+        lr_scheduler: Makes the learning-rate schedule.
+        adaptation: Which weights are trained; for HiPA, adaptors on attention.
+        start: A finished export ``decoder/`` of the same adaptation to go on from: for InstaFlow's second half, the
+            2-rectified flow, which then is the teacher, too.
+        pixels: How one-step pictures are supervised; None without.
+        distillation_weight: Factor of the method's terms.
+        pixel_weight: Factor of the terms in pixels.
+        latents_per_token: Latent positions per token along one side.
+        max_parameters: Most numbers that may be trained, and so saved.
+
+    Raises:
+        ValueError: An unknown name, a method that wants guidance, HiPA on more than attention, or too many parameters.
+    """
+
+    def __init__(
+        self,
+        ldm: str,
+        tokenizer: str,
+        decoder: str,
+        *,
+        name: DecoderName,
+        method: DistillationMethod,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        adaptation: Adaptation,
+        start: str | None = None,
+        pixels: PixelSupervision | None = None,
+        distillation_weight: float = 1.0,
+        pixel_weight: float = 1.0,
+        latents_per_token: int = 1,
+        max_parameters: int = BUDGET,
+    ) -> None:
+        if name not in get_args(DecoderName):
+            raise ValueError(f"name must be one of {get_args(DecoderName)}, got {name!r}")
+        if name == "hipa":
+            require_attention(adaptation)
+        super().__init__(
+            ldm,
+            tokenizer,
+            decoder,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            adaptation=adaptation,
+            start=start,
+            method=method,
+            pixels=pixels,
+            distillation_weight=distillation_weight,
+            pixel_weight=pixel_weight,
+            times="method",
+            latents_per_token=latents_per_token,
+        )
+        trained = sum(parameter.numel() for parameter in self.trainable_parameters())
+        if trained > max_parameters:
+            raise ValueError(f"{trained:,} parameters would be trained, at most {max_parameters:,} may be")
+        self.name = name
+        # reflow's steps are Euler's; the default puts fresh noise between them
+        self.sampling = replace(self.sampling, kind=cast(Kind, getattr(method, "sampling", "renoise")))
+
+    def _build(self, ldm: str, decoder: str, adaptation: Adaptation, start: str | None) -> None:
+        super()._build(ldm, decoder, adaptation, start)
+        if start is not None:
+            frozen = [parameter for parameter in self.ladd.parameters() if not parameter.requires_grad]
+            self._teacher = [copy_sharing(self.ladd, frozen)]
+        if self.method is not None:  # its times are asked for before it sees a batch
+            cast(Any, self.method).schedule = self.ladd.schedule
+
+    def decoder(self) -> ConsistencyDecoder:
+        """The student as a decoder; it shares the weights in training."""
+        kind = HiPADecoder if self.name == "hipa" else InstaFlowDecoder
+        return kind(
+            self.ladd,
+            self._autoencoder[0],
+            sampling=self.sampling,
+            latents_per_token=self.latents_per_token,
+            difference=self.difference,
+        )

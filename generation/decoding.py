@@ -1,0 +1,113 @@
+"""Codes of whole images: prefill, then one code after another.
+
+Legend: B images, L caption tokens, N image tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from generation.cache import CachedDecoder
+from generation.guidance import Guidance, guide
+from generation.sampling import SamplingOptions, sample_codes
+from generation.transformer import LaytonGenTransformer
+
+FREE = -1
+"""Marks codes that are to be drawn among known ones."""
+
+StepCallback = Callable[[int, Tensor], None]
+
+
+@torch.no_grad()
+def generate_codes(
+    model: LaytonGenTransformer,
+    condition: Tensor,
+    mask: Tensor | None = None,
+    *,
+    generators: Sequence[torch.Generator] | None = None,
+    sampling: SamplingOptions | None = None,
+    guidance: Guidance | None = None,
+    known: Tensor | None = None,
+    num_codes: int | None = None,
+    callback: StepCallback | None = None,
+) -> Tensor:
+    """Draw images' codes.
+
+    The same condition and generator state give the same codes in any batch: every image draws from its own generator,
+    and rows never see each other. What remains is rounding, see `generation.sampling`.
+
+    Args:
+        model: In eval mode.
+        condition: Text features (B, L, dim), padded on the left, or labels (B,).
+        mask: (B, L), true for real caption tokens; None when all are.
+        generators: One for each image; may be None when sampling is greedy.
+        sampling: How a code is drawn; from the plain distribution when None.
+        guidance: Classifier-free guidance; none when None. Both halves run as one batch.
+        known: (B, N) int64 codes that are given, `FREE` where one is to be drawn: to go on from an image's first
+            codes, or to draw chosen ones again.
+        num_codes: How many codes to make; N when None.
+        callback: Called after each code with its index and all codes so far, (B, num_codes).
+
+    Returns:
+        (B, num_codes) int64.
+
+    Raises:
+        ValueError: If arguments are out of range or do not fit, or logits are not finite.
+    """
+    options, guided = sampling or SamplingOptions(), guidance or Guidance()
+    count = model.num_tokens if num_codes is None else num_codes
+    batch = condition.shape[0]
+    given = _checked_known(known, batch=batch, count=count, vocab_size=model.vocab_size)
+    codes = torch.full((batch, count), FREE, dtype=torch.int64, device=condition.device)
+    codes = codes if given is None else given.to(codes)
+    last = guided.last(model.num_tokens)
+    start = _first_free(codes)
+    twice = last >= start
+    if twice:
+        condition = torch.cat([condition, model.null_condition(condition)])
+        mask = None if mask is None else torch.cat([mask, mask])
+    decoder = CachedDecoder(model, condition, mask, num_codes=count)
+    if batch == 0 or start == count:
+        return codes
+    forced = (codes >= 0).any(dim=0).tolist()
+    logits = decoder.prefill(_rows(codes[:, :start], twice))
+    for index in range(start, count):
+        if twice:
+            logits = guide(logits, guided.at(index, model.num_tokens))
+        drawn = sample_codes(logits, options=options, generators=generators)
+        codes[:, index] = torch.where(codes[:, index] >= 0, codes[:, index], drawn) if forced[index] else drawn
+        if callback is not None:
+            callback(index, codes)
+        if index + 1 == count:
+            break
+        if twice and index >= last:  # no later code is guided
+            decoder.keep_rows(batch)
+            twice = False
+        logits = decoder.step(_rows(codes[:, index], twice))
+    return codes
+
+
+def _rows(codes: Tensor, twice: bool) -> Tensor:
+    return torch.cat([codes, codes]) if twice else codes
+
+
+def _first_free(codes: Tensor) -> int:
+    """Index of the first column with a code to draw; the number of columns if there is none."""
+    columns = (codes == FREE).any(dim=0).nonzero().flatten()
+    return int(columns[0]) if len(columns) else codes.shape[1]
+
+
+def _checked_known(known: Tensor | None, *, batch: int, count: int, vocab_size: int) -> Tensor | None:
+    if known is None:
+        return None
+    if known.ndim != 2 or known.shape[0] != batch or known.shape[1] < count:
+        raise ValueError(f"known codes must be ({batch}, at least {count}), got {tuple(known.shape)}")
+    known = known[:, :count].clone()
+    if known.numel() and (int(known.min()) < FREE or int(known.max()) >= vocab_size):
+        raise ValueError(
+            f"known codes must be {FREE} or in [0, {vocab_size}), got {int(known.min())}..{int(known.max())}"
+        )
+    return known

@@ -1,0 +1,211 @@
+"""A trained generator as a folder: transformer, text encoder, and which tokenizer its codes belong to.
+
+``config.json`` (`GeneratorCard`), ``transformer/`` and ``text_encoder/``. Beside an embedded tokenizer it lies in
+``laytongen/``. Codes mean nothing without the tokenizer they were learnt from, so any other one is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from generation.text_encoders import TextEncoder
+from generation.token_shards import differences
+from generation.transformer import LaytonGenTransformer
+from layton import assets
+from layton.folder import CONFIG_NAME, JsonValue, class_name, load_config, read_class, save_config
+from layton.tokenizer import CLASS_NAME as TOKENIZER_CLASS
+from layton.tokenizer import LaytonTokenizer, resolve_class
+
+CLASS_NAME = "generation.pipeline.LaytonGenPipeline"
+PART = "laytongen"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFacts:
+    """What a generator must find unchanged in its tokenizer.
+
+    Attributes:
+        fingerprint: Of the codebook.
+        vocab_size: V.
+        num_tokens: N.
+        image_size: Side in pixels of what was encoded.
+        code_dim: d.
+    """
+
+    fingerprint: str
+    vocab_size: int
+    num_tokens: int
+    image_size: int
+    code_dim: int
+
+    @classmethod
+    def of(cls, tokenizer: LaytonTokenizer) -> TokenizerFacts:
+        """Those of a tokenizer."""
+        return cls(
+            tokenizer.fingerprint(),
+            tokenizer.vocab_size,
+            tokenizer.num_tokens,
+            tokenizer.image_size,
+            tokenizer.quantizer.code_dim,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """How a model is sampled when nothing else is asked for.
+
+    Attributes:
+        guidance_scale: Of classifier-free guidance; 1 is none.
+        temperature: Of the logits; 0 takes the likeliest code.
+        top_k: Number of likeliest codes; 0 for all.
+        top_p: Share of the likeliest codes; 1 for all.
+    """
+
+    guidance_scale: float = 2.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorCard:
+    """What a generator's ``config.json`` says.
+
+    Attributes:
+        tokenizer: Its tokenizer.
+        text_encoder: Fingerprint of its text encoder.
+        sampling: Its defaults.
+    """
+
+    tokenizer: TokenizerFacts
+    text_encoder: str
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+
+    def require_tokenizer(self, tokenizer: LaytonTokenizer) -> None:
+        """Refuse any tokenizer but the one whose codes were learnt.
+
+        Raises:
+            ValueError: With every fact that differs.
+        """
+        differs = differences(asdict(self.tokenizer), asdict(TokenizerFacts.of(tokenizer)))
+        if differs:
+            raise ValueError(f"the generator was trained with another tokenizer ({differs})")
+
+    def require_text_encoder(self, text_encoder: TextEncoder) -> None:
+        """Refuse any text encoder but the one whose features were learnt.
+
+        Raises:
+            ValueError: With both fingerprints.
+        """
+        found = text_encoder.fingerprint()
+        if found != self.text_encoder:
+            raise ValueError(
+                f"the generator was trained with another text encoder (fingerprint: stored {self.text_encoder!r}, "
+                f"wanted {found!r})"
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Generator:
+    """A loaded generator.
+
+    Attributes:
+        transformer: In eval mode.
+        text_encoder: In eval mode.
+        card: What belongs to it.
+    """
+
+    transformer: LaytonGenTransformer
+    text_encoder: TextEncoder
+    card: GeneratorCard
+
+
+def save_generator(folder: str | Path, generator: Generator, *, dtype: torch.dtype | None = None) -> None:
+    """Write a generator's folder; ``config.json``, which makes it one, comes last.
+
+    Args:
+        folder: Where to.
+        generator: What to save.
+        dtype: Floating-point type on disk.
+    """
+    root = Path(folder)
+    generator.transformer.save_pretrained(root / "transformer", dtype=dtype)
+    generator.text_encoder.save_pretrained(root / "text_encoder", dtype=dtype)
+    card = cast("dict[str, JsonValue]", asdict(generator.card))
+    save_config(root, {"class": CLASS_NAME, "text_encoder_class": class_name(type(generator.text_encoder)), **card})
+
+
+def load_generator(
+    folder: str | Path, *, text_encoder: TextEncoder | None = None, dtype: torch.dtype = torch.float32
+) -> Generator:
+    """Read what `save_generator` wrote.
+
+    Args:
+        folder: Where it is.
+        text_encoder: Taken instead of the one in the folder; must have the same fingerprint.
+        dtype: Of the transformer's weights in memory.
+
+    Raises:
+        ValueError: If something is missing, damaged, or is not what the card says.
+    """
+    root = Path(folder)
+    config = load_config(root, expected_class=CLASS_NAME)
+    card = _card(config, root)
+    if text_encoder is None:
+        kind = resolve_class(str(config.get("text_encoder_class")), TextEncoder)
+        text_encoder = cast(TextEncoder, kind.from_pretrained(root / "text_encoder"))
+    card.require_text_encoder(text_encoder)
+    transformer = LaytonGenTransformer.from_pretrained(root / "transformer", dtype=dtype)
+    sizes = {"vocab_size": transformer.vocab_size, "num_tokens": transformer.num_tokens}
+    wanted = {name: value for name, value in asdict(card.tokenizer).items() if name in sizes}
+    if differences(sizes, wanted):
+        raise ValueError(f"{folder}: the transformer is not of the card's sizes ({differences(sizes, wanted)})")
+    return Generator(transformer, text_encoder.eval(), card)
+
+
+def find_generator(name: str | Path) -> Path:
+    """The folder of a generator: a path, an embedded model, or a tokenizer with one in ``laytongen/``.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    try:
+        folder = assets.resolve(name)
+    except ValueError:
+        folder = assets.resolve(name, part=PART)
+    for place in (folder, folder / PART):
+        if (place / CONFIG_NAME).is_file() and read_class(place) == CLASS_NAME:
+            return place
+    raise ValueError(f"{folder} holds no generator: neither it nor its {PART}/ has a config.json of {CLASS_NAME}")
+
+
+def find_tokenizer(name: str | Path, folder: Path) -> Path:
+    """The tokenizer that lies with a generator: above its folder, or the embedded one of the same name.
+
+    Args:
+        name: As it was given to `find_generator`.
+        folder: What that found.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    above = folder.parent
+    if (above / CONFIG_NAME).is_file() and read_class(above) == TOKENIZER_CLASS:
+        return above
+    if not Path(name).is_dir():
+        return assets.resolve(name)
+    raise ValueError(f"{folder} is a generator alone: name its tokenizer too")
+
+
+def _card(config: Mapping[str, Any], root: Path) -> GeneratorCard:
+    try:
+        return GeneratorCard(
+            TokenizerFacts(**config["tokenizer"]), str(config["text_encoder"]), SamplingDefaults(**config["sampling"])
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{root}: damaged config.json ({error})") from error

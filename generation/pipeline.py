@@ -1,0 +1,287 @@
+"""`LaytonGenPipeline`: prompts to images, in the manner of diffusers.
+
+>>> pipe = LaytonGenPipeline.from_pretrained("mini")
+>>> image = pipe("a red circle left of a blue star").images[0]
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from diffusers.utils import BaseOutput
+from einops import rearrange
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from generation.decoding import generate_codes
+from generation.generator import (
+    PART,
+    Generator,
+    SamplingDefaults,
+    find_generator,
+    find_tokenizer,
+    load_generator,
+    save_generator,
+)
+from generation.guidance import Guidance
+from generation.sampling import SamplingOptions
+from generation.seeding import child_generator, image_generators
+from generation.text_encoders import TextCut, TextEncoder, TextFeatures
+from layton import assets
+from layton.data.images import to_image
+from layton.interface import Generators
+from layton.tokenizer import LDM_FOLDER, LaytonTokenizer
+
+OutputType = Literal["pil", "np", "pt", "codes"]
+OUTPUT_TYPES: tuple[OutputType, ...] = ("pil", "np", "pt", "codes")
+MAX_IMAGES = 10_000
+StepEnd = Callable[["LaytonGenPipeline", int, int, dict[str, Any]], object]
+
+
+class PromptCutWarning(UserWarning):
+    """A prompt was longer than the text encoder reads."""
+
+
+@dataclass
+class LaytonGenOutput(BaseOutput):  # type: ignore[misc]
+    """What a pipeline gives.
+
+    Attributes:
+        images: By output type: "pil" a list, "np" (B, H, W, 3) float32 in [0, 1], "pt" (B, 3, H, W) float32 in
+            [0, 1], as in diffusers; "codes" leaves it empty.
+        codes: (B, N) int64.
+        cut: Prompts that were longer than the text encoder reads.
+    """
+
+    images: list[Image.Image] | NDArray[np.float32] | Tensor
+    codes: Tensor
+    cut: tuple[TextCut, ...] = ()
+
+
+class LaytonGenPipeline:
+    """Text to image: text encoder, transformer, tokenizer (LaytonGen, arXiv 2503.08377).
+
+    Args:
+        generator: Transformer and text encoder.
+        tokenizer: With at least one decoder, unless only codes are wanted.
+
+    Raises:
+        ValueError: If the tokenizer is not the one that the generator was trained with.
+    """
+
+    def __init__(self, generator: Generator, tokenizer: LaytonTokenizer) -> None:
+        generator.card.require_tokenizer(tokenizer)
+        self.card = generator.card
+        self.transformer = generator.transformer.eval()
+        self.text_encoder = generator.text_encoder.eval()
+        self.tokenizer = tokenizer.eval()
+        self._ldm: Path | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        tokenizer: str | Path | LaytonTokenizer | None = None,
+        decoders: Sequence[str] | None = None,
+        text_encoder: TextEncoder | None = None,
+        torch_dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Load a pipeline without network.
+
+        Args:
+            name: An embedded model such as ``"mini"``, a folder that `save_pretrained` wrote, or a generator's folder.
+            tokenizer: Its tokenizer, or where it is; by default what lies beside the generator.
+            decoders: Names of the decoders to load; all by default.
+            text_encoder: Taken instead of the saved one; must be the same.
+            torch_dtype: Of the transformer's weights.
+
+        Raises:
+            ValueError: If something is missing, damaged, or the tokenizer is not the one trained with.
+        """
+        folder = find_generator(name)
+        if isinstance(tokenizer, LaytonTokenizer):
+            return cls(load_generator(folder, text_encoder=text_encoder, dtype=torch_dtype), tokenizer)
+        place = assets.resolve(tokenizer) if tokenizer is not None else find_tokenizer(name, folder)
+        loaded = LaytonTokenizer.from_pretrained(place, decoders=decoders)
+        pipeline = cls(load_generator(folder, text_encoder=text_encoder, dtype=torch_dtype), loaded)
+        pipeline._ldm = place / LDM_FOLDER if (place / LDM_FOLDER).is_dir() else None
+        return pipeline
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write tokenizer, latent diffusion model and, in ``laytongen/``, the generator: the layout of ``mini``.
+
+        Args:
+            folder: Where to.
+            dtype: Floating-point type on disk.
+        """
+        root = Path(folder)
+        self.tokenizer.save_pretrained(root, dtype=dtype)
+        if self._ldm is not None and self._ldm.resolve() != (root / LDM_FOLDER).resolve():
+            shutil.copytree(self._ldm, root / LDM_FOLDER, dirs_exist_ok=True)
+        save_generator(root / PART, Generator(self.transformer, self.text_encoder, self.card), dtype=dtype)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move all parts."""
+        for part in (self.transformer, self.text_encoder, self.tokenizer):
+            part.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        return next(self.transformer.parameters()).device
+
+    @property
+    def num_tokens(self) -> int:
+        """N codes for an image."""
+        return self.tokenizer.num_tokens
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | Guidance | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        num_inference_steps: int | None = None,
+        decoder: str | None = None,
+        generator: Generators | None = None,
+        output_type: OutputType = "pil",
+        callback_on_step_end: StepEnd | None = None,
+        known_codes: Tensor | None = None,
+        batch_size: int = 16,
+    ) -> LaytonGenOutput:
+        """Draw images; the same prompt and generator give the same codes in any batch.
+
+        Args:
+            prompt: One text or several.
+            num_images_per_prompt: Images for each, one after another.
+            guidance_scale: Of classifier-free guidance; 1 is none. A `Guidance` says which codes too.
+            temperature: 0 takes the likeliest code each time.
+            top_k: Number of likeliest codes to draw among; 0 for all.
+            top_p: Share of the likeliest codes to draw among; 1 for all.
+            num_inference_steps: Steps of the decoder; its own number by default.
+            decoder: Name of the decoder; the tokenizer's choice by default.
+            generator: One for each image, or one that seeds them all; seeds 0, 1, 2 ... by default.
+            output_type: "pil", "np", "pt", or "codes" for no pictures.
+            callback_on_step_end: Called with the pipeline, the index of the code, the same again (diffusers' time
+                step), and a dictionary with ``codes`` (B, N) so far, -1 where none is yet.
+            known_codes: (B, N) codes that are given, -1 where one is to be drawn.
+            batch_size: Images drawn at once.
+
+        Raises:
+            ValueError: If an argument is out of range or the prompt is no text.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        total = len(prompts) * num_images_per_prompt
+        if not 1 <= total <= MAX_IMAGES or batch_size < 1:
+            raise ValueError(f"images and batch_size must be in [1, {MAX_IMAGES}], got {total} and {batch_size}")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        if output_type != "codes":
+            self.tokenizer.decoder(decoder).check_steps(num_inference_steps)
+        text = self.encode_prompt(prompts)
+        chosen = [row for row in range(len(prompts)) for _ in range(num_images_per_prompt)]
+        generators = image_generators(generator, total)
+        noise = [child_generator(each) for each in generators]
+        sampling, guidance = self.options(guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+        codes: list[Tensor] = []
+        pictures: list[Tensor] = []
+        for start in range(0, total, batch_size):
+            part = slice(start, min(start + batch_size, total))
+            rows = torch.tensor(chosen[part], device=text.mask.device)
+            drawn = self.draw_codes(
+                TextFeatures(text.features[rows], text.mask[rows]),
+                generators=generators[part],
+                sampling=sampling,
+                guidance=guidance,
+                known=None if known_codes is None else known_codes[part],
+                callback=callback_on_step_end,
+            )
+            codes.append(drawn)
+            if output_type != "codes":
+                decoded = self.tokenizer.decode(
+                    drawn, decoder=decoder, num_steps=num_inference_steps, generator=noise[part]
+                )
+                pictures.append(decoded.float().cpu())
+        return LaytonGenOutput(images=_finish(pictures, output_type), codes=torch.cat(codes).cpu(), cut=text.cut)
+
+    def encode_prompt(self, prompts: Sequence[str]) -> TextFeatures:
+        """Text features of prompts; a prompt that is cut is told by a `PromptCutWarning`."""
+        with torch.no_grad():
+            text = self.text_encoder.encode(prompts)
+        for cut in text.cut:
+            warnings.warn(str(cut), PromptCutWarning, stacklevel=3)
+        return text
+
+    def draw_codes(
+        self,
+        text: TextFeatures,
+        *,
+        generators: Sequence[torch.Generator],
+        sampling: SamplingOptions,
+        guidance: Guidance,
+        known: Tensor | None = None,
+        callback: StepEnd | None = None,
+    ) -> Tensor:
+        """Codes (B, N) int64 for text features; see `generation.decoding.generate_codes`."""
+
+        def step(index: int, codes: Tensor) -> None:
+            if callback is not None:
+                callback(self, index, index, {"codes": codes})
+
+        drawn = generate_codes(
+            self.transformer,
+            text.features.to(next(self.transformer.parameters()).dtype),
+            text.mask,
+            generators=generators,
+            sampling=sampling,
+            guidance=guidance,
+            known=None if known is None else known.to(self.device),
+            callback=step,
+        )
+        return drawn.clone()  # a tensor of inference mode may not be used in training
+
+    def options(
+        self,
+        guidance_scale: float | Guidance | None,
+        *,
+        temperature: float | None,
+        top_k: int | None,
+        top_p: float | None,
+    ) -> tuple[SamplingOptions, Guidance]:
+        """What is asked for, filled up with the model's defaults.
+
+        Raises:
+            ValueError: If a value is out of range.
+        """
+        default: SamplingDefaults = self.card.sampling
+        scale = default.guidance_scale if guidance_scale is None else guidance_scale
+        count = default.top_k if top_k is None else top_k
+        sampling = SamplingOptions(
+            default.temperature if temperature is None else temperature,
+            None if count == 0 else count,
+            default.top_p if top_p is None else top_p,
+        )
+        return sampling, scale if isinstance(scale, Guidance) else Guidance(scale)
+
+
+def _finish(pictures: Sequence[Tensor], output_type: OutputType) -> list[Image.Image] | NDArray[np.float32] | Tensor:
+    if output_type == "codes":
+        return []
+    images = torch.cat(list(pictures))
+    if output_type == "pil":
+        return [to_image(image) for image in images]
+    scaled = (images.clamp(-1, 1) + 1) / 2
+    return scaled if output_type == "pt" else rearrange(scaled, "b c h w -> b h w c").numpy()

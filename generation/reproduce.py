@@ -1,0 +1,113 @@
+"""LaytonGen's claim: it draws what it is told better than the small diffusion model (arXiv 2503.08377).
+
+The paper's figures are GenEval's, ours SceneEval's: another scale, so only the order and our own floors are compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from generation.commands.models import Drawer, load_drawer
+from generation.generator import find_generator, find_tokenizer
+from layton.commands.models import default_decoder
+from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from layton.reproduce.claim import Context
+from layton.reproduce.evaluation import Evaluator, SceneScores
+from layton.reproduce.report import Check, Outcome
+from layton.reproduce.students import find_teacher
+from layton.reproduce.training import claim_out
+
+MOST_DECODER_STEPS = 3
+_SIZE = 256  # not used: SceneEval looks at images of any size
+
+
+def measure(context: Context) -> Outcome:
+    """Score the embedded LaytonGen, and the small text-to-image model in 25 steps, on the same prompts and seeds.
+
+    Raises:
+        ValueError: One of the two is not there, or ``context.out`` holds another measurement.
+    """
+    teacher = find_teacher(context.pipeline)
+    try:
+        generator = find_generator(context.tokenizer)
+    except ValueError as error:
+        raise ValueError(
+            f"this claim needs a LaytonGen ({error}); give a folder that holds one with --tokenizer"
+        ) from error
+    claim_out(context, claim="laytongen", teacher=_digest(Path(generator)) + "-" + _digest(teacher / "unet"))
+    drawers = {
+        "laytongen": _laytongen(context),
+        "diffusion": load_drawer("diffusion", str(teacher), steps=DEFAULT_STEPS, guidance_scale=DEFAULT_GUIDANCE),
+    }
+    evaluator = Evaluator(context.out / "evaluation", context.scale, _SIZE)
+    scores: dict[str, SceneScores] = {}
+    for name, drawer in drawers.items():
+        context.say(f"{name}: SceneEval")
+        scores[name] = evaluator.scene_scores(name, drawer.draw)
+    return Outcome(
+        claim="laytongen",
+        title="LaytonGen: tokens from text follow the prompt better than the diffusion model they are decoded with",
+        source="arXiv 2503.08377, GenEval",
+        checks=tuple(judge(scores["laytongen"], scores["diffusion"])),
+        arms={
+            "laytongen": {"role": "method", **drawers["laytongen"].settings},
+            "diffusion": {"role": "baseline", **drawers["diffusion"].settings},
+        },
+        figures={name: found.to_dict() for name, found in scores.items()},
+        protocol={
+            "sceneval": "test prompts; mean and standard error over repetitions with other drawing seeds",
+            "scale": "SceneEval is another scale than GenEval: the paper's figures and ours are not to be compared",
+        },
+    )
+
+
+def judge(ours: SceneScores, baseline: SceneScores) -> list[Check]:
+    """The three floors."""
+    worst = min(ours.tasks, key=lambda task: ours.tasks[task])
+    error = (ours.standard_error**2 + baseline.standard_error**2) ** 0.5
+    return [
+        Check(
+            "SceneEval, overall (another scale than GenEval)",
+            "GenEval 0.73",
+            f"{ours.mean:.3f}",
+            ours.mean,
+            "at least",
+            0.75,
+            ours.standard_error,
+        ),
+        Check(
+            "SceneEval, the worst task", "", f"{ours.tasks[worst]:.3f} ({worst})", ours.tasks[worst], "at least", 0.5
+        ),
+        Check(
+            f"SceneEval above the diffusion model's in {DEFAULT_STEPS} steps",
+            "GenEval 0.73 against SDXL's 0.55",
+            f"{ours.mean:.3f} against {baseline.mean:.3f}",
+            ours.mean - baseline.mean,
+            "at least",
+            1e-9,  # higher
+            error,
+        ),
+    ]
+
+
+def _laytongen(context: Context) -> Drawer:
+    """LaytonGen with its tokenizer's own decoder, in as many steps as that takes, but at most three."""
+    name = context.tokenizer
+    beside = str(find_tokenizer(name, find_generator(name)))
+    drawer = load_drawer("laytongen", name, tokenizer=beside, decoder=default_decoder(beside))
+    steps: Any = drawer.settings["num_inference_steps"]
+    if int(steps) <= MOST_DECODER_STEPS:
+        return drawer
+    raise ValueError(
+        f"the default decoder {drawer.settings['decoder']!r} takes {steps} steps, and this claim allows "
+        f"{MOST_DECODER_STEPS}: the tokenizer lacks a consistency decoder"
+    )
+
+
+def _digest(folder: Path) -> str:
+    total = hashlib.sha256()
+    for file in sorted(folder.rglob("*.safetensors")):
+        total.update(file.read_bytes())
+    return total.hexdigest()[:16]

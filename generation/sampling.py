@@ -1,0 +1,116 @@
+"""One code from logits: temperature, top-k, top-p, and each image's own randomness.
+
+Legend: B images, V vocabulary.
+
+The draw is the Gumbel-max trick, argmax(logits / temperature - log(-log u)), with one u for each code of the vocabulary
+from the image's own generator. So what is drawn does not depend on which other images are in the batch, and logits
+that differ by rounding (matrix products add up in another order for another number of rows) change the outcome only
+when two scores are that close, which inversion of a cumulative sum could not promise. One draw of V numbers is made for
+each code, whatever the options.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How a code is drawn.
+
+    Attributes:
+        temperature: Logits are divided by it; 0 takes the likeliest code.
+        top_k: Draw among this many likeliest codes; None for all.
+        top_p: Then draw among the fewest likeliest codes that have this probability together; 1 for all.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ValueError: If a value is out of range.
+        """
+        if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
+            raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, or None for all codes, got {self.top_k}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is drawn."""
+        return self.temperature == 0.0 or self.top_k == 1
+
+
+GREEDY = SamplingOptions(temperature=0.0)
+
+
+def sample_codes(
+    logits: Tensor, *, options: SamplingOptions = GREEDY, generators: Sequence[torch.Generator] | None = None
+) -> Tensor:
+    """Draw one code for each image.
+
+    Args:
+        logits: (B, V).
+        options: How.
+        generators: One for each image; not needed, and not used, when greedy.
+
+    Returns:
+        (B,) int64.
+
+    Raises:
+        ValueError: If logits are NaN or infinite, ``top_k`` is larger than V, or generators are missing.
+    """
+    if not bool(torch.isfinite(logits.sum(dtype=torch.float64))):  # one number tells of any NaN or infinity
+        rows = (~torch.isfinite(logits).all(dim=-1)).nonzero().flatten().tolist()
+        raise ValueError(f"logits of images {rows} are not finite: weights or inputs hold NaN or are too large")
+    if options.top_k is not None and options.top_k > logits.shape[-1]:
+        raise ValueError(f"top_k {options.top_k} is larger than the vocabulary of {logits.shape[-1]} codes")
+    if options.greedy:
+        return logits.argmax(dim=-1)
+    if generators is None or len(generators) != len(logits):
+        given = "none" if generators is None else str(len(generators))
+        raise ValueError(f"sampling {len(logits)} images needs as many generators, got {given}")
+    noise = uniform_noise(generators, logits.shape[-1]).to(logits.device)
+    scores, codes = _candidates(logits, options)
+    noise = noise if codes is None else noise.gather(1, codes)
+    best = (scores - torch.log(-torch.log(noise))).argmax(dim=-1, keepdim=True)
+    return (best if codes is None else codes.gather(1, best)).squeeze(1)
+
+
+def uniform_noise(generators: Sequence[torch.Generator], count: int) -> Tensor:
+    """Uniform numbers in [0, 1) for each generator: (B, count) float64, on the generators' device."""
+    rows = [torch.rand(count, generator=each, device=each.device, dtype=torch.float64) for each in generators]
+    return torch.stack(rows) if rows else torch.empty(0, count, dtype=torch.float64)
+
+
+def _candidates(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor | None]:
+    """Scores (B, k) float64 of the codes that may be drawn, -inf for those that may not, and which they are.
+
+    Codes are None when they are all codes in their order.
+    """
+    values = logits.double()
+    codes: Tensor | None = None
+    if options.top_k is not None or options.top_p < 1.0:
+        values, codes = values.topk(options.top_k or values.shape[-1], dim=-1)  # sorted, largest first
+    scores = (values - values.amax(dim=-1, keepdim=True)) / options.temperature
+    if options.top_p < 1.0:
+        shares = scores.softmax(dim=-1)
+        before = shares.cumsum(dim=-1) - shares
+        scores = scores.masked_fill(before >= options.top_p, float("-inf"))
+    return scores, codes
+
+
+def seeded_generators(seeds: Sequence[int], *, device: torch.device | str = "cpu") -> list[torch.Generator]:
+    """A generator for each image; CPU generators give the same codes on every device."""
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]

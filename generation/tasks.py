@@ -1,0 +1,219 @@
+"""Trains LaytonGen on tokens: from token shards, or from images that are encoded on the fly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from generation.data import TokenShards
+from generation.decoding import generate_codes
+from generation.generator import Generator, GeneratorCard, SamplingDefaults, TokenizerFacts, save_generator
+from generation.guidance import Guidance
+from generation.loss import next_code_loss
+from generation.sampling import SamplingOptions, seeded_generators
+from generation.text_encoders import TextEncoder, TextFeatures
+from generation.transformer import LaytonGenTransformer
+from generation.vocabulary import FactoredVocabulary
+from layton import assets
+from layton.folder import load_config
+from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
+from layton.tokenizer import CLASS_NAME, LaytonTokenizer
+
+_PREVIEWS = 8
+
+
+class LaytonGenTask(LaytonTask):
+    """Next-code cross-entropy with caption dropout (LlamaGen, arXiv 2406.06525; LaytonGen, arXiv 2503.08377).
+
+    Batches hold ``caption`` and either ``codes`` (B, N) (`generation.data.TokenShards`) or ``image`` (B, 3, H, W);
+    optionally ``text`` and ``text_mask`` (cached features) and ``valid`` (B,), false for missing samples, which then
+    count nothing. An empty caption trains the unconditional model. Images must not be mirrored: captions say "left".
+
+    Args:
+        transformer: The generator.
+        text_encoder: Its text encoder; learns too if it is trainable.
+        optimizer: Makes the optimizer.
+        lr_scheduler: Makes the learning-rate schedule.
+        tokenizer: Tokenizer folder or embedded one; the exported generator belongs to it for good.
+        caption_dropout: Share of captions replaced by "none", for classifier-free guidance.
+        label_smoothing: Share of the target spread over all codes.
+        code_dropout: Share of the codes fed that are replaced by random ones; targets stay.
+        sampling: Defaults that are saved with the generator, and of the pictures made while training.
+
+    Raises:
+        ValueError: If parts do not fit each other, or a share is not in [0, 1).
+    """
+
+    def __init__(
+        self,
+        transformer: LaytonGenTransformer,
+        text_encoder: TextEncoder,
+        *,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        tokenizer: str = "mini",
+        caption_dropout: float = 0.1,
+        label_smoothing: float = 0.0,
+        code_dropout: float = 0.0,
+        sampling: SamplingDefaults | None = None,
+    ) -> None:
+        super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
+        for share in (caption_dropout, label_smoothing, code_dropout):
+            if not 0.0 <= share < 1.0:
+                raise ValueError(f"shares must be in [0, 1), got {share}")
+        self.transformer = transformer
+        if text_encoder.trainable:
+            self.learning_text_encoder = text_encoder
+        self._text_encoder = [text_encoder]  # in a list: a frozen one is no part of checkpoints
+        self._tokenizer = [_with_quickest_decoder(tokenizer)]
+        self.facts = TokenizerFacts.of(self._tokenizer[0])
+        self.caption_dropout, self.code_dropout = caption_dropout, code_dropout
+        self.label_smoothing = label_smoothing
+        self.sampling = sampling or SamplingDefaults()
+        self._told_of_cuts = False
+        self._check_parts()
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """The text encoder, on the task's device."""
+        encoder = self._text_encoder[0]
+        return encoder if encoder.trainable else encoder.to(self.device)
+
+    @property
+    def tokenizer(self) -> LaytonTokenizer:
+        """The tokenizer, on the task's device."""
+        return self._tokenizer[0].to(self.device)
+
+    def setup(self, stage: str) -> None:
+        """Refuse token shards of another tokenizer and features of another text encoder.
+
+        Raises:
+            ValueError: With both fingerprints.
+        """
+        module = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
+        names = ("train", "validation", "test")
+        sources = [source for name in names for source in getattr(module, name, None) or []]
+        for source in sources:
+            if isinstance(source, TokenShards):
+                self.require_shards(source)
+
+    def require_shards(self, source: TokenShards) -> None:
+        """See `setup`."""
+        source.require_tokenizer(self.facts.fingerprint)
+        if source.header.text_encoder and "text" in source.sample(0, seed=0):
+            found = self._text_encoder[0].fingerprint()
+            if self._text_encoder[0].trainable or found != source.header.text_encoder:
+                raise ValueError(
+                    f"{source.folder} holds text features of another text encoder (stored "
+                    f"{source.header.text_encoder!r}, wanted {found!r}), or this one learns: pass use_text: false"
+                )
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Loss of one batch, ()."""
+        generator = self.step_generator("dropout", device="cpu")
+        codes = self.codes_of(batch)
+        dropped = torch.rand(len(codes), generator=generator) < self.caption_dropout
+        fed = codes
+        if self.code_dropout:
+            noise = torch.randint(self.facts.vocab_size, codes.shape, generator=generator)
+            replaced = torch.rand(codes.shape, generator=generator) < self.code_dropout
+            fed = torch.where(replaced.to(codes.device), noise.to(codes.device), codes)
+        logits = self._logits(fed, batch, dropped)
+        loss = next_code_loss(logits, codes, valid=batch.get("valid"), label_smoothing=self.label_smoothing)
+        return self.log_losses({"cross_entropy": loss}, batch_size=len(codes))
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Cross-entropy without smoothing and dropout, (); also logs the share of codes guessed right."""
+        codes = self.codes_of(batch)
+        logits = self._logits(codes, batch, torch.zeros(len(codes), dtype=torch.bool))
+        valid = batch.get("valid")
+        right = (logits.argmax(-1) == codes).float().mean(1)
+        terms = {
+            "cross_entropy": next_code_loss(logits, codes, valid=valid),
+            "accuracy": right.mean() if valid is None else (right * valid).sum() / valid.sum().clamp_min(1),
+        }
+        return self.log_losses(terms, weights={"accuracy": 0.0}, batch_size=len(codes))
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """As `validation_step`."""
+        return self.validation_step(batch, batch_idx)
+
+    def codes_of(self, batch: dict[str, Any]) -> Tensor:
+        """Codes (B, N) int64 of a batch, encoded in fp32 if it holds images."""
+        if "codes" in batch:
+            return batch["codes"].long()
+        with torch.autocast(self.device.type, enabled=False):
+            return self.tokenizer.encode(batch["image"].float())
+
+    def text_of(self, batch: dict[str, Any]) -> TextFeatures:
+        """Text features of a batch: cached ones, or made now. Captions that are cut are told once."""
+        if "text" in batch:
+            return TextFeatures(batch["text"].float(), batch["text_mask"])
+        text = self.text_encoder.encode(batch["caption"])
+        if text.cut and not self._told_of_cuts:
+            self._told_of_cuts = True
+            rank_zero_warn(f"captions are longer than the text encoder reads; the first: {text.cut[0]}")
+        return text
+
+    @torch.no_grad()
+    def generate(self, text: TextFeatures, seeds: list[int]) -> Tensor:
+        """Images (B, 3, S, S) in [-1, 1] for text features, each from its own seed, by the quickest decoder."""
+        options = self.sampling
+        with torch.autocast(self.device.type, enabled=False):
+            codes = generate_codes(
+                self.transformer,
+                text.features.float(),
+                text.mask,
+                generators=seeded_generators(seeds),
+                sampling=SamplingOptions(options.temperature, options.top_k or None, options.top_p),
+                guidance=Guidance(options.guidance_scale),
+            )
+            return self.tokenizer.decode(codes.clone())
+
+    def picture_grid(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Validation images through their tokens, over images generated from their captions."""
+        few = {name: value[:_PREVIEWS] for name, value in batch.items()}
+        with torch.autocast(self.device.type, enabled=False):
+            tokens = self.tokenizer.decode(self.codes_of(few))
+            text = self.text_of(few)
+        return {"tokens": tokens, "generated": self.generate(text, list(range(len(tokens))))}
+
+    def export(self, folder: Path) -> None:
+        """Write the generator's folder; see `generation.generator`."""
+        encoder = self._text_encoder[0]
+        card = GeneratorCard(self.facts, encoder.fingerprint(), self.sampling)
+        save_generator(folder, Generator(self.transformer, encoder, card))
+
+    def _logits(self, codes: Tensor, batch: dict[str, Any], dropped: Tensor) -> Tensor:
+        text = self.text_of(batch)
+        untold = torch.tensor([not caption for caption in batch["caption"]])
+        condition = self.transformer.drop_condition(text.features, (dropped | untold).to(codes.device))
+        return self.transformer(codes, condition, text.mask)
+
+    def _check_parts(self) -> None:
+        transformer, encoder, facts = self.transformer, self._text_encoder[0], self.facts
+        shape = transformer.caption
+        if shape is None or shape.dim != encoder.width or shape.length < encoder.max_length:
+            raise ValueError(
+                f"the transformer takes captions {shape}, the text encoder gives {encoder.max_length} x {encoder.width}"
+            )
+        if (transformer.vocab_size, transformer.num_tokens) != (facts.vocab_size, facts.num_tokens):
+            raise ValueError(
+                f"the transformer writes {transformer.num_tokens} of {transformer.vocab_size} codes, "
+                f"the tokenizer has {facts.num_tokens} of {facts.vocab_size}"
+            )
+        vocabulary = transformer.vocabulary
+        if isinstance(vocabulary, FactoredVocabulary) and vocabulary.factors.code_dim:
+            transformer.set_codebook(self._tokenizer[0].quantizer.codebook)
+
+
+def _with_quickest_decoder(name: str) -> LaytonTokenizer:
+    """The tokenizer with the decoder that shows a picture soonest: the light one if there is one."""
+    config = load_config(assets.resolve(name), expected_class=CLASS_NAME)
+    known = config["decoders"] if isinstance(config["decoders"], dict) else {}
+    chosen = "light" if "light" in known else str(config["default_decoder"])
+    return LaytonTokenizer.from_pretrained(name, decoders=[chosen] if chosen in known else []).requires_grad_(False)

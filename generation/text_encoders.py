@@ -1,0 +1,294 @@
+"""Prompts to features: one border, `TextEncoder`, and one implementation over any encoder of transformers.
+
+Every prompt has a defined result: the empty one is a text like any other (its special tokens), one that is too long
+is cut and says so (`TextFeatures.cut`), characters that no UTF-8 text can hold become "?".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from generation.text_loading import load_model, load_tokenizer, silent_transformers
+from layton.folder import class_name, load_config, save_config
+
+Padding = Literal["left", "right"]
+_DEFAULT_LENGTH = 120  # of LlamaGen and LaytonGen (FoundationVision/LlamaGen, language/extract_t5_feature.py)
+
+
+@dataclass(frozen=True, slots=True)
+class TextCut:
+    """A prompt that was longer than the encoder reads.
+
+    Attributes:
+        index: Which prompt.
+        kept: Tokens that were read, special ones included.
+        total: Tokens that it has.
+    """
+
+    index: int
+    kept: int
+    total: int
+
+    def __str__(self) -> str:
+        """For people."""
+        return f"prompt {self.index} was cut: {self.kept} of its {self.total} tokens are read"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextFeatures:
+    """What a generator sees of B prompts.
+
+    Attributes:
+        features: (B, L, D), zero at padding.
+        mask: (B, L) bool, true where there is a token.
+        cut: Prompts that were too long.
+    """
+
+    features: Tensor
+    mask: Tensor
+    cut: tuple[TextCut, ...] = ()
+
+
+class TextEncoder(nn.Module, ABC):
+    """Prompts to features of a fixed length.
+
+    Attributes:
+        max_length: L, tokens that are read, special ones included; the length of all features.
+        width: D of the features.
+        name: What it is, for people and protocols.
+        trainable: Whether it learns together with the generator.
+    """
+
+    max_length: int
+    width: int
+    name: str
+    trainable: bool
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> TextFeatures:
+        """Features of B prompts; those of one prompt do not depend on the others.
+
+        Raises:
+            ValueError: If there is no prompt, or one is no text.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """16 hex digits that differ when any prompt may have other features (weights count as float16)."""
+
+    @abstractmethod
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write tokenizer, weights and settings; floating-point weights are cast to ``dtype``."""
+
+    def forward(self, prompts: Sequence[str]) -> TextFeatures:
+        """See `encode`."""
+        return self.encode(prompts)
+
+
+class TransformersTextEncoder(TextEncoder):
+    """Any encoder of transformers with its tokenizer: T5, CLIP's text model, BERT and its kin (MiniLM, XLM-R).
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        model: Encoder whose output has ``last_hidden_state`` (B, L, D).
+        max_length: L; by default what the tokenizer says, at most 120.
+        padding: Side of the padding; the left, as in LlamaGen, puts the last word next to the first image token.
+        trainable: Let it learn; otherwise its parameters are frozen and it stays in eval mode.
+        name: What it is.
+
+    Raises:
+        ValueError: If the length makes no sense or the tokenizer cannot pad.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        model: nn.Module,
+        *,
+        max_length: int | None = None,
+        padding: Padding = "left",
+        trainable: bool = False,
+        name: str = "text encoder",
+    ) -> None:
+        super().__init__()
+        limit = int(tokenizer.model_max_length)  # transformers writes 10^30 for "not known"
+        self.max_length = min(limit, _DEFAULT_LENGTH) if max_length is None else max_length
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if not 3 <= self.max_length <= min(limit, positions or limit):
+            raise ValueError(f"max_length must be in [3, {min(limit, positions or limit)}], got {self.max_length}")
+        if padding not in ("left", "right"):
+            raise ValueError(f"padding must be 'left' or 'right', got {padding!r}")
+        if tokenizer.pad_token_id is None:
+            raise ValueError(f"{name}: the tokenizer has no padding token")
+        self.tokenizer = tokenizer
+        self.model = model.requires_grad_(trainable)
+        self.width = int(model.config.hidden_size)
+        self.padding: Padding = padding
+        self.trainable = trainable
+        self.name = name
+        self.train(trainable)
+
+    def train(self, mode: bool = True) -> Self:
+        """A frozen encoder stays in eval mode."""
+        return super().train(mode and self.trainable)
+
+    def encode(self, prompts: Sequence[str]) -> TextFeatures:
+        """Features of B prompts; see `TextEncoder.encode`. With gradients if it is trainable."""
+        ids, mask, cut = self.tokenize(prompts)
+        device = next(self.model.parameters()).device
+        ids, mask = ids.to(device), mask.to(device)
+        with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
+            features = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        features = features * mask[..., None].to(features.dtype)
+        if self.padding == "left":
+            features, mask = pad_left(features, mask)
+        return TextFeatures(features, mask, cut)
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor, tuple[TextCut, ...]]:
+        """Token ids (B, L) int64 padded on the right, their mask (B, L) bool, and what was cut.
+
+        Raises:
+            ValueError: As `encode`.
+        """
+        if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"prompts must be a list of at least one text, got {str(prompts)[:80]!r}")
+        texts = [prompt.encode("utf-8", "replace").decode("utf-8") for prompt in prompts]  # lone surrogates
+        rows: list[list[int]] = self.tokenizer(texts, verbose=False)["input_ids"]
+        cut: list[TextCut] = []
+        ids = torch.full((len(rows), self.max_length), int(self.tokenizer.pad_token_id))
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        for index, row in enumerate(rows):
+            kept = row
+            if len(row) > self.max_length:
+                kept = self.tokenizer(texts[index], truncation=True, max_length=self.max_length)["input_ids"]
+                cut.append(TextCut(index, len(kept), len(row)))
+            ids[index, : len(kept)] = torch.tensor(kept)
+            mask[index, : len(kept)] = True
+        return ids, mask, tuple(cut)
+
+    def fingerprint(self) -> str:
+        """See `TextEncoder.fingerprint`."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        facts = [type(self.model).__name__, self.max_length, self.padding, vocabulary]
+        digest = hashlib.sha256(json.dumps(facts).encode())
+        for key, tensor in sorted(self.model.state_dict().items()):
+            digest.update(key.encode())
+            value = tensor.detach().cpu()
+            digest.update((value.half() if value.is_floating_point() else value).contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write ``config.json``, ``tokenizer/`` and ``model/``; see `TextEncoder.save_pretrained`."""
+        root = Path(folder)
+        self.tokenizer.save_pretrained(str(root / "tokenizer"))
+        state = {
+            key: value.to(dtype) if dtype is not None and value.is_floating_point() else value
+            for key, value in self.model.state_dict().items()
+        }
+        with silent_transformers():
+            self.model.save_pretrained(str(root / "model"), state_dict=state)  # type: ignore[operator]
+        save_config(
+            root,
+            {
+                "class": class_name(type(self)),
+                "max_length": self.max_length,
+                "padding": self.padding,
+                "trainable": self.trainable,
+                "name": self.name,
+            },
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Load what `save_pretrained` wrote, in float32, frozen, without network.
+
+        Raises:
+            ValueError: If the folder holds something else.
+        """
+        root = Path(folder)
+        config = load_config(root, expected_class=class_name(cls))
+        tokenizer, model = load_tokenizer(root / "tokenizer"), load_model(root / "model")
+        try:
+            return cls(
+                tokenizer,
+                model,
+                max_length=int(str(config["max_length"])),
+                padding="left" if config["padding"] == "left" else "right",
+                name=str(config["name"]),
+            ).eval()
+        except KeyError as error:
+            raise ValueError(f"{folder}: config.json has no {error}") from error
+
+
+def text_encoder(
+    folder: str, *, max_length: int | None = None, padding: Padding = "left", trainable: bool = False
+) -> TransformersTextEncoder:
+    """A text encoder from a local folder; a run file names this function where it would name a class.
+
+    Args:
+        folder: A transformers model folder with its tokenizer (flan-t5-xl is the published choice, CLIP, MiniLM ...),
+            a diffusers pipeline (its ``tokenizer/`` and ``text_encoder/``), what `TextEncoder.save_pretrained` wrote,
+            or the name of an embedded model, whose latent diffusion model's text encoder is taken.
+        max_length: Tokens that are read.
+        padding: Side of the padding.
+        trainable: Let it learn together with the generator.
+
+    Raises:
+        ValueError: If it cannot be loaded; nothing is downloaded, no code of the folder is run.
+    """
+    from layton import assets
+
+    root = Path(folder) if Path(folder).is_dir() else assets.resolve(folder, part="ldm")
+    if (root / "model_index.json").is_file():
+        places = root / "tokenizer", root / "text_encoder"
+    elif (root / "tokenizer").is_dir() and (root / "model").is_dir():
+        places = root / "tokenizer", root / "model"
+    else:
+        places = root, root
+    return TransformersTextEncoder(
+        load_tokenizer(places[0]),
+        load_model(places[1]),
+        max_length=max_length,
+        padding=padding,
+        trainable=trainable,
+        name=root.name,
+    )
+
+
+def small_text_encoder(
+    *, width: int = 192, depth: int = 3, num_heads: int = 4, max_length: int = 32, padding: Padding = "left"
+) -> TransformersTextEncoder:
+    """A small trainable encoder with a vocabulary of scene captions, for runs without a pretrained one.
+
+    Args:
+        width: D.
+        depth: Layers.
+        num_heads: Attention heads.
+        max_length: Tokens that are read.
+        padding: Side of the padding.
+
+    Returns:
+        A CLIP text model, randomly initialised from torch's global generator; it learns with the generator.
+    """
+    from layton.ldm.text import build_text_encoder, build_tokenizer
+
+    tokenizer = build_tokenizer(max_length=max_length)
+    model = build_text_encoder(tokenizer, width=width, depth=depth, num_heads=num_heads)
+    return TransformersTextEncoder(tokenizer, model, padding=padding, trainable=True, name=f"small-{width}x{depth}")
+
+
+def pad_left(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move features (B, L, D) and mask (B, L), padded on the right, so that the padding is on the left."""
+    length = mask.shape[1]
+    places = torch.arange(length, device=mask.device) - (length - mask.sum(1, keepdim=True))
+    moved = places % length  # the padding at the end comes round to the front
+    return features.gather(1, moved[..., None].expand_as(features)), mask.gather(1, moved)

@@ -1,0 +1,76 @@
+"""Tokenizers and encoders of transformers from local folders: safetensors only, no network, no code of the folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+# model_type of a transformers config -> class that holds the text encoder alone; AutoModel for all others
+_ENCODER_CLASSES = {
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+    "clip": "CLIPTextModel",
+    "clip_text_model": "CLIPTextModel",
+}
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder.
+
+    Raises:
+        ValueError: If there is none that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"{folder} holds no tokenizer that transformers can load: {_first_line(error)}") from error
+
+
+def load_model(folder: Path) -> nn.Module:
+    """The text encoder of a folder, in float32; of models that hold more, the text encoder alone.
+
+    Raises:
+        ValueError: If there is none that can be loaded.
+    """
+    import transformers
+
+    try:
+        kind = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        if getattr(kind, "is_encoder_decoder", False) and kind.model_type not in _ENCODER_CLASSES:
+            raise ValueError(f"{kind.model_type} is no text encoder")
+        loader = getattr(transformers, _ENCODER_CLASSES.get(kind.model_type, "AutoModel"))
+        with silent_transformers():
+            model: nn.Module = loader.from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32
+            )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"{folder} holds no text encoder that can be loaded: {_first_line(error)}") from error
+    return model
+
+
+@contextmanager
+def silent_transformers() -> Iterator[None]:
+    """No progress bars and no advice of transformers within the block."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

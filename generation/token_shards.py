@@ -1,0 +1,282 @@
+"""Token shards: images as codes, with captions and keys, in safetensors files that name the tokenizer that made them.
+
+A token dataset is a folder: ``plan.json`` (what is to be written, from what; written first),
+``tokens-00000.safetensors`` and so on (each appears when it is whole), and ``manifest.json`` (counts, hashes, what was
+passed over; written last).
+
+Tensors of a shard: ``codes`` (n, N) uint16, or int32 for more than 65,536 codes; ``texts``, the UTF-8 bytes of a JSON
+object with the lists ``key``, ``caption`` and ``skipped``; and, where text features were cached, ``text`` (rows, D)
+float16, the features of all captions one after another without padding, and ``text_ends`` (n,) int64, where they end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from layton.folder import write_atomically
+
+FORMAT = "layton tokens 1"
+PLAN_NAME, MANIFEST_NAME = "plan.json", "manifest.json"
+_UINT16_CODES = 2**16
+
+
+@dataclass(frozen=True, slots=True)
+class TokenHeader:
+    """What all tokens of a dataset have in common.
+
+    Attributes:
+        fingerprint: Of the tokenizer's codebook.
+        vocab_size: V.
+        num_tokens: N.
+        image_size: Side in pixels of the squares that were encoded.
+        encoder: Hash of the encoder's weights: another encoder gives other codes of the same codebook.
+        policy: How images became square.
+        text_encoder: Fingerprint of the text encoder whose features are cached, empty without them.
+        text_length: L, to which they are padded when they are read.
+        text_padding: On which side.
+    """
+
+    fingerprint: str
+    vocab_size: int
+    num_tokens: int
+    image_size: int
+    encoder: str
+    policy: str
+    text_encoder: str = ""
+    text_length: int = 0
+    text_padding: str = "left"
+
+    @classmethod
+    def from_values(cls, values: object, *, source: Path) -> Self:
+        """Read what ``asdict`` gave.
+
+        Raises:
+            ValueError: If something is missing or makes no sense.
+        """
+        names = cls.__dataclass_fields__
+        if not isinstance(values, dict) or values.keys() != names.keys():
+            raise ValueError(f"{source}: damaged header ({str(values)[:120]})")
+        header = cls(**values)
+        sizes = (header.vocab_size, header.num_tokens, header.image_size)
+        if not all(isinstance(size, int) and size >= 1 for size in sizes) or not isinstance(header.fingerprint, str):
+            raise ValueError(f"{source}: damaged header ({values})")
+        return header
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenShard:
+    """The samples of one shard.
+
+    Attributes:
+        codes: (n, N) int64.
+        keys: n unique names.
+        captions: n texts.
+        skipped: "key: reason" of the images that were passed over.
+        text: (rows, D) float16 features of all captions, None where they are not cached.
+        text_ends: (n,) int64, where the features of each caption end.
+    """
+
+    codes: Tensor
+    keys: Sequence[str]
+    captions: Sequence[str]
+    skipped: Sequence[str] = ()
+    text: Tensor | None = None
+    text_ends: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.keys)
+
+
+def shard_name(index: int) -> str:
+    """File name of a shard."""
+    return f"tokens-{index:05d}.safetensors"
+
+
+def write_shard(path: Path, header: TokenHeader, shard: TokenShard) -> None:
+    """Write one shard atomically; equal contents give equal bytes.
+
+    Raises:
+        ValueError: If lengths differ or codes are out of range.
+    """
+    if not len(shard.codes) == len(shard.keys) == len(shard.captions) or shard.codes.shape[1:] != (header.num_tokens,):
+        raise ValueError(f"{path}: {tuple(shard.codes.shape)} codes, {len(shard.keys)} keys do not fit together")
+    if len(shard) and not 0 <= int(shard.codes.min()) <= int(shard.codes.max()) < header.vocab_size:
+        raise ValueError(f"{path}: codes are not in [0, {header.vocab_size})")
+    texts = {"key": list(shard.keys), "caption": list(shard.captions), "skipped": list(shard.skipped)}
+    content = json.dumps(texts, ensure_ascii=False).encode("utf-8", "replace")
+    tensors = {
+        "codes": shard.codes.to(torch.uint16 if header.vocab_size <= _UINT16_CODES else torch.int32).contiguous(),
+        "texts": torch.frombuffer(bytearray(content), dtype=torch.uint8),
+    }
+    if shard.text is not None and shard.text_ends is not None:
+        tensors |= {"text": shard.text.half().contiguous(), "text_ends": shard.text_ends}
+    metadata = {"format": FORMAT, "header": json.dumps(asdict(header), sort_keys=True)}
+    # one entry only: safetensors writes the metadata in the order of a hash map that differs from process to process
+    metadata = {"layton": json.dumps(metadata, sort_keys=True)}
+    write_atomically(path, partial(save_file, tensors, metadata=metadata))
+
+
+def read_header(path: Path) -> TokenHeader:
+    """Header of a shard.
+
+    Raises:
+        ValueError: If it is missing, cut off, damaged, or something else.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return _header_of(file, path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def read_shard(path: Path) -> tuple[TokenHeader, TokenShard]:
+    """Read and check one shard.
+
+    Raises:
+        ValueError: If it is missing, cut off, damaged, something else, or holds codes out of range.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = _header_of(file, path)
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    if not {"codes", "texts"} <= tensors.keys():
+        raise ValueError(f"{path} has only {', '.join(sorted(tensors))}")
+    texts = _read_texts(tensors["texts"], path)
+    codes = tensors["codes"].long()
+    if codes.shape != (len(texts["key"]), header.num_tokens) or len(texts["caption"]) != len(texts["key"]):
+        raise ValueError(f"{path}: {tuple(codes.shape)} codes, {len(texts['key'])} keys do not fit together")
+    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < header.vocab_size:
+        raise ValueError(f"{path}: codes are not in [0, {header.vocab_size})")
+    shard = TokenShard(
+        codes, texts["key"], texts["caption"], texts["skipped"], tensors.get("text"), tensors.get("text_ends")
+    )
+    _check_text(shard, path)
+    return header, shard
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write JSON with sorted keys, atomically."""
+    text = json.dumps(dict(values), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of this format.
+
+    Raises:
+        ValueError: If it cannot be read or is of another format.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise ValueError(f"{path} is not of format {FORMAT!r}")
+    return values
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """Shards of a finished token dataset, in order.
+
+    Raises:
+        ValueError: If it is none, is not finished, or a shard is missing.
+    """
+    if not (folder / MANIFEST_NAME).is_file():
+        begun = (folder / PLAN_NAME).is_file()
+        raise ValueError(f"{folder} holds " + ("an unfinished token dataset: run it again" if begun else "no tokens"))
+    manifest = read_json(folder / MANIFEST_NAME)
+    names = [str(entry["file"]) for entry in manifest["shards"]]
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"{folder}: shard {name!r} of the manifest is not there")
+    return [folder / name for name in names]
+
+
+def verify(folder: Path) -> list[str]:
+    """Every fault of a token dataset, one line each; none means that it is whole.
+
+    Raises:
+        ValueError: If there is no finished token dataset.
+    """
+    paths, manifest = shard_files(folder), read_json(folder / MANIFEST_NAME)
+    header = TokenHeader.from_values(manifest["header"], source=folder / MANIFEST_NAME)
+    faults: list[str] = []
+    owner: dict[str, str] = {}
+    for path, entry in zip(paths, manifest["shards"], strict=True):
+        if sha256_of(path) != entry["sha256"]:
+            faults.append(f"{path.name}: its bytes are not those that were written (sha256)")
+            continue
+        found, shard = read_shard(path)
+        if found != header:
+            faults.append(f"{path.name}: made by something else ({differences(asdict(header), asdict(found))})")
+        if (len(shard), len(shard.skipped)) != (entry["samples"], entry["skipped"]):
+            faults.append(f"{path.name}: {len(shard)} samples, the manifest says {entry['samples']}")
+        for key in shard.keys:
+            if key in owner:
+                faults.append(f"{path.name}: key {key!r} is in {owner[key]} too")
+            owner[key] = path.name
+    counts = manifest["counts"]
+    written = sum(int(entry["samples"]) for entry in manifest["shards"])
+    if written != counts["samples"] or counts["inputs"] != counts["samples"] + counts["skipped"]:
+        faults.append(f"{MANIFEST_NAME}: counts {counts} do not add up with {written} samples")
+    return faults
+
+
+def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Fields in which two mappings differ, in words; empty if they are equal."""
+    names = [name for name in sorted({*stored, *wanted}) if stored.get(name) != wanted.get(name)]
+    return "; ".join(f"{name}: stored {stored.get(name)!r}, wanted {wanted.get(name)!r}" for name in names)
+
+
+def _header_of(file: Any, path: Path) -> TokenHeader:
+    try:
+        metadata = json.loads((file.metadata() or {})["layton"])
+        if metadata["format"] != FORMAT:
+            raise ValueError(f"format {metadata['format']!r}")
+        values = json.loads(metadata["header"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no token shard ({error})") from error
+    return TokenHeader.from_values(values, source=path)
+
+
+def _read_texts(content: Tensor, path: Path) -> dict[str, list[str]]:
+    try:
+        texts = json.loads(bytes(content.to(torch.uint8).flatten().numpy()))
+        lists = {name: texts[name] for name in ("key", "caption", "skipped")}
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged texts ({error})") from error
+    if not all(isinstance(rows, list) and all(isinstance(row, str) for row in rows) for rows in lists.values()):
+        raise ValueError(f"{path}: damaged texts (not lists of texts)")
+    return lists
+
+
+def _check_text(shard: TokenShard, path: Path) -> None:
+    text, ends = shard.text, shard.text_ends
+    if text is None and ends is None:
+        return
+    whole = text is not None and ends is not None and text.ndim == 2 and ends.shape == (len(shard),)
+    if not whole or (ends is not None and len(ends) and (int(ends[-1]) != len(text) or bool((ends.diff() < 0).any()))):  # type: ignore[arg-type]
+        raise ValueError(f"{path}: damaged text features")

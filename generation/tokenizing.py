@@ -1,0 +1,260 @@
+"""A data set becomes token shards: resumable shard by shard, every input encoded or passed over by name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from generation.text_encoders import TextEncoder
+from generation.token_shards import (
+    FORMAT,
+    MANIFEST_NAME,
+    PLAN_NAME,
+    TokenHeader,
+    TokenShard,
+    differences,
+    read_json,
+    read_shard,
+    sha256_of,
+    shard_name,
+    write_json,
+    write_shard,
+)
+from layton.commands.images import batched, in_threads
+from layton.data.geometry import FitPolicy, fit_image
+from layton.data.images import ImageError, to_tensor
+from layton.data.sources import ImageSource, StoredSource
+from layton.data.types import ImageSample
+from layton.lock import lock_folder
+from layton.tokenizer import LaytonTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizeReport:
+    """What came of it; ``inputs = samples + len(skipped)``.
+
+    Attributes:
+        inputs: Images of the source, broken and missing ones included.
+        samples: Images that are in the shards.
+        skipped: "key: reason" of those that are not.
+        shards: Number of shards.
+        reused: Shards that were there already.
+        cut_captions: Captions longer than the text encoder reads, of the shards that were written now.
+    """
+
+    inputs: int
+    samples: int
+    skipped: tuple[str, ...]
+    shards: int
+    reused: int
+    cut_captions: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenizeJob:
+    """What is to be done.
+
+    Attributes:
+        source: Images and captions.
+        tokenizer: Makes the codes.
+        name: Of the source, for people.
+        policy: How stored images become square.
+        shard_size: Inputs in a shard.
+        batch_size: Images encoded at once.
+        text_encoder: Its features are cached too; None caches none.
+        seed: Of the choices that a source makes (wording of captions).
+    """
+
+    source: ImageSource
+    tokenizer: LaytonTokenizer
+    name: str
+    policy: FitPolicy = "crop"
+    shard_size: int = 4096
+    batch_size: int = 16
+    text_encoder: TextEncoder | None = None
+    seed: int = 0
+
+    def header(self) -> TokenHeader:
+        """What the shards say about themselves."""
+        tokenizer, text = self.tokenizer, self.text_encoder
+        return TokenHeader(
+            fingerprint=tokenizer.fingerprint(),
+            vocab_size=tokenizer.vocab_size,
+            num_tokens=tokenizer.num_tokens,
+            image_size=tokenizer.image_size,
+            encoder=weights_digest(tokenizer.encoder),
+            policy=self.policy,
+            text_encoder="" if text is None else text.fingerprint(),
+            text_length=0 if text is None else text.max_length,
+            text_padding=str(getattr(text, "padding", "left")),
+        )
+
+    def plan(self) -> dict[str, Any]:
+        """What decides every byte of the shards."""
+        keys = self.source.keys if isinstance(self.source, StoredSource) else None
+        count = len(self.source)
+        ends = [self.source.sample(i, seed=0)["key"] for i in (0, count - 1)] if keys is None else []
+        return {
+            "format": FORMAT,
+            "header": asdict(self.header()),
+            "source": self.name,
+            "inputs": count,
+            "keys": hashlib.sha256("\n".join(ends if keys is None else keys).encode("utf-8", "replace")).hexdigest(),
+            "shard_size": self.shard_size,
+            "seed": self.seed,
+        }
+
+
+def tokenize_dataset(
+    job: TokenizeJob, out: Path, *, on_progress: Callable[[int], object] | None = None
+) -> TokenizeReport:
+    """Write a token dataset, or the shards of it that are not there yet.
+
+    Killed at any time and started again it gives the same bytes as one clean run; at most one shard is done twice.
+
+    Args:
+        job: What is to be done.
+        out: Folder to write.
+        on_progress: Told how many inputs are done with, several at a time.
+
+    Raises:
+        ValueError: If the folder holds a dataset made by something else; the message names what differs.
+        FolderInUseError: If another process writes there.
+    """
+    if job.shard_size < 1 or job.batch_size < 1:
+        raise ValueError(f"shard_size and batch_size must be >= 1, got {job.shard_size} and {job.batch_size}")
+    plan = job.plan()
+    header = job.header()
+    with lock_folder(out):
+        _check_plan(out, plan)
+        for orphan in out.glob(".*.part"):  # of a process that was killed while it wrote
+            orphan.unlink()
+        starts = range(0, len(job.source), job.shard_size)
+        entries: list[dict[str, Any]] = []
+        skipped = _missing(job.source)
+        reused = cut = 0
+        for number, start in enumerate(starts):
+            indices = range(start, min(start + job.shard_size, len(job.source)))
+            path = out / shard_name(number)
+            shard = _finished(path, header, len(indices))
+            if shard is None:
+                shard, cuts = _make(job, indices, on_progress)
+                cut += cuts
+                write_shard(path, header, shard)
+            else:
+                reused += 1
+                if on_progress is not None:
+                    on_progress(len(indices))
+            skipped += shard.skipped
+            entries.append({"file": path.name, "samples": len(shard), "skipped": len(shard.skipped)})
+            entries[-1]["sha256"] = sha256_of(path)
+        samples = sum(int(entry["samples"]) for entry in entries)
+        counts = {"inputs": samples + len(skipped), "samples": samples, "skipped": len(skipped)}
+        write_json(out / MANIFEST_NAME, {**plan, "shards": entries, "counts": counts, "skipped": skipped})
+    return TokenizeReport(counts["inputs"], samples, tuple(skipped), len(entries), reused, cut)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """16 hex digits over the weights of a module."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        value = tensor.detach().cpu()
+        digest.update((value.float() if value.is_floating_point() else value).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _check_plan(out: Path, plan: dict[str, Any]) -> None:
+    path = out / PLAN_NAME
+    if not path.exists():
+        if any(out.glob("*.safetensors")) or (out / MANIFEST_NAME).exists():
+            raise ValueError(f"{out} holds other files: token shards need a folder of their own")
+        write_json(path, plan)
+        return
+    stored = read_json(path)
+    differs = differences(_flat(stored), _flat(plan))
+    if differs:
+        raise ValueError(f"{out} was begun with something else ({differs}); take another folder")
+
+
+def _flat(plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan with the fields of its header beside the others, so that a difference names the field."""
+    return {name: value for name, value in plan.items() if name != "header"} | dict(plan["header"])
+
+
+def _missing(source: ImageSource) -> list[str]:
+    """Images that a source knew to be missing when it was opened."""
+    return list(source.bad.reasons) if isinstance(source, StoredSource) else []
+
+
+def _finished(path: Path, header: TokenHeader, inputs: int) -> TokenShard | None:
+    """A shard that is there and whole; a damaged one is made again."""
+    if not path.is_file():
+        return None
+    try:
+        found, shard = read_shard(path)
+    except ValueError:
+        return None
+    return shard if found == header and len(shard) + len(shard.skipped) == inputs else None
+
+
+def _make(
+    job: TokenizeJob, indices: Sequence[int], on_progress: Callable[[int], object] | None
+) -> tuple[TokenShard, int]:
+    codes: list[Tensor] = []
+    keys: list[str] = []
+    captions: list[str] = []
+    skipped: list[str] = []
+    for batch in batched(_load_all(job, indices), job.batch_size):
+        good = [item for item in batch if not isinstance(item, ImageError)]
+        skipped += [str(item) for item in batch if isinstance(item, ImageError)]
+        if good:
+            codes.append(job.tokenizer.encode(torch.stack([item["image"] for item in good])).cpu())
+            keys += [item["key"] for item in good]
+            captions += [item["caption"] for item in good]
+        if on_progress is not None:
+            on_progress(len(batch))
+    stacked = torch.cat(codes) if codes else torch.zeros(0, job.tokenizer.num_tokens, dtype=torch.int64)
+    if job.text_encoder is None:
+        return TokenShard(stacked, keys, captions, skipped), 0
+    text, ends, cut = _encode_captions(job.text_encoder, captions, job.batch_size)
+    return TokenShard(stacked, keys, captions, skipped, text, ends), cut
+
+
+def _load_all(job: TokenizeJob, indices: Sequence[int]) -> Iterator[ImageSample | ImageError]:
+    threads = min(8, os.cpu_count() or 1)
+    return in_threads(partial(_load, job), indices, num_threads=threads)
+
+
+def _load(job: TokenizeJob, index: int) -> ImageSample | ImageError:
+    source = job.source
+    if not isinstance(source, StoredSource):
+        return source.sample(index, seed=job.seed)
+    try:
+        stored = source.load(index)
+    except ImageError as error:
+        return error
+    square, _ = fit_image(stored.image, job.tokenizer.image_size, policy=job.policy)
+    return ImageSample(image=to_tensor(square), caption=stored.caption, key=stored.key)
+
+
+@torch.no_grad()
+def _encode_captions(encoder: TextEncoder, captions: Sequence[str], batch_size: int) -> tuple[Tensor, Tensor, int]:
+    """Features of all captions without padding (rows, D), where each ends (n,), and how many were cut."""
+    rows: list[Tensor] = [torch.zeros(0, encoder.width, dtype=torch.float16)]
+    lengths: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
+    cut = 0
+    for batch in batched(captions, batch_size):
+        result = encoder.encode(batch)
+        rows.append(result.features[result.mask].half().cpu())
+        lengths.append(result.mask.sum(1).cpu())
+        cut += len(result.cut)
+    return torch.cat(rows), torch.cat(lengths).cumsum(0), cut

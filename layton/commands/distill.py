@@ -1,0 +1,114 @@
+"""The arguments of ``layton distill``: short names for what everyone sets, in front of ``layton fit``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml  # type: ignore[import-untyped]
+
+from layton.assets import INDEX_FILES, resolve
+from layton.errors import UsageError
+
+HELP = """usage: layton distill METHOD [--pipeline FOLDER] [--prompts FILE] [--run_dir DIR] [--max_steps N] [OVERRIDES]
+
+Distils a diffusers pipeline folder (Stable Diffusion 1.x, 2.x, XL, 3, FLUX) to a student of few steps.
+METHOD is one of: {methods}.
+
+  --pipeline FOLDER   the teacher, and its text encoders and autoencoder
+  --prompts FILE      train on these prompts, one a line, in place of captions of Scenes (methods that need no pictures)
+  --run_dir DIR       checkpoints, grids, logs and, at the end, export/; default runs/METHOD
+  --max_steps N       optimizer steps of the student
+  --resume auto       continue from the newest checkpoint of the run folder
+
+Everything else is as for `layton fit` on configs/distill/METHOD.yaml, for example
+  --model.init_args.adapter.rank=16   --model.init_args.adapter=null   --data configs/data/scenes_prompts.yaml
+"""
+LATENT_DATA = "layton.ldm.latent_data.LatentDataModule"
+_SHORT = ("--pipeline", "--prompts", "--max_steps")
+
+
+def fit_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
+    """The command line of ``layton fit`` for one of ``layton distill``.
+
+    Args:
+        run_file: Of the method.
+        words: What stands after the method.
+
+    Raises:
+        UsageError: A short option has no value, no such folder or file, or prompts for a method that needs pictures.
+    """
+    short, rest = _take_short(words)
+    needs_pictures = _data_class(run_file) == LATENT_DATA and not _has_data(rest)
+    arguments = ["--config", str(run_file)]
+    if "--pipeline" in short:
+        folder = _pipeline_folder(short["--pipeline"])
+        arguments.append(f"--model.init_args.pipeline={folder}")
+        if needs_pictures:
+            arguments.append(f"--data.init_args.autoencoder={folder / 'vae'}")
+    if "--prompts" in short:
+        if needs_pictures:
+            raise UsageError(
+                f"{run_file.stem} learns from pictures, not from prompts alone: give --data in their place"
+            )
+        arguments += _prompt_arguments(short["--prompts"])
+    if "--max_steps" in short:
+        arguments.append(f"--trainer.max_steps={short['--max_steps']}")
+    return arguments + rest
+
+
+def _take_short(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    short: dict[str, str] = {}
+    rest: list[str] = []
+    waiting = list(words)
+    while waiting:
+        name, equals, value = waiting[0].partition("=")
+        if name not in _SHORT:
+            rest.append(waiting.pop(0))
+            continue
+        waiting.pop(0)
+        if not equals:
+            if not waiting:
+                raise UsageError(f"{name} needs a value")
+            value = waiting.pop(0)
+        short[name] = value
+    return short, rest
+
+
+def _pipeline_folder(name: str) -> Path:
+    folder = Path(name).expanduser()
+    if (folder / INDEX_FILES[1]).is_file():
+        return folder
+    if folder.is_dir():
+        raise UsageError(f"{name} is no diffusers pipeline folder: it has no {INDEX_FILES[1]}")
+    try:
+        return resolve(name, part="ldm")
+    except ValueError as error:
+        raise UsageError(f"no pipeline folder at {name}") from error
+
+
+def _prompt_arguments(file: str) -> list[str]:
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UsageError(f"no prompts file at {file}")
+
+    def source(split: str) -> str:
+        kind = "layton.data.prompts.PromptFile"
+        return json.dumps([{"class_path": kind, "init_args": {"path": str(path), "split": split}}])
+
+    return [
+        "--data=layton.data.module.ImageDataModule",
+        f"--data.init_args.train={source('train')}",
+        f"--data.init_args.validation={source('validation')}",
+    ]
+
+
+def _data_class(run_file: Path) -> str:
+    run = yaml.safe_load(run_file.read_text(encoding="utf-8"))
+    found = run.get("data", {}) if isinstance(run, dict) else {}
+    return str(found.get("class_path", "")) if isinstance(found, dict) else ""
+
+
+def _has_data(words: Sequence[str]) -> bool:
+    return any(word == "--data" or word.startswith("--data=") for word in words)

@@ -1,0 +1,122 @@
+"""Captions without pictures: what image-free distillation trains on.
+
+Samples hold "caption" and "key". Order, epochs, mixing and resume are those of every other source
+(`layton.data.mixing`): a pure function of (seed, epoch, index).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from layton.data.randomness import mix
+from layton.data.sources import SampleSource
+from layton.data.types import Split, check_split, split_of_key
+from layton.scenes import caption as scene_caption
+from layton.scenes import sample_scene, split_seeds
+
+MAX_LINE_BYTES = 4096
+_SHARE_ONE = 2**63
+
+
+class SceneCaptions(SampleSource):
+    """Captions of Scenes, endless and seeded; the same words as `ScenesSource` says, with nothing rendered.
+
+    Training seeds never show a held-out combination, so training prompts never name one.
+
+    Args:
+        split: Which seeds: "train", "validation" or "test".
+        length: How many scenes.
+        offset: Scenes to pass over at the beginning of the split.
+        chinese: Share of captions in Chinese, in [0, 1]; chosen by the sample's seed.
+        reworded: Share of captions said in another true way than the canonical one, in [0, 1]; chosen likewise.
+
+    Raises:
+        ValueError: A number is out of range, or there is no such split.
+    """
+
+    def __init__(
+        self,
+        *,
+        split: Split = "train",
+        length: int = 1_000_000,
+        offset: int = 0,
+        chinese: float = 0.0,
+        reworded: float = 0.0,
+    ) -> None:
+        if length < 1:
+            raise ValueError(f"length must be >= 1, got {length}")
+        if not (0.0 <= chinese <= 1.0 and 0.0 <= reworded <= 1.0):
+            raise ValueError(f"chinese and reworded must be in [0, 1], got {chinese} and {reworded}")
+        known = check_split(split)
+        if known is None:
+            raise ValueError("scenes have no common order of all splits: choose one")
+        self.seeds = split_seeds(known, length, offset=offset)
+        self.chinese = chinese
+        self.reworded = reworded
+
+    def __len__(self) -> int:
+        """Number of scenes."""
+        return len(self.seeds)
+
+    def sample(self, index: int, *, seed: int) -> Mapping[str, Any]:
+        """One caption; see `SampleSource.sample`."""
+        scene_seed = self.seeds[index]
+        language, wording, variant = (mix(seed, scene_seed, choice) for choice in range(3))
+        text = scene_caption(
+            sample_scene(scene_seed),
+            language="zh" if language < self.chinese * _SHARE_ONE else "en",
+            variant=variant if wording < self.reworded * _SHARE_ONE else None,
+        )
+        return {"caption": text, "key": f"scenes/{scene_seed}"}
+
+
+class PromptFile(SampleSource):
+    """A UTF-8 text file with one prompt on each line; blank lines do not count.
+
+    Args:
+        path: The file.
+        split: Only the prompts of one split (number of the line modulo 5, as everywhere); None for all of them.
+
+    Raises:
+        ValueError: There is no such file, it is not UTF-8, a line is over 4,096 bytes, or no prompt is left.
+    """
+
+    def __init__(self, path: str, *, split: Split | None = None) -> None:
+        self.path = Path(path)
+        wanted = check_split(split)
+        lines = _read_lines(self.path)
+        self._prompts = [
+            (number, text) for number, text in lines if wanted is None or split_of_key(str(number)) == wanted
+        ]
+        if not self._prompts:
+            raise ValueError(f"{path}: no prompts{f' in split {wanted!r}' if wanted else ''}, one a line is wanted")
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return len(self._prompts)
+
+    def sample(self, index: int, *, seed: int) -> Mapping[str, Any]:
+        """One prompt; the seed has no influence. See `SampleSource.sample`."""
+        number, text = self._prompts[index]
+        return {"caption": text, "key": f"{self.path.stem}/{number}"}
+
+
+def _read_lines(path: Path) -> list[tuple[int, str]]:
+    """The non-blank lines of a file with their numbers, from 1."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+    found = []
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
+        if len(line) > MAX_LINE_BYTES:
+            raise ValueError(f"{path}: line {number} has {len(line)} bytes; a prompt has at most {MAX_LINE_BYTES}")
+        try:
+            text = line.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: line {number} is not UTF-8 ({error.reason} at byte {error.start})") from error
+        if text:
+            found.append((number, text))
+    return found

@@ -1,0 +1,203 @@
+"""What stage 2 changes in a stage-1 network, and how to keep only that.
+
+A distilled decoder shares most of its weights with the decoder it came from. `adapt` makes a part of a network
+trainable, by adaptors or as a whole; the `Difference` that it returns names those weights, saves and loads them, and
+knows by a fingerprint the one network that they belong to.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from distill.adapters import LoraSettings, add_lora
+from layton.control import base_state_dict
+from layton.folder import JsonValue, load_tensors, require_match
+from layton.ladd import LADD
+
+Change = Literal["frozen", "lora", "full"]
+ADAPTER = "consistency"
+_SAMPLED = 1024  # numbers of each tensor that go into the fingerprint: quick also for SDXL
+
+
+@dataclass(frozen=True, slots=True)
+class Adaptation:
+    """Which weights of a stage-1 decoder are trained on.
+
+    The paper trains all of its LADD (arXiv 2503.08377, section 3), which is the control branch and a LoRA on the UNet.
+
+    Attributes:
+        unet: The latent diffusion model's own UNet.
+        branch: The control branch.
+        lora: Shape of the adaptors, where there are any; None is rank 64 on the published layers.
+
+    Raises:
+        ValueError: If a part is none of the three, or nothing would be trained.
+    """
+
+    unet: Change = "lora"
+    branch: Change = "full"
+    lora: LoraSettings | None = None
+
+    def __post_init__(self) -> None:
+        if not {self.unet, self.branch} <= set(get_args(Change)):
+            raise ValueError(f"parts must be one of {get_args(Change)}, got unet {self.unet!r}, branch {self.branch!r}")
+        if self.unet == self.branch == "frozen":
+            raise ValueError("with unet and branch both frozen there is nothing to train")
+
+    @property
+    def adapters(self) -> LoraSettings:
+        """Shape of the adaptors."""
+        return LoraSettings() if self.lora is None else self.lora
+
+    def parts(self) -> dict[str, Change]:
+        """What happens to each part of a `LADD`."""
+        return {"unet": self.unet, "controlnet": self.branch}
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Record of how a network came from another one.
+
+    Attributes:
+        base: Name of the decoder, beside this one, that it came from.
+        fingerprints: Of that decoder's UNet and branch, see `fingerprints`.
+        adaptation: What was changed.
+    """
+
+    base: str
+    fingerprints: Mapping[str, tuple[str, ...]]
+    adaptation: Adaptation
+
+    def tensors(self, network: LADD) -> dict[str, Tensor]:
+        """The changed weights of an adapted network by name; LoRA keys look like ``unet.X.lora_A.weight``."""
+        parts = self.adaptation.parts()
+        chosen: dict[str, Tensor] = {}
+        for name, parameter in network.named_parameters():
+            change = parts.get(name.partition(".")[0], "frozen")
+            if change == "full" or (change == "lora" and ".lora_" in name):
+                chosen[name.replace(f".{ADAPTER}.", ".")] = parameter
+        return chosen
+
+    @torch.no_grad()
+    def load(self, network: LADD, tensors: Mapping[str, Tensor], *, source: Path | str) -> None:
+        """Put what `tensors` gave into a network that was adapted alike.
+
+        Raises:
+            ValueError: If names or shapes do not match; all that do not are listed.
+        """
+        own = self.tensors(network)
+        require_match(own, tensors, source=source, target="this decoder")
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+    def to_json(self) -> dict[str, JsonValue]:
+        """The record as JSON values."""
+        return {
+            "base": self.base,
+            "fingerprints": {part: list(found) for part, found in self.fingerprints.items()},
+            "unet": self.adaptation.unet,
+            "branch": self.adaptation.branch,
+            "lora": self.adaptation.adapters.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, JsonValue]) -> Difference:
+        """The record that `to_json` gave."""
+        adaptation = Adaptation(
+            unet=cast(Change, values["unet"]),
+            branch=cast(Change, values["branch"]),
+            lora=LoraSettings.from_json(cast("dict[str, JsonValue]", values["lora"])),
+        )
+        saved = cast("dict[str, list[str]]", values["fingerprints"])
+        return cls(str(values["base"]), {part: tuple(found) for part, found in saved.items()}, adaptation)
+
+    def apply(self, network: LADD, weights: Path) -> None:
+        """Turn the base network into the changed one, in place, from a file of `tensors`.
+
+        Raises:
+            ValueError: If it is not the network that the weights were trained on, or they do not fit.
+        """
+        for part, found in fingerprints(network).items():
+            if not set(found) & set(self.fingerprints[part]):
+                raise ValueError(
+                    f"{weights} was trained on another {self.base!r} decoder: the fingerprint of this one's {part} is "
+                    f"{found[0]}, not {' or '.join(self.fingerprints[part])}"
+                )
+        adapt(network, self.adaptation, base=self.base)
+        self.load(network, load_tensors(weights), source=weights)
+
+
+def adapt(network: LADD, adaptation: Adaptation, *, base: str = "diffusion", seed: int = 0) -> Difference:
+    """Make the chosen weights of a stage-1 network trainable, all others frozen. Its predictions stay as they are.
+
+    Args:
+        network: Changed in place; a LoRA that it has already is folded into its weights.
+        adaptation: What to train.
+        base: Name of the decoder that the network is of.
+        seed: Of the adaptors' first halves (the second ones are zero).
+    """
+    record = Difference(base, fingerprints(network), adaptation)
+    network.merge_lora()
+    network.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, change in adaptation.parts().items():
+            part = cast(nn.Module, getattr(network, name))
+            if change == "lora":
+                add_lora(part, adaptation.adapters, ADAPTER)
+    for parameter in record.tensors(network).values():
+        parameter.requires_grad_(True)
+    return record
+
+
+def copy_sharing(network: LADD, shared: Collection[nn.Parameter]) -> LADD:
+    """A frozen copy of a network that has some of its parameters in common with it, in memory and for good."""
+    twin = copy.deepcopy(network, {id(parameter): parameter for parameter in shared})
+    common = {id(parameter) for parameter in shared}
+    for parameter in twin.parameters():
+        if id(parameter) not in common:
+            parameter.requires_grad_(False)
+    return twin.eval()
+
+
+def fold_adapters(network: nn.Module, *, fold: bool = True) -> None:
+    """Add the adaptors to the weights they adapt (or take them out again): the same predictions, fewer operations."""
+    for module in network.modules():
+        if isinstance(module, BaseTunerLayer) and ADAPTER in module.active_adapters and fold != module.merged:
+            if fold:
+                module.merge()
+            else:
+                module.unmerge()
+
+
+def fingerprints(network: LADD) -> dict[str, tuple[str, ...]]:
+    """Hashes of a network's ``unet`` and ``branch``, each as it is when stored in fp16 and in bf16, 16 hex digits.
+
+    Weights that are read back from fp16 or from fp32 have the first one, from bf16 the second. Of each tensor its name,
+    its shape and up to 1,024 of its numbers count.
+    """
+    return {"unet": _hashes(base_state_dict(network.unet)), "branch": _hashes(network.branch_state_dict())}
+
+
+def _hashes(state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    samples = {
+        f"{name} {tuple(tensor.shape)}": tensor.detach().flatten()[:: max(1, tensor.numel() // _SAMPLED)][:_SAMPLED]
+        for name, tensor in sorted(state.items())
+    }
+    found = []
+    for dtype in (torch.float16, torch.bfloat16):
+        total = hashlib.sha256()
+        for name, values in samples.items():
+            total.update(name.encode())
+            total.update(values.cpu().to(dtype).to(torch.float16).contiguous().numpy().tobytes())
+        found.append(total.hexdigest()[:16])
+    return tuple(found)

@@ -1,0 +1,105 @@
+"""Opening a diffusers pipeline folder as a teacher: local files, safetensors only, classes of a known list."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from diffusers.utils import logging as diffusers_logging
+
+from layton.assets import resolve
+from layton.errors import UsageError
+
+PIPELINES: tuple[type[DiffusionPipeline], ...] = (
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    StableDiffusion3Pipeline,
+    FluxPipeline,
+)
+INDEX = "model_index.json"
+_LIBRARIES = ("diffusers", "transformers")
+_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # judges and inputs that training has no use for
+
+
+def open_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """Read a pipeline folder: Stable Diffusion 1.x, 2.x, XL, 3, FLUX, or the embedded one by its name.
+
+    A folder is data: classes named in it must be diffusers' and transformers' own, code lying in it is never run, and
+    weights are read from safetensors only.
+
+    Args:
+        folder: What diffusers' ``save_pretrained`` wrote, or the name of an embedded model.
+        dtype: Type of all weights.
+
+    Returns:
+        The pipeline, frozen, in evaluation mode, on the CPU.
+
+    Raises:
+        UsageError: There is no such folder.
+        ValueError: It holds no such pipeline, or a part is missing or damaged.
+    """
+    root = _find(folder)
+    index = _read_index(root)
+    classes = {kind.__name__: kind for kind in PIPELINES}
+    name = index.get("_class_name")
+    if not isinstance(name, str) or name not in classes:
+        raise ValueError(f"{root} holds a {name!r}; it must be one of {', '.join(classes)}")
+    parts = {key: value for key, value in index.items() if isinstance(value, list) and key not in _UNUSED}
+    foreign = {key: value for key, value in parts.items() if value[0] not in (*_LIBRARIES, None)}
+    if foreign:
+        raise ValueError(f"{root}: parts from other libraries than {' and '.join(_LIBRARIES)}: {foreign}")
+    left_out: dict[str, Any] = {key: None for key in _UNUSED if key in index}
+    if "requires_safety_checker" in index:
+        left_out["requires_safety_checker"] = False
+    pipe = _load(classes[name], root, left_out, dtype)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
+    return pipe
+
+
+def _load(kind: type[DiffusionPipeline], root: Path, left_out: dict[str, Any], dtype: torch.dtype) -> DiffusionPipeline:
+    quiet = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()
+    try:
+        pipe: DiffusionPipeline = kind.from_pretrained(
+            str(root), local_files_only=True, use_safetensors=True, **left_out
+        ).to(dtype)  # not as an argument: its name differs between the versions of diffusers
+    except OSError as error:  # what diffusers and transformers raise for a missing or unreadable part
+        raise ValueError(f"{root}: a part of the pipeline cannot be read ({' '.join(str(error).split())})") from error
+    finally:
+        if quiet:
+            diffusers_logging.enable_progress_bar()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _find(folder: str | Path) -> Path:
+    root = Path(folder).expanduser()
+    if (root / INDEX).is_file():
+        return root
+    if root.is_dir():
+        raise UsageError(f"{folder} is no diffusers pipeline folder: it has no {INDEX}")
+    try:
+        return resolve(str(folder), part="ldm")
+    except ValueError as error:
+        raise UsageError(f"no pipeline folder at {folder}") from error
+
+
+def _read_index(root: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((root / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{root / INDEX} cannot be read ({error})") from error
+    if not isinstance(index, dict):
+        raise ValueError(f"{root / INDEX} is no table of parts")
+    return index

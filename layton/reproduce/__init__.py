@@ -1,0 +1,1 @@
+"""`layton reproduce`: one paper's headline claim, measured again in the embedded world at equal budgets."""

@@ -1,0 +1,144 @@
+"""InstaFlow against direct and progressive distillation in one step (arXiv 2309.06380)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from layton.reproduce.claim import LATENT_SCENES, Arm, Claim, Context, Pairs, Phase, Stage
+from layton.reproduce.report import Check, Outcome
+from layton.reproduce.students import Measured, measure_students
+
+_GUIDED_PAIR = 50.0  # 25 guided steps
+_METHOD = "model.init_args.method.init_args"
+_PERCEPTUAL = Phase(f"{_METHOD}.perceptual_start", forwards=3 / 0.6)  # 3 F a sample; 60 % of training by L2 alone
+# Phases of equal length, the last one twice as long: 7 F a sample under guidance in the first, then 5 F.
+PROGRESSIVE_PHASE = Phase(f"{_METHOD}.steps_per_phase", forwards=7 + 3 * 5 + 2 * 5)
+
+REFLOW = Stage("reflow", "reflow.yaml", share=0.5, pairs=Pairs(0.5, _GUIDED_PAIR))
+ONE_STEP = Stage(
+    "one_step", "one_step.yaml", share=0.5, teacher="reflow", pairs=Pairs(0.5, _GUIDED_PAIR), phases=(_PERCEPTUAL,)
+)
+METHOD = Arm("instaflow", "method", (REFLOW, ONE_STEP), steps=(1,))
+DIRECT = Arm(
+    "direct",
+    "baseline",
+    (Stage("train", "direct.yaml", pairs=Pairs(0.5, _GUIDED_PAIR), phases=(_PERCEPTUAL,)),),
+    steps=(1,),
+)
+PROGRESSIVE = Arm(
+    "progressive",
+    "baseline",
+    (Stage("train", "progressive.yaml", phases=(PROGRESSIVE_PHASE,), scenes=LATENT_SCENES),),
+    steps=(1,),
+)
+
+
+def judge(measured: Measured, context: Context) -> list[Check]:
+    """Straightness, then the one-step figures against both baselines."""
+    straight = _straightness(measured, context)
+    teacher = min(straight["teacher"], straight["teacher_guided"])
+    checks = [
+        Check(
+            "straightness S of the 2-rectified flow over the teacher's",
+            "lower (figure 6)",
+            f"{straight['reflow']:.4f} against {straight['teacher']:.4f} (guided {straight['teacher_guided']:.4f})",
+            straight["reflow"] / max(teacher, 1e-12),
+            "at most",
+            0.5,
+        )
+    ]
+    for baseline, paper in (
+        ("direct", "FID 31.0 against 40.9, x 0.76"),
+        ("progressive", "FID 23.4 against 37.2, x 0.63"),
+    ):
+        ratio, spread = measured.fd_ratio(("instaflow", 1), (baseline, 1))
+        figures = f"{measured.fd('instaflow', 1):.2f} against {measured.fd(baseline, 1):.2f}"
+        checks.append(
+            Check(f"1 step: FD-effnet over {baseline} distillation's", paper, figures, ratio, "at most", 0.8, spread)
+        )
+    ours = measured.scenes("instaflow", 1)
+    best = max(measured.scenes("direct", 1), measured.scenes("progressive", 1), key=lambda scores: scores.mean)
+    checks.append(
+        Check(
+            "1 step: SceneEval points above the better baseline",
+            "",
+            f"{100 * ours.mean:.1f} against {100 * best.mean:.1f}",
+            100 * (ours.mean - best.mean),
+            "at least",
+            1e-6,  # higher
+            100 * (ours.standard_error**2 + best.standard_error**2) ** 0.5,
+        )
+    )
+    return checks
+
+
+def _straightness(measured: Measured, context: Context) -> dict[str, float]:
+    """S of the teacher, plain and under the guidance that its pairs were made with, and of the reflowed model."""
+    path = context.out / "evaluation" / "straightness.json"
+    if not path.is_file():
+        from layton.commands.reports import write_json
+
+        reflowed = context.out / "teachers" / METHOD.name
+        count = max(4, min(256, context.scale.images))
+        write_json(
+            path,
+            {
+                "teacher": straightness_of(measured.teacher, count),
+                "teacher_guided": straightness_of(measured.teacher, count, guidance_scale=5.0),
+                "reflow": straightness_of(reflowed, count),
+                "samples": count,
+            },
+        )
+    found: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def straightness_of(pipeline: Path, count: int, *, guidance_scale: float = 1.0, batch_size: int = 16) -> float:
+    """S(Z) of a pipeline's model along 25 Euler steps, over captions of test Scenes and fixed noise.
+
+    Trajectories begin where the teacher's schedule does, so that nothing is extrapolated.
+
+    Args:
+        pipeline: Folder.
+        count: Samples.
+        guidance_scale: Of the field that is measured.
+        batch_size: Samples at once.
+    """
+    import torch
+
+    from distill.models import denoiser_from_pipeline
+    from distill.pairs import guided
+    from distill.straightness import straightness
+    from layton.data.prompts import SceneCaptions
+    from layton.ldm.conditions import PromptEncoder, latent_shape_of
+    from layton.ldm.teacher import open_pipeline
+    from layton.pairs import noise_of
+
+    pipe = open_pipeline(pipeline)
+    shape = latent_shape_of(pipe)
+    encoder, denoiser = PromptEncoder(pipe, latent_size=shape[1:]), denoiser_from_pipeline(pipe).eval()
+    network = guided(denoiser, guidance_scale, encoder.null() if guidance_scale > 1 else None)
+    noisiest = denoiser.schedule.coefficients(torch.tensor([denoiser.schedule.terminal_t], dtype=torch.float64))
+    start = float(noisiest.alpha / (noisiest.alpha + noisiest.sigma))
+    captions = SceneCaptions(split="test", length=count)
+    found = []
+    for first in range(0, count, batch_size):
+        numbers = range(first, min(first + batch_size, count))
+        condition = encoder([str(captions.sample(number, seed=0)["caption"]) for number in numbers])
+        found.append(straightness(network, noise_of(list(numbers), shape), condition, start_s=start).per_sample)
+    return float(torch.cat(found).mean())
+
+
+CLAIM = Claim(
+    "instaflow",
+    "InstaFlow: reflow makes one-step distillation work",
+    "arXiv 2309.06380",
+    (METHOD, DIRECT, PROGRESSIVE),
+    judge,
+)
+
+
+def measure(context: Context) -> Outcome:
+    """Measure the claim."""
+    return measure_students(CLAIM, context)

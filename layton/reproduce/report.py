@@ -1,0 +1,118 @@
+"""What a measurement found: the paper's figure, ours, the floor, and whether it holds; for people and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from layton.reproduce.claim import Context
+
+QUICK_LABEL = "quick: not the figure of record"
+Direction = Literal["at most", "at least"]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One floor, and what was measured against it.
+
+    Attributes:
+        quantity: What is compared.
+        paper: The paper's figure, in words; empty where it has none.
+        ours: Our figures, in words.
+        value: The number that the floor speaks of: often the ratio of method and baseline.
+        direction: On which side of the limit it must lie.
+        limit: The floor.
+        spread: Standard deviation or error of ``value``, None if not known.
+    """
+
+    quantity: str
+    paper: str
+    ours: str
+    value: float
+    direction: Direction
+    limit: float
+    spread: float | None = None
+
+    @property
+    def met(self) -> bool:
+        """Whether the floor is reached."""
+        return self.value <= self.limit if self.direction == "at most" else self.value >= self.limit
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields under their names, and ``met``."""
+        return {**asdict(self), "met": self.met}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A measured claim.
+
+    Attributes:
+        claim: Its name.
+        title: What is claimed.
+        source: Where.
+        checks: The floors.
+        arms: By arm how it was made and what it cost.
+        figures: Everything that was measured, by arm.
+        protocol: How.
+    """
+
+    claim: str
+    title: str
+    source: str
+    checks: tuple[Check, ...]
+    arms: Mapping[str, Any] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def met(self) -> bool:
+        """Whether every floor is reached."""
+        return all(check.met for check in self.checks)
+
+    def to_dict(self, context: Context) -> dict[str, Any]:
+        """The outcome as JSON can hold it, with scale, seeds and versions."""
+        from layton.metrics.protocol import library_versions
+
+        return {
+            "claim": self.claim,
+            "title": self.title,
+            "source": self.source,
+            "quick": context.quick,
+            "label": QUICK_LABEL if context.quick else "full",
+            "met": self.met,
+            "checks": [check.to_dict() for check in self.checks],
+            "arms": dict(self.arms),
+            "figures": dict(self.figures),
+            "scale": context.scale.to_dict(),
+            "protocol": dict(self.protocol),
+            "versions": library_versions(),
+        }
+
+    def save(self, path: Path, context: Context) -> None:
+        """Write the outcome as JSON, whole or not at all."""
+        from layton.commands.reports import write_json
+
+        write_json(path, self.to_dict(context))
+
+    def summary(self, context: Context) -> str:
+        """A table for people."""
+        lines = [f"{self.title} ({self.source})"]
+        if context.quick:
+            lines.append(f"*** {QUICK_LABEL} ***")
+        for check in self.checks:
+            spread = "" if check.spread is None else f" +- {check.spread:.3f}"
+            lines += [
+                f"{check.quantity}",
+                *([f"    paper  {check.paper}"] if check.paper else []),
+                f"    ours   {check.ours}",
+                f"    value  {check.value:.3f}{spread}, floor {check.direction} {check.limit:g}: "
+                f"{'met' if check.met else 'NOT MET'}",
+            ]
+        for name, arm in self.arms.items():
+            cost = arm.get("forwards")
+            lines.append(f"{name}: {arm['role']}" + (f", {cost:,.0f} forward-equivalents" if cost else ", not trained"))
+        lines.append("the claim holds" if self.met else "the claim does not hold in every part")
+        return "\n".join(lines) + "\n"

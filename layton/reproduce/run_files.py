@@ -1,0 +1,103 @@
+"""A committed run file becomes the run file of one stage: other folders, and what the budget decides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from layton.folder import write_atomically
+
+SCENES_SOURCE = "layton.data.sources.ScenesSource"
+
+
+def read_run(path: Path, *, overlay: Path | None = None) -> dict[str, Any]:
+    """A run file, with another one laid over it: its values win, its lists replace.
+
+    Raises:
+        ValueError: A file is missing or is no mapping.
+    """
+    run = _read(path)
+    return _merged(run, _read(overlay)) if overlay is not None else run
+
+
+def moved(value: Any, places: Mapping[str, Path]) -> Any:
+    """Plain data in which paths that begin with one of the keys lead into the folder there instead."""
+    if isinstance(value, dict):
+        return {key: moved(item, places) for key, item in value.items()}
+    if isinstance(value, list):
+        return [moved(item, places) for item in value]
+    if isinstance(value, str):
+        for start in sorted(places, key=len, reverse=True):
+            if value == start or value.startswith(start + "/"):
+                return str(places[start]) + value[len(start) :]
+    return value
+
+
+def assign(run: dict[str, Any], option: str, value: Any) -> None:
+    """Set one value by its dotted name; numbers in the name count places in a list.
+
+    Raises:
+        ValueError: There is no such place in the run file.
+    """
+    *path, last = option.split(".")
+    place: Any = run
+    try:
+        for name in path:
+            place = place[int(name)] if isinstance(place, list) else place[name]
+        if isinstance(place, list):
+            place[int(last)] = value
+        else:
+            place[last] = value
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"the run file has no place for {option!r}") from error
+
+
+def set_scene_size(value: Any, size: int) -> None:
+    """Let every source of Scenes in a run file render at a size in pixels, in place."""
+    if isinstance(value, list):
+        for item in value:
+            set_scene_size(item, size)
+    elif isinstance(value, dict):
+        if value.get("class_path") == SCENES_SOURCE:
+            value.setdefault("init_args", {})["size"] = size
+        for item in value.values():
+            set_scene_size(item, size)
+
+
+def batch_size_of(run: Mapping[str, Any]) -> int:
+    """Samples in a training batch, as the data of a run file say.
+
+    Raises:
+        ValueError: They do not say it.
+    """
+    try:
+        return int(run["data"]["init_args"]["batch_size"])
+    except (KeyError, TypeError) as error:
+        raise ValueError("the run file must say data.init_args.batch_size: phases depend on it") from error
+
+
+def write_run(run: Mapping[str, Any], path: Path) -> None:
+    """Write a run file, whole or not at all."""
+    text = yaml.safe_dump(dict(run), sort_keys=False, allow_unicode=True)
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror or error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no run file")
+    return found
+
+
+def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merged(result[key], value) if both else value
+    return result

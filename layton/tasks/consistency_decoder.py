@@ -1,0 +1,299 @@
+"""Stage 2: distils the latent diffusion decoder to a few steps and supervises it in pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+
+from distill.denoiser import Condition
+from distill.discriminator import Discriminator, UNetFeatures
+from distill.method import DistillationMethod, DistillBatch, MethodOutput, Networks
+from layton.decoders.consistency import ConsistencyDecoder, sampling_at
+from layton.decoders.difference import Adaptation, adapt, copy_sharing
+from layton.decoders.latent import read_network
+from layton.folder import WEIGHTS_NAME, load_tensors
+from layton.ldm.cache import load_code_parts
+from layton.ldm.unet import use_fast_attention
+from layton.losses.pixel_supervision import PixelExample, PixelSupervision
+from layton.losses.reconstruction import psnr
+from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
+from layton.tasks.text_to_image import draw
+
+_TARGET_KEY = "consistency_target"
+
+
+class ConsistencyDecoderTask(LaytonTask):
+    """``distillation + pixel supervision + diffusion``, each with its weight (Layton, arXiv 2503.08377, stage 2).
+
+    A weight of 0 switches a phase off: the paper first distils (MLCM's TLCM for -L, Hyper-SD for -H), then supervises
+    in pixels and keeps the diffusion loss. Batches are `layton.ldm.cache.CachedLatents`' with ``codes``, and with
+    ``image`` (``images: read``) where pixels are compared with originals. The decoder knows no guidance: methods must
+    be configured without.
+
+    Args:
+        ldm: Diffusers pipeline folder.
+        tokenizer: Folder with ``encoder/`` and ``quantizer/``, whose codes the batches hold.
+        decoder: Stage 1's export, a `layton.ladd.LADD` folder: where the student starts, and the teacher.
+        optimizer: Makes the optimizer.
+        lr_scheduler: Makes the learning-rate schedule.
+        critic_optimizer: Makes the optimizer of the method's own networks, if it has any.
+        adaptation: Which weights are trained.
+        start: A finished stage-2 export ``decoder/`` to go on from, of the same adaptation.
+        method: How it is distilled; None without.
+        pixels: How it is supervised in pixels; None without.
+        pixel_targets: ``image``: the originals, as in the paper; ``decoded``: what the autoencoder makes of them.
+        distillation_weight: Factor of the method's terms.
+        pixel_weight: Factor of the terms in pixels.
+        diffusion_weight: Factor of stage 1's loss on the student.
+        times: Times of the student's evaluations by number of steps: ``layton`` (999, 499, 124 and its beginnings),
+            ``hyper`` (800), ``method`` (the method's own, up to 4 steps), or a table.
+        default_steps: Steps of the finished decoder when none are asked for.
+        latents_per_token: Latent positions per token along one side.
+        gradient_clip: Largest gradient norm, with a critic (the trainer's option does not apply there).
+
+    Raises:
+        ValueError: If nothing is trained, a method wants guidance, or pixels are supervised at steps without times.
+    """
+
+    def __init__(
+        self,
+        ldm: str,
+        tokenizer: str,
+        decoder: str,
+        *,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        critic_optimizer: OptimizerCallable | None = None,
+        adaptation: Adaptation | None = None,
+        start: str | None = None,
+        method: DistillationMethod | None = None,
+        pixels: PixelSupervision | None = None,
+        pixel_targets: str = "image",
+        distillation_weight: float = 1.0,
+        pixel_weight: float = 1.0,
+        diffusion_weight: float = 0.0,
+        times: str | dict[int, list[float]] = "layton",
+        default_steps: int | None = None,
+        latents_per_token: int = 1,
+        gradient_clip: float = 1.0,
+    ) -> None:
+        super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
+        if pixel_targets not in ("image", "decoded"):
+            raise ValueError(f"pixel_targets must be 'image' or 'decoded', got {pixel_targets!r}")
+        _, self.quantizer = load_code_parts(tokenizer)
+        self.method = method if distillation_weight else None
+        self.pixels = pixels if pixel_weight else None
+        self.pixel_targets = pixel_targets
+        self.distillation_weight = distillation_weight
+        self.pixel_weight, self.diffusion_weight = pixel_weight, diffusion_weight
+        self.default_steps, self.latents_per_token = default_steps, latents_per_token
+        self.gradient_clip = gradient_clip
+        self._build(ldm, decoder, adaptation or Adaptation(), start)
+        self.sampling = sampling_at(_method_times(self.method) if times == "method" else times, self.ladd)
+        self.times = {len(row): row for row in self.sampling.times}
+        _check(self.method, self.pixels, self.times, diffusion=diffusion_weight)
+        self._make_critic_optimizer = critic_optimizer
+        self.automatic_optimization = not self._critic()
+
+    def _build(self, ldm: str, decoder: str, adaptation: Adaptation, start: str | None) -> None:
+        """Student, teacher and averaged target; what is not trained exists once."""
+        self.ladd, autoencoder = read_network(Path(decoder), ldm)
+        self._autoencoder = [autoencoder.requires_grad_(False).eval()]  # in a list: no part of this model
+        kept = [name for name, change in adaptation.parts().items() if change != "full"]
+        self._teacher = [copy_sharing(self.ladd, [p for n in kept for p in self.ladd.get_submodule(n).parameters()])]
+        self.difference = adapt(self.ladd, adaptation)
+        if start is not None:
+            weights = Path(start) / WEIGHTS_NAME
+            self.difference.load(self.ladd, load_tensors(weights), source=weights)
+        self._target = [self.ladd]
+        if self.method is not None and self.method.target_decay is not None:
+            self._target = [copy_sharing(self.ladd, [p for p in self.ladd.parameters() if not p.requires_grad])]
+        if getattr(self.method, "needs_discriminator", False):
+            # Heads on the teacher's features: the features themselves cost no second copy and need no checkpoint.
+            cast(Any, self.method).attach(Discriminator(UNetFeatures(self._teacher[0])))
+
+    def _critic(self) -> list[nn.Parameter]:
+        return [] if self.method is None else list(self.method.critic_parameters())
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The chosen part of the LADD; the quantizer stays as it is, and the critic has an optimizer of its own."""
+        return list(self.difference.tensors(self.ladd).values())  # type: ignore[arg-type]
+
+    def setup(self, stage: str) -> None:
+        """Refuse a critic without an optimizer."""
+        if self._critic() and self._make_critic_optimizer is None:
+            raise ValueError(f"{type(self.method).__name__} trains networks of its own: give a critic_optimizer")
+
+    def on_fit_start(self) -> None:
+        """Bring what is no part of this model to its device, and pick the attention that is quick there."""
+        for network in {id(net): net for net in (self.ladd, self._teacher[0], self._target[0])}.values():
+            network.to(self.device)
+            use_fast_attention(network.unet, self.device)
+            use_fast_attention(network.controlnet, self.device)
+        self._autoencoder[0].to(self.device)
+
+    on_validation_start = on_fit_start
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer, and one for the critic if there is one."""
+        critic = self._critic()
+        if not critic or self._make_critic_optimizer is None:
+            return super().configure_optimizers()
+        return [self._make_optimizer(self.trainable_parameters()), self._make_critic_optimizer(critic)]
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
+        """Loss of one batch, (); None where a critic is trained in turn."""
+        x_0, condition = self._inputs(batch)
+        terms: dict[str, Tensor] = {}
+        weights: dict[str, float] = {}
+        networks = Networks(student=self.ladd, teacher=self._teacher[0], target=self._target[0])
+        noise = batch["noise"].float() if "noise" in batch else None  # of pairs: the latent is the teacher's
+        distilled = DistillBatch(condition, Condition(), (x_0.shape[1], x_0.shape[2], x_0.shape[3]), x_0, noise)
+        output: MethodOutput | None = None
+        if self.method is not None:
+            generator = self.step_generator("distillation", device="cpu")
+            output = self.method.losses(networks, distilled, step=self._step_number(), generator=generator)
+            terms |= output.terms
+            weights |= {n: self.distillation_weight * self.method.weights.get(n, 1.0) for n in output.terms}
+        if self.pixels is not None:
+            example = PixelExample(x_0, condition, self._images(batch))
+            generator = self.step_generator("pixels", device="cpu")
+            terms |= self.pixels(self.ladd, self._autoencoder[0], example, times=self.times, generator=generator)
+            weights |= {n: self.pixel_weight * weight for n, weight in self.pixels.weights.items()}
+        if self.diffusion_weight:
+            terms["diffusion"] = self._diffusion(x_0, condition)
+            weights["diffusion"] = self.diffusion_weight
+        loss = self.log_losses(terms, weights=weights, batch_size=len(x_0))
+        if self.automatic_optimization or self.method is None or output is None:
+            return loss
+        student, critic = cast("list[LightningOptimizer]", self.optimizers())
+        self._step(student, loss)
+        generator = self.step_generator("critic", device="cpu")
+        judged = self.method.critic_losses(networks, distilled, output, step=self._step_number(), generator=generator)
+        if judged:
+            self.log_dict({f"train/{name}": term.detach() for name, term in judged.items()})
+            self._step(critic, torch.stack([term.float() for term in judged.values()]).sum())
+        return None
+
+    def _step_number(self) -> int:
+        """Steps of the student so far; with two optimizers the trainer's own number counts both."""
+        return self.global_step if self.automatic_optimization else self.trainer.fit_loop.total_batch_idx
+
+    def _step(self, optimizer: LightningOptimizer, loss: Tensor) -> None:
+        self.toggle_optimizer(optimizer)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        self.clip_gradients(optimizer, gradient_clip_val=self.gradient_clip, gradient_clip_algorithm="norm")  # type: ignore[arg-type]
+        optimizer.step()
+        self.untoggle_optimizer(optimizer)
+
+    @torch.no_grad()
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Let the averaged target follow the student."""
+        if self.method is None or self.method.target_decay is None:
+            return
+        student = self.difference.tensors(self.ladd)
+        for name, value in self.difference.tensors(self._target[0]).items():
+            value.lerp_(student[name].to(value), 1.0 - self.method.target_decay)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the averaged target."""
+        if self._target[0] is not self.ladd:
+            averaged = self.difference.tensors(self._target[0])
+            checkpoint[_TARGET_KEY] = {name: value.detach().clone() for name, value in averaged.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the averaged target back."""
+        if _TARGET_KEY in checkpoint and self._target[0] is not self.ladd:
+            self.difference.load(self._target[0], checkpoint[_TARGET_KEY], source="the checkpoint's averaged target")
+
+    def _diffusion(self, x_0: Tensor, condition: Condition) -> Tensor:
+        t, eps = draw(x_0, self.step_generator("diffusion", device="cpu"))
+        prediction = self.ladd(self.ladd.schedule.add_noise(x_0, eps, t), t, condition)
+        return F.mse_loss(prediction.float(), self.ladd.target(x_0, eps, t).float())
+
+    def _inputs(self, batch: dict[str, Any]) -> tuple[Tensor, Condition]:
+        """Latents (B, C, h, w) and code embeddings (B, d, h', w')."""
+        x_0, codes = batch["latent"].float(), batch["codes"].long()
+        side = int(codes.shape[1] ** 0.5)
+        if x_0.shape[-1] != side * self.latents_per_token:
+            raise ValueError(
+                f"latents {tuple(x_0.shape[-2:])} are not {self.latents_per_token} for each of {side}x{side} tokens: "
+                "set latents_per_token"
+            )
+        return x_0, Condition(spatial=self.quantizer.codes_to_embeddings(codes, (side, side)))
+
+    def _images(self, batch: dict[str, Any]) -> Tensor | None:
+        if self.pixel_targets == "decoded":
+            return None
+        if "image" not in batch:
+            raise ValueError("pixel_targets 'image' needs batches with images: set `images: read` in CachedLatents")
+        return cast(Tensor, batch["image"]).float()
+
+    @torch.no_grad()
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Mean squared error at the default number of steps, (), and PSNR at all of them."""
+        x_0, condition = self._inputs(batch)
+        decoder = self.decoder()
+        target = batch["image"].float() if "image" in batch else self._autoencoder[0].decode(x_0).float().clamp(-1, 1)
+        loss = x_0.new_zeros(())
+        for steps in self.times:
+            decoded = decoder.decode(cast(Tensor, condition.spatial), num_steps=steps)
+            self.log(f"{self.stage}/psnr_{steps}", psnr(decoded, target).mean(), batch_size=len(x_0), on_epoch=True)
+            if steps == decoder.default_steps:
+                loss = F.mse_loss(decoded, target)
+        return self.log_losses({"pixels": loss}, batch_size=len(x_0))
+
+    def decoder(self) -> ConsistencyDecoder:
+        """The student as a decoder; it shares the weights in training."""
+        return ConsistencyDecoder(
+            self.ladd,
+            self._autoencoder[0],
+            sampling=self.sampling,
+            default_steps=self.default_steps,
+            latents_per_token=self.latents_per_token,
+            difference=self.difference,
+        )
+
+    def picture_grid(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """What the autoencoder keeps, over what the codes keep in each number of steps."""
+        x_0, condition = self._inputs({name: batch[name][:8] for name in ("latent", "codes")})
+        decoder = self.decoder()
+        rows = {"image": self._autoencoder[0].decode(x_0).float().clamp(-1, 1)}
+        for steps in self.times:
+            rows[f"decoded_{steps}"] = decoder.decode(cast(Tensor, condition.spatial), num_steps=steps)
+        return rows
+
+    def export(self, folder: Path) -> None:
+        """Write ``decoder/``: what differs from stage 1's."""
+        self.decoder().save_pretrained(folder / "decoder")
+
+
+def _method_times(method: DistillationMethod | None) -> dict[int, list[float]]:
+    if method is None:
+        raise ValueError("times 'method' need a distillation method")
+    return {steps: method.inference_times(steps).tolist() for steps in method.step_counts if steps <= 4}
+
+
+def _check(
+    method: DistillationMethod | None,
+    pixels: PixelSupervision | None,
+    times: Mapping[int, tuple[float, ...]],
+    *,
+    diffusion: float,
+) -> None:
+    if method is None and pixels is None and not diffusion:
+        raise ValueError("nothing to learn from: give a method, pixel supervision or a diffusion weight")
+    if method is not None and method.needs_null:
+        raise ValueError(
+            f"{type(method).__name__} guides its teacher, but a code decoder knows no null codes: set its "
+            "guidance_scale to 1 (or guidance_range to [1, 1])"
+        )
+    if pixels is not None and not set(pixels.steps) <= set(times):
+        raise ValueError(f"pixels are supervised in {list(pixels.steps)} steps, but times are given for {list(times)}")

@@ -1,0 +1,82 @@
+"""Networks that a method can only be given once the teacher exists: discriminators, the fake score network."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from distill.adapters import AdapterView, LoraSettings, adapter_parameters, add_lora
+from distill.denoiser import Denoiser
+from distill.discriminator import STAGES, Discriminator, DiscriminatorKind, Stage, make_discriminator
+from distill.distribution_matching import DistributionMatching
+from distill.method import DistillationMethod, Networks
+from distill.mlcm import MLCM
+
+FAKE = "fake"
+
+
+@dataclass(frozen=True)  # no slots: as a default argument, jsonargparse reads it by vars()
+class CriticSettings:
+    """What a method's own networks are made of.
+
+    Attributes:
+        kind: The discriminator: ``lora`` (a second adapter on the UNet's decoder, SCott's), ``full``, or ``heads``.
+        conditional: Whether the discriminator is shown text and time.
+        stages: Which of the UNet's stages it reads.
+        lora: Adapter of discriminator and fake score network; rank 64 when None.
+    """
+
+    kind: DiscriminatorKind = "lora"
+    conditional: bool = True
+    stages: tuple[Stage, ...] = STAGES
+    lora: LoraSettings | None = None
+
+
+@runtime_checkable
+class _TakesDiscriminator(Protocol):
+    @property
+    def needs_discriminator(self) -> bool: ...
+
+    def attach(self, discriminator: Discriminator) -> None: ...
+
+
+def attach_networks(method: DistillationMethod, networks: Networks, settings: CriticSettings) -> None:
+    """Make the networks that a method asks for and give them to it; nothing for methods without any.
+
+    With adapters they are further adapters on the one copy of the weights.
+
+    Args:
+        method: Any method.
+        networks: Of the run.
+        settings: See `CriticSettings`.
+
+    Raises:
+        ValueError: The network has no UNet to make a discriminator of.
+    """
+    if isinstance(method, _TakesDiscriminator) and method.needs_discriminator:
+        method.attach(
+            make_discriminator(
+                networks.teacher,
+                settings.kind,
+                lora=settings.lora,
+                conditional=settings.conditional,
+                stages=settings.stages,
+            )
+        )
+    matching = _distribution_matching(method)
+    if matching is not None and matching.weight > 0:
+        _attach_fake(matching, networks.teacher, settings.lora or LoraSettings())
+
+
+def _distribution_matching(method: DistillationMethod) -> DistributionMatching | None:
+    return method.extra(DistributionMatching) if isinstance(method, MLCM) else None  # noqa: S610  # no database
+
+
+def _attach_fake(matching: DistributionMatching, teacher: Denoiser, settings: LoraSettings) -> None:
+    if not isinstance(teacher, AdapterView):  # full fine-tuning: the copies are there to be adapted
+        matching.attach(copy.deepcopy(teacher).requires_grad_(True))
+        return
+    add_lora(teacher.denoiser, settings, FAKE, active=False)
+    fake = AdapterView(teacher.denoiser, (*teacher.names, FAKE))
+    matching.attach(fake, trained=list(adapter_parameters(teacher.denoiser, FAKE)))

@@ -1,0 +1,299 @@
+"""Distils a text-to-image model of diffusers: any method of `distill`, LoRA or full fine-tuning, one trainer."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.cli import ReduceLROnPlateau as MonitoredPlateau
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from distill.adapters import AdapterView, LoraSettings, networks_for, update_target
+from distill.budget import Budget
+from distill.condition import Condition
+from distill.consistency import ConsistencyMethod
+from distill.few_step import FewStepSampling
+from distill.method import DistillationMethod, DistillBatch, MethodOutput, Networks
+from distill.models import FlowTransformerDenoiser, UNetDenoiser, denoiser_from_pipeline
+from distill.schedules import NoiseSchedule
+from layton.distilled import network_of, save_distilled
+from layton.ldm.autoencoder import Autoencoder
+from layton.ldm.conditions import PromptEncoder, latent_shape_of
+from layton.ldm.prompt_cache import condition_of_batch
+from layton.ldm.teacher import open_pipeline
+from layton.ldm.unet import use_fast_attention
+from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
+from layton.tasks.critics import CriticSettings, attach_networks
+from layton.tasks.previews import Previews
+
+PREVIEW_IMAGES = 8
+_FORWARDS = "distill_forwards"
+
+
+class DistillTask(LaytonTask):
+    """Trains a student of few steps from a diffusers pipeline folder.
+
+    With an adapter there is one copy of the network: the teacher is the student with its adapter off, and the averaged
+    target, a discriminator and a fake score network are further adapters. Checkpoints hold what is trained, no more.
+
+    Batches hold ``caption``, a list of B texts, or the fields of their conditions (`layton.ldm.prompt_cache`); for
+    methods that learn from data also ``latent`` (B, C, h, w), scaled, or ``image`` (B, 3, H, W) in [-1, 1]; for those
+    that learn from pairs also ``noise`` (B, C, h, w).
+
+    Optimization is manual, since methods may train networks of their own: set ``gradient_clip`` here, not in the
+    trainer. ``trainer.max_steps`` and checkpoints count steps of the student.
+
+    Args:
+        pipeline: Folder of the teacher: Stable Diffusion 1.x, 2.x, XL, 3 or FLUX.
+        method: What to do with it.
+        optimizer: Makes the student's optimizer.
+        lr_scheduler: Makes its learning-rate schedule.
+        critic_optimizer: Makes the optimizer of the method's own networks; by default as the student's.
+        adapter: Shape of the student's LoRA; None trains all weights.
+        critic: What discriminators and fake score networks are made of; LoRAs of rank 64 when None.
+        negative_prompt: What the teacher is guided away from; None is the pipeline's own default.
+        latent_size: h = w; by default what the pipeline makes by default.
+        gradient_clip: Largest gradient norm of either optimizer; 0 does not clip.
+        gradient_checkpointing: Trade time for memory in the network.
+        preview_steps: Numbers of steps of grids and score, as far as the method trains for them.
+        reference_steps: Steps of the teacher's pictures that students are compared with.
+        reference_guidance: Guidance scale of those.
+        max_bad_steps: The run stops after this many steps in a row with a loss or gradient that is not finite.
+
+    Raises:
+        UsageError: No such folder.
+        ValueError: The folder or a number is wrong, or no layer matches the adapter's targets.
+    """
+
+    def __init__(
+        self,
+        pipeline: str,
+        method: DistillationMethod,
+        *,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        critic_optimizer: OptimizerCallable | None = None,
+        adapter: LoraSettings | None = None,
+        critic: CriticSettings | None = None,
+        negative_prompt: str | None = None,
+        latent_size: int | None = None,
+        gradient_clip: float = 1.0,
+        gradient_checkpointing: bool = False,
+        preview_steps: tuple[int, ...] = (1, 2, 4, 8),
+        reference_steps: int = 25,
+        reference_guidance: float = 5.0,
+        max_bad_steps: int = 10,
+    ) -> None:
+        super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler, max_bad_steps=max_bad_steps)
+        if gradient_clip < 0:
+            raise ValueError(f"gradient_clip must be >= 0, got {gradient_clip}")
+        self.automatic_optimization = False
+        pipe = open_pipeline(pipeline)
+        self.latent_shape = latent_shape_of(pipe, latent_size)
+        self.prompts = PromptEncoder(pipe, latent_size=self.latent_shape[1:])
+        self._autoencoder = [Autoencoder(pipe.vae)]  # in a list: frozen, no part of this model
+        denoiser = denoiser_from_pipeline(pipe)
+        if gradient_checkpointing:
+            cast(Any, network_of(denoiser)).enable_gradient_checkpointing()
+        networks = networks_for(denoiser, adapter, target_decay=method.target_decay)
+        self._take(networks, method, critic or CriticSettings())
+        boundary = method.settings.boundary if isinstance(method, ConsistencyMethod) else "none"
+        self.sampling = FewStepSampling.from_method(method, denoiser.prediction_type, boundary=boundary)
+        self.budget = Budget()
+        self.negative_prompt, self.gradient_clip = negative_prompt, gradient_clip
+        self.previews = Previews(
+            self.networks,
+            self.sampling,
+            steps=preview_steps,
+            reference_steps=reference_steps,
+            reference_guidance=reference_guidance,
+        )
+        self._make_critic_optimizer = critic_optimizer or optimizer
+        self._null: Condition | None = None
+        self._learned = self._learned_names()
+
+    def _take(self, networks: Networks, method: DistillationMethod, critic: CriticSettings) -> None:
+        """Register networks and method with one another; of views only the student's shows parameters."""
+        self.networks = networks
+        self.student, self.teacher = networks.student, networks.teacher
+        if networks.target is not networks.student:
+            self.target = networks.target
+        if isinstance(getattr(method, "schedule", None), NoiseSchedule):
+            cast(Any, method).schedule = networks.student.schedule
+        attach_networks(method, networks, critic)
+        self.method = method
+
+    def setup(self, stage: str) -> None:
+        """Pick the attention that is quick on this device."""
+        # Checkpoints are meant to hold the weights after the step.
+        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+        for network in (self.student, self.teacher):
+            inner = network.denoiser if isinstance(network, AdapterView) else network
+            if isinstance(inner, UNetDenoiser):
+                use_fast_attention(inner.unet, self.device)
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the method's own networks."""
+        return [parameter for parameter in self.method.critic_parameters() if parameter.requires_grad]
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The student's: its adapter, or all of it."""
+        critic = {id(parameter) for parameter in self.method.critic_parameters()}
+        return [p for p in self.student.parameters() if p.requires_grad and id(p) not in critic]
+
+    def configure_optimizers(self) -> Any:
+        """The student's optimizer with its schedule, and the critic's where there is one.
+
+        Raises:
+            ValueError: Nothing to train, or a schedule that waits for a metric.
+        """
+        parameters = self.trainable_parameters()
+        if not parameters:
+            raise ValueError("the student has no trainable parameters")
+        optimizers = [self._make_optimizer(parameters)]
+        if critic := self.critic_parameters():
+            optimizers.append(self._make_critic_optimizer(critic))
+        if self._make_lr_scheduler is None:
+            return optimizers
+        scheduler = self._make_lr_scheduler(optimizers[0])
+        if isinstance(scheduler, MonitoredPlateau):
+            raise ValueError("distillation steps its schedule after every step: ReduceLROnPlateau cannot be used")
+        return optimizers, [scheduler]
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """One step of the student, of the averaged target and of the critic."""
+        with self.budget.watching(self._watched()):
+            self._train(batch)
+        self.log("train/forwards", self.budget.total)
+
+    def _train(self, batch: dict[str, Any]) -> None:
+        found = self.optimizers()
+        student, *critics = cast("list[LightningOptimizer]", found if isinstance(found, list) else [found])
+        inputs, step = self.distill_batch(batch), self.global_step
+        self.toggle_optimizer(student)
+        output = self.method.losses(self.networks, inputs, step=step, generator=self._generator("student"))
+        self._step(student, self._log_terms(output, inputs.batch_size))
+        self.untoggle_optimizer(student)
+        if (scheduler := cast(Any, self.lr_schedulers())) is not None:
+            scheduler.step()
+        if self._guard.skipped_now:
+            return  # nothing was learnt, and the critic would be shown the same bad numbers
+        if self.method.target_decay is not None:
+            update_target(self.networks, self.method.target_decay)
+        for critic in critics:
+            self._critic_step(critic, inputs, output, step)
+
+    def _critic_step(self, critic: LightningOptimizer, inputs: DistillBatch, output: MethodOutput, step: int) -> None:
+        # Steps that Lightning does not count: global_step is the student's.
+        critic._on_before_step = critic._on_after_step = _nothing
+        self.toggle_optimizer(critic)
+        terms = self.method.critic_losses(self.networks, inputs, output, step=step, generator=self._generator("critic"))
+        if terms:
+            self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()})
+            self._step(critic, torch.stack([term.float() for term in terms.values()]).sum())
+        self.untoggle_optimizer(critic)
+
+    def _step(self, optimizer: LightningOptimizer, loss: Tensor) -> None:
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip, after `StepGuard` has looked at the gradients and a scaler has unscaled them."""
+        if self.gradient_clip > 0:
+            learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(learning, self.gradient_clip)
+
+    def _watched(self) -> dict[str, tuple[nn.Module, float]]:
+        """Every network of the denoiser's size: one with adapters, copies without."""
+        kinds = (UNetDenoiser, FlowTransformerDenoiser)
+        return {name: (module, 1.0) for name, module in self.named_modules() if isinstance(module, kinds)}
+
+    def _generator(self, stream: str) -> torch.Generator:
+        return self.step_generator(stream, device="cpu")  # the same numbers on every device
+
+    def _log_terms(self, output: MethodOutput, batch_size: int) -> Tensor:
+        weights = {name: weight for name, weight in self.method.weights.items() if name in output.terms}
+        return self.log_losses(output.terms, weights=weights, batch_size=batch_size)
+
+    def distill_batch(self, batch: dict[str, Any]) -> DistillBatch:
+        """Conditions, and latents for methods that learn from data.
+
+        Raises:
+            ValueError: The method needs latents and the batch has neither latents nor images.
+        """
+        # Text and latents are made as the pipeline makes them, whatever the precision of training.
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            condition = condition_of_batch(batch)
+            if condition is None:
+                condition = self.prompts(batch["caption"], device=self.device)
+            if self._null is None or self._null.embeds is None or self._null.embeds.device != self.device:
+                self._null = self.prompts.null(self.negative_prompt, device=self.device)
+            x_0 = batch["latent"].float() if "latent" in batch else None
+            if x_0 is None and "image" in batch and self.method.needs_latents:
+                x_0 = self.autoencoder.encode(batch["image"].float())
+        if x_0 is None and self.method.needs_latents:
+            raise ValueError(f"{type(self.method).__name__} learns from pictures: batches need 'latent' or 'image'")
+        noise = batch["noise"].float() if "noise" in batch else None
+        return DistillBatch(condition.to(device=self.device), self._null, self.latent_shape, x_0, noise)
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """The pipeline's, on this task's device."""
+        return self._autoencoder[0].to(self.device)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The method's loss at numbers that depend on the batch's position only, and samples for the score."""
+        inputs = self.distill_batch(batch)
+        drawn = torch.Generator().manual_seed(batch_idx)
+        output = self.method.losses(self.networks, inputs, step=self.global_step, generator=drawn)
+        self.previews.collect(inputs, batch_idx)
+        return self._log_terms(output, inputs.batch_size)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/score_N`` for N steps and their mean ``val/score``, smaller is better (`sliced_wasserstein`)."""
+        for name, score in self.previews.scores().items():
+            self.log(f"val/{name}", score, prog_bar=name == "score", sync_dist=True)
+
+    def picture_grid(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The teacher's pictures over the student's in 1, 2, 4 and 8 steps, from the same noise."""
+        inputs = self.distill_batch({name: values[:PREVIEW_IMAGES] for name, values in batch.items()})
+        rows = self.previews.rows(inputs, list(range(inputs.batch_size)))
+        return {name: self.autoencoder.decode(latents).float().clamp(-1, 1) for name, latents in rows.items()}
+
+    def export(self, folder: Path) -> None:
+        """Write the LoRA, or the whole network, in diffusers' format, and ``few_step.json``."""
+        save_distilled(self.student, folder, self.sampling)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is learnt: the pipeline folder has the rest."""
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in self._learned}
+        checkpoint[_FORWARDS] = self.budget.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the pipeline folder has; refuse a checkpoint of another shape of run.
+
+        Raises:
+            ValueError: It holds other weights than this task learns.
+        """
+        odd = sorted(self._learned ^ checkpoint["state_dict"].keys())
+        if odd:
+            raise ValueError(f"the checkpoint holds other weights than this run trains; {len(odd)} differ: {odd[:4]}")
+        checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
+        self.budget.load_state_dict(checkpoint.get(_FORWARDS, {}))
+
+    def _learned_names(self) -> frozenset[str]:
+        target = self.networks.target
+        averages = target.parameters_of_view() if isinstance(target, AdapterView) else target.parameters()
+        kept = {id(parameter) for parameter in averages}
+        names = {name for name, p in self.named_parameters() if p.requires_grad or id(p) in kept}
+        return frozenset(
+            names | {f"method.{name}" for name, _ in self.method.named_buffers()} & self.state_dict().keys()
+        )
+
+
+def _nothing() -> None: ...

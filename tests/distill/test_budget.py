@@ -1,0 +1,92 @@
+"""Forward-equivalents of training steps whose cost is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from distill.adapters import LoraSettings, networks_for
+from distill.budget import Budget, relative_cost
+from distill.condition import Condition
+from distill.denoiser import Denoiser, GuidedDenoiser
+from distill.schedules import VPSchedule
+
+B = 4
+X = torch.randn(B, 8, generator=torch.Generator().manual_seed(0))
+T = torch.full((B,), 500)
+CONDITION, NULL = Condition(embeds=torch.zeros(B, 1, 2)), Condition(embeds=torch.ones(1, 1, 2))
+
+
+class Linear(Denoiser):
+    def __init__(self):
+        super().__init__(VPSchedule(), "eps")
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x_t, t, condition):
+        return self.layer(x_t)
+
+
+def test_plain_denoising_costs_three():
+    budget, denoiser = Budget(), Linear()
+    budget.watch(denoiser)
+    loss = denoiser(X, T, CONDITION).square().mean()
+    assert budget.total == B  # the backward is counted when it happens
+    loss.backward()
+    assert budget.total == 3 * B
+
+
+def test_latent_consistency_distillation_costs_six_through_views():
+    denoiser = Linear()
+    networks = networks_for(denoiser, LoraSettings(rank=1, targets=("layer",)), target_decay=0.9)
+    budget = Budget()
+    with budget.watching({"denoiser": (denoiser, 1.0)}):
+        student = networks.student(X, T, CONDITION)
+        with torch.no_grad():
+            guided = GuidedDenoiser(networks.teacher, 7.5, NULL)(X, T, CONDITION)
+            target = networks.target(X + guided, T, CONDITION)
+        (student - target).square().mean().backward()
+    assert budget.total == 6 * B
+    denoiser(X, T, CONDITION)
+    assert budget.total == 6 * B  # no longer watched
+
+
+def test_accounts_with_relative_costs_add_up_and_survive():
+    budget, critic = Budget(), nn.Linear(8, 2)
+    budget.watch(critic, "discriminator", cost=0.5)
+    critic(X).sum().backward()
+    budget.add(25.0, "data")
+    assert budget.accounts == {"discriminator": 0.5 * 3 * B, "data": 25.0}
+    later = Budget()
+    later.load_state_dict(budget.state_dict())
+    later.add(1.0, "data")
+    assert later.total == budget.total + 1.0 and budget.accounts["data"] == 25.0
+
+
+def test_several_outputs_are_one_backward():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 1), nn.Linear(8, 1)
+
+        def forward(self, *, x):
+            return [self.a(x), self.b(x)]
+
+    budget, heads = Budget(), Heads()
+    budget.watch(heads)
+    sum(output.sum() for output in heads(x=X)).backward()
+    assert budget.total == 3 * B
+
+
+def test_relative_cost_is_the_ratio_of_operations():
+    wide, narrow = nn.Linear(8, 32), nn.Linear(8, 8)
+    assert relative_cost(lambda: wide(X), lambda: narrow(X)) == 4.0
+    with pytest.raises(ValueError, match="nothing to compare"):
+        relative_cost(lambda: X + 1, lambda: narrow(X))
+
+
+def test_nonsense_is_refused():
+    with pytest.raises(ValueError, match="cost"):
+        Budget().watch(nn.Linear(1, 1), cost=0.0)
+    with pytest.raises(ValueError, match="-1"):
+        Budget().add(-1.0)

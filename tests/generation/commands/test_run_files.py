@@ -1,0 +1,24 @@
+"""Every shipped run file of LaytonGen fits the real signatures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from layton.cli import main
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+RUNS = [
+    (CONFIGS / "mini" / "laytongen.yaml", "scenes_tokens"),
+    *((path, "tokens") for path in sorted((CONFIGS / "laytongen").glob("*.yaml"))),
+]
+
+
+@pytest.mark.parametrize(("path", "data"), RUNS, ids=lambda value: getattr(value, "stem", value))
+def test_run_files_parse(path: Path, data: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", str(path), "--data", str(CONFIGS / "data" / f"{data}.yaml"), "--print_config"]
+    assert main(["fit", *arguments]) == 0
+    written = capsys.readouterr().out
+    assert "class_path: generation.tasks.LaytonGenTask" in written
+    assert "class_path: generation.data.TokenShards" in written

@@ -1,0 +1,116 @@
+"""The chain on tiny parts, by the command line alone: tokenize, fit, generate."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from laytongen_parts import CODES, LENGTH, SIZE, TOKENS, tiny_tokenizer
+
+from generation.pipeline import LaytonGenPipeline
+from layton.cli import main
+
+
+def run_file(folder: Path, tokens: Path, steps: int) -> Path:
+    sources = [{"class_path": "generation.data.TokenShards", "init_args": {"folder": str(tokens), "reworded": 0.5}}]
+    transformer = {
+        "class_path": "generation.transformer.LaytonGenTransformer",
+        "init_args": {
+            "width": 16,
+            "depth": 1,
+            "num_heads": 2,
+            "hidden": 32,
+            "caption": {"dim": 16, "length": LENGTH, "null": "learned"},
+            "vocab_size": CODES,
+            "num_tokens": TOKENS,
+            "factors": {"code_dim": 4, "rank": 4},
+        },
+    }
+    words = {"width": 16, "depth": 1, "num_heads": 2, "max_length": LENGTH}
+    run = {
+        "trainer": {
+            "max_steps": steps,
+            "accelerator": "cpu",
+            "num_sanity_val_steps": 0,
+            "limit_val_batches": 1,
+            "enable_progress_bar": False,
+            "callbacks": [{"class_path": "layton.callbacks.SafeCheckpoint", "init_args": {"every_n_train_steps": 2}}],
+        },
+        "model": {
+            "class_path": "generation.tasks.LaytonGenTask",
+            "init_args": {
+                "tokenizer": str(folder / "tokenizer"),
+                "transformer": transformer,
+                "text_encoder": {"class_path": "generation.text_encoders.small_text_encoder", "init_args": words},
+                "code_dropout": 0.1,
+                "label_smoothing": 0.1,
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+            },
+        },
+        "data": {
+            "class_path": "layton.data.module.ImageDataModule",
+            "init_args": {"batch_size": 4, "train": sources, "validation": sources},
+        },
+    }
+    path = folder / f"run{steps}.yaml"
+    path.write_text(yaml.safe_dump(run))
+    return path
+
+
+def test_tokenize_fit_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    place, tokens = str(tmp_path / "tokenizer"), tmp_path / "tokens"
+    words = ["tokenize", "scenes", "--count", "10", "--out", str(tokens), "--tokenizer", place, "--shard-size", "6"]
+    assert main(words) == 0
+    assert "10 images in 2 shards (0 were there)" in capsys.readouterr().out
+    assert main(words) == 0
+    assert "(2 were there)" in capsys.readouterr().out
+    assert main(["data", "verify", str(tokens)]) == 0
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(["fit", "--config", str(run_file(tmp_path, tokens, 4)), "--run_dir", str(whole)]) == 0
+    first = run_file(tmp_path, tokens, 2)
+    assert main(["fit", "--config", str(first), "--run_dir", str(parts)]) == 0
+    more = ["--run_dir", str(parts), "--resume", "auto", "--trainer.max_steps", "4"]
+    assert main(["fit", "--config", str(first), *more]) == 0
+    for part in ("transformer", "text_encoder/model"):  # a resumed run is the same run, to the bit
+        weights = [(run / "export" / part / "model.safetensors").read_bytes() for run in (whole, parts)]
+        assert weights[0] == weights[1]
+
+    shutil.copytree(whole / "export", tmp_path / "tokenizer" / "laytongen")
+    capsys.readouterr()
+    figures = tmp_path / "figures.json"
+    command = ["generate", "a red circle", "--model", place, "--out", str(tmp_path / "out"), "--num-images", "2"]
+    assert main([*command, "--seed", "5", "--json", str(figures)]) == 0
+    files = sorted(path for path in (tmp_path / "out").iterdir())
+    assert [path.name for path in files] == ["a_red_circle-5.png", "a_red_circle-6.png"]
+    for path in files:
+        with Image.open(path) as image:
+            assert image.size == (SIZE, SIZE)
+    assert json.loads(figures.read_text())["settings"]["decoder"] == "light"
+    assert LaytonGenPipeline.from_pretrained(place).text_encoder.name == "small-16x1"
+    assert main([*command, "--steps", "9"]) == 1
+    assert "was trained for 1 steps, not for 9" in capsys.readouterr().err
+
+
+def test_wrong_calls_end_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "tokenizer"
+    tiny_tokenizer().save_pretrained(folder)
+    wrong = {
+        ("tokenize", "nowhere", "--out", str(tmp_path / "t"), "--tokenizer", str(folder)): 1,
+        ("tokenize", "scenes", "x", "--out", str(tmp_path / "t"), "--tokenizer", str(folder), "--count", "3"): 2,
+        ("generate", "a", "--model", str(folder)): 1,
+        ("data", "verify", str(folder)): 1,
+    }
+    for words, status in wrong.items():
+        assert main(list(words)) == status, words
+        error = capsys.readouterr().err
+        assert error.startswith("layton: ") and error.count("\n") == 1

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from laytongen_parts import CODES, LENGTH, TOKENS, tiny_text_encoder, tiny_tokenizer
+
+from generation.data import TokenShards, split_of
+from generation.tokenizing import TokenizeJob, tokenize_dataset
+from layton.data.loader import collate
+from layton.data.sources import ScenesSource
+from layton.scenes import caption, sample_scene
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Ten scenes in three shards, with cached text features."""
+    out = tmp_path_factory.mktemp("tokens")
+    tokenizer = tiny_tokenizer()
+    source = ScenesSource(split="train", length=10, size=tokenizer.image_size)
+    tokenize_dataset(TokenizeJob(source, tokenizer, "scenes", "crop", 4, 3, tiny_text_encoder()), out)
+    return str(out)
+
+
+def test_samples_are_batches_in_the_making(folder: str) -> None:
+    tokens = TokenShards(folder)
+    assert len(tokens) == 10
+    batch = collate([tokens.sample(index, seed=0) for index in range(10)])
+    assert batch["codes"].shape == (10, TOKENS)
+    assert batch["codes"].dtype == torch.int64
+    assert 0 <= int(batch["codes"].min()) <= int(batch["codes"].max()) < CODES
+    assert batch["key"] == [f"scenes/{seed}" for seed in range(10)]
+    assert batch["caption"] == [caption(sample_scene(seed)) for seed in range(10)]
+
+
+def test_cached_features_are_those_of_the_encoder(folder: str) -> None:
+    tokens, encoder = TokenShards(folder), tiny_text_encoder()
+    batch = collate([tokens.sample(index, seed=0) for index in range(10)])
+    text = encoder.encode(batch["caption"])
+    assert batch["text"].shape[1] == LENGTH
+    assert batch["text_mask"].equal(text.mask)
+    torch.testing.assert_close(batch["text"].float(), text.features, atol=2e-3, rtol=2e-3)
+    assert tokens.header.text_encoder == encoder.fingerprint()
+    assert "text" not in TokenShards(folder, use_text=False).sample(0, seed=0)
+
+
+def test_captions_are_said_anew_and_stay_true(folder: str) -> None:
+    tokens = TokenShards(folder, use_text=False, reworded=1.0, chinese=0.3)
+    said = {tokens.sample(3, seed=seed)["caption"] for seed in range(40)}
+    true = {caption(sample_scene(3), language=lang, variant=v) for lang in ("en", "zh") for v in range(24)}
+    assert len(said) > 3
+    assert said <= true
+    assert tokens.sample(3, seed=7)["caption"] == tokens.sample(3, seed=7)["caption"]
+    with pytest.raises(ValueError, match="no cached features"):
+        TokenShards(folder, reworded=0.5)
+
+
+def test_splits_and_length(folder: str) -> None:
+    assert len(TokenShards(folder, split="train")) == 10
+    assert TokenShards(folder, length=5).keys == [f"scenes/{seed}" for seed in range(5)]
+    with pytest.raises(ValueError, match="holds no samples"):
+        TokenShards(folder, split="test")
+    assert [split_of(key) for key in ("scenes/7", "scenes/1000000000", "scenes/2000000000")] == [
+        "train",
+        "validation",
+        "test",
+    ]
+    assert [split_of(f"photos-0001/{number:06d}") for number in (10, 11, 12)] == ["test", "validation", "train"]
+
+
+def test_tokens_of_another_tokenizer_are_refused(folder: str) -> None:
+    tokens = TokenShards(folder)
+    tokens.require_tokenizer(tiny_tokenizer().fingerprint())
+    with pytest.raises(ValueError, match=r"another tokenizer \(fingerprint: stored '\w{16}', wanted '\w{16}'\)"):
+        tokens.require_tokenizer(tiny_tokenizer(seed=1).fingerprint())

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from laytongen_parts import CODES, SIZE, TOKENS, tiny_generator, tiny_tokenizer, write_model
+
+from generation.generator import load_generator, save_generator
+from generation.pipeline import LaytonGenPipeline, PromptCutWarning
+
+PROMPTS = ["a red circle", "", "two blue stars", "写 😀\n\0"]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> LaytonGenPipeline:
+    tokenizer = tiny_tokenizer()
+    return LaytonGenPipeline(tiny_generator(tokenizer), tokenizer)
+
+
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+def test_codes_depend_on_prompt_and_seed_alone(pipe: LaytonGenPipeline) -> None:
+    alone = [pipe(p, generator=seeds(i), output_type="codes").codes for i, p in enumerate(PROMPTS)]
+    together = pipe(PROMPTS, generator=seeds(0, 1, 2, 3), output_type="codes").codes
+    backwards = pipe(PROMPTS[::-1], generator=seeds(3, 2, 1, 0), output_type="codes", batch_size=3).codes
+    assert together.equal(torch.cat(alone))
+    assert backwards.flip(0).equal(together)
+    assert not pipe(PROMPTS[0], generator=seeds(9), output_type="codes").codes.equal(alone[0])
+    assert not pipe(PROMPTS[2], generator=seeds(0), output_type="codes").codes.equal(alone[0])
+
+
+def test_images_of_every_output_type_are_the_same_picture(pipe: LaytonGenPipeline) -> None:
+    made = {kind: pipe("a red circle", num_images_per_prompt=2, output_type=kind) for kind in ("pil", "np", "pt")}
+    assert made["pt"].images.shape == (2, 3, SIZE, SIZE)
+    array = np.round(made["np"].images * 255).astype(np.uint8)
+    assert np.array_equal(array, np.stack([np.asarray(image) for image in made["pil"].images]))
+    assert np.allclose(made["pt"].images.permute(0, 2, 3, 1).numpy(), made["np"].images)
+    assert made["pil"].codes.shape == (2, TOKENS)
+    assert made["pil"].codes.unique(dim=0).shape[0] == 2  # two seeds, two images
+    assert 0 <= int(made["pil"].codes.min()) <= int(made["pil"].codes.max()) < CODES
+    assert pipe("a red circle", output_type="codes").images == []
+
+
+def test_guidance_of_one_is_none_and_more_of_it_changes_codes(pipe: LaytonGenPipeline) -> None:
+    def codes(**options: Any) -> torch.Tensor:
+        return pipe("two blue stars", temperature=0.0, output_type="codes", **options).codes
+
+    from generation.guidance import Guidance
+
+    assert codes(guidance_scale=1.0).equal(codes(guidance_scale=Guidance()))
+    assert codes(guidance_scale=1.5).equal(codes())  # the model's own default
+    assert not codes(guidance_scale=5.0).equal(codes(guidance_scale=1.0))
+
+
+def test_a_long_prompt_is_cut_and_says_so(pipe: LaytonGenPipeline) -> None:
+    with pytest.warns(PromptCutWarning, match="32 of its 10002 tokens"):
+        result = pipe(["a", "x" * 10_000], output_type="codes")
+    assert [(cut.index, cut.kept, cut.total) for cut in result.cut] == [(1, 32, 10_002)]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prompt": []},
+        {"prompt": [3]},
+        {"num_images_per_prompt": 0},
+        {"num_images_per_prompt": 10**9},
+        {"temperature": -1.0},
+        {"temperature": float("inf")},
+        {"top_k": CODES + 1},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"guidance_scale": float("inf")},
+        {"guidance_scale": float("nan")},
+        {"output_type": "latent"},
+        {"decoder": "none"},
+        {"num_inference_steps": 7},
+        {"generator": [torch.Generator()] * 3},
+        {"batch_size": 0},
+        {"known_codes": torch.full((1, TOKENS), CODES)},
+    ],
+    ids=str,
+)
+def test_values_out_of_range_are_refused(pipe: LaytonGenPipeline, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        pipe(**{"prompt": "a", **wrong})
+
+
+def test_the_callback_sees_every_code(pipe: LaytonGenPipeline) -> None:
+    seen: list[tuple[int, int]] = []
+    pipe("a", callback_on_step_end=lambda p, i, t, given: seen.append((i, int((given["codes"] >= 0).sum()))))
+    assert seen == [(index, index + 1) for index in range(TOKENS)]
+
+
+def test_a_saved_pipeline_draws_the_same(pipe: LaytonGenPipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "model")
+    loaded = LaytonGenPipeline.from_pretrained(tmp_path / "model")
+    first, second = (each("a red circle", output_type="pt") for each in (pipe, loaded))
+    assert first.codes.equal(second.codes)
+    assert torch.allclose(first.images, second.images, atol=1e-5)
+    pipe.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    assert LaytonGenPipeline.from_pretrained(tmp_path / "half").card == pipe.card
+
+
+def test_another_tokenizer_or_text_encoder_is_refused(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    other = tmp_path / "other"
+    tiny_tokenizer(seed=1).save_pretrained(other)
+    with pytest.raises(ValueError, match=r"another tokenizer \(fingerprint: stored '\w{16}', wanted '\w{16}'\)"):
+        LaytonGenPipeline.from_pretrained(model, tokenizer=other)
+    with pytest.raises(ValueError, match="name its tokenizer"):
+        save_generator(tmp_path / "alone" / "gen", tiny_generator(tiny_tokenizer()))
+        LaytonGenPipeline.from_pretrained(tmp_path / "alone" / "gen")
+    from laytongen_parts import tiny_text_encoder
+
+    with pytest.raises(ValueError, match="another text encoder"):
+        load_generator(model / "laytongen", text_encoder=tiny_text_encoder(seed=5))

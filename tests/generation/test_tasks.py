@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import AdamW
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from laytongen_parts import CODES, SIZE, TOKENS, tiny_text_encoder, tiny_tokenizer, tiny_transformer
+
+from generation.data import TokenShards
+from generation.generator import load_generator
+from generation.tasks import LaytonGenTask
+from generation.tokenizing import TokenizeJob, tokenize_dataset
+from layton.data.loader import collate
+from layton.data.sources import ScenesSource
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer and tokens of eight scenes."""
+    root = tmp_path_factory.mktemp("parts")
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(root / "tokenizer")
+    source = ScenesSource(split="train", length=8, size=SIZE)
+    tokenize_dataset(TokenizeJob(source, tokenizer, "scenes", text_encoder=tiny_text_encoder()), root / "tokens")
+    return root
+
+
+def task_of(place: Path, *, trainable: bool = True, **options: Any) -> LaytonGenTask:
+    return LaytonGenTask(
+        tiny_transformer(),
+        tiny_text_encoder(trainable=trainable),
+        optimizer=lambda parameters: AdamW(parameters, lr=3e-3),
+        tokenizer=str(place / "tokenizer"),
+        **options,
+    )
+
+
+def batch_of(place: Path, *, use_text: bool = False) -> dict[str, Any]:
+    tokens = TokenShards(str(place / "tokens"), use_text=use_text)
+    return collate([tokens.sample(index, seed=0) for index in range(8)])
+
+
+def test_it_learns_eight_images_by_their_captions(place: Path) -> None:
+    task, batch = task_of(place, caption_dropout=0.0).train(), batch_of(place)
+    optimizer = AdamW(task.trainable_parameters(), lr=3e-3)
+    before = task.validation_step(batch, 0).item()
+    for _ in range(40):
+        optimizer.zero_grad()
+        task.training_step(batch, 0).backward()
+        optimizer.step()
+    task.eval()
+    after = task.validation_step(batch, 0).item()
+    swapped = task.validation_step({**batch, "caption": batch["caption"][::-1]}, 0).item()
+    assert after < before - 0.5
+    assert swapped > after + 0.05  # the caption tells which image it is
+
+
+def test_codes_are_the_same_from_images_and_from_shards(place: Path) -> None:
+    task, batch = task_of(place), batch_of(place)
+    source = ScenesSource(split="train", length=8, size=SIZE)
+    images = torch.stack([source.sample(index, seed=0)["image"] for index in range(8)])
+    assert task.codes_of({"image": images}).equal(batch["codes"])
+
+
+def test_a_frozen_encoder_is_no_part_of_checkpoints_and_its_cache_counts(place: Path) -> None:
+    task = task_of(place, trainable=False).eval()
+    assert not any("text" in name for name in task.state_dict())
+    assert any("text" in name for name in task_of(place).state_dict())
+    now, cached = (task.validation_step(batch_of(place, use_text=use), 0) for use in (False, True))
+    torch.testing.assert_close(now, cached, atol=2e-3, rtol=2e-3)
+    task.require_shards(TokenShards(str(place / "tokens")))
+    with pytest.raises(ValueError, match="this one learns"):
+        task_of(place).require_shards(TokenShards(str(place / "tokens")))
+
+
+def test_missing_samples_count_nothing(place: Path) -> None:
+    task, batch = task_of(place).eval(), batch_of(place)
+    half = {name: value[:4] for name, value in batch.items()}
+    other = {**batch, "codes": batch["codes"].clone(), "valid": torch.arange(8) < 4}
+    other["codes"][4:] = 0
+    torch.testing.assert_close(task.validation_step(other, 0), task.validation_step(half, 0))
+
+
+def test_an_empty_caption_is_no_caption(place: Path) -> None:
+    task, batch = task_of(place).eval(), batch_of(place)
+    few = {name: value[:2] for name, value in batch.items()}
+    untold = task._logits(few["codes"], {**few, "caption": ["", ""]}, torch.zeros(2, dtype=torch.bool))
+    text = task.text_encoder.encode(["", ""])
+    null = task.transformer(few["codes"], task.transformer.null_condition(text.features), text.mask)
+    torch.testing.assert_close(untold, null)
+
+
+def test_dropout_is_the_same_after_a_resume_and_changes_what_is_fed(place: Path) -> None:
+    options: dict[str, Any] = {"caption_dropout": 0.5, "code_dropout": 0.5}
+    first, second = task_of(place, **options), task_of(place, **options)
+    first.transformer.eval(), second.transformer.eval()
+    batch = batch_of(place)
+    assert first.training_step(batch, 0).equal(second.training_step(batch, 0))
+    plain = task_of(place, caption_dropout=0.0)
+    plain.transformer.eval()
+    assert not plain.training_step(batch, 0).equal(first.training_step(batch, 0))
+
+
+def test_pictures_and_export(place: Path, tmp_path: Path) -> None:
+    task, batch = task_of(place).eval(), batch_of(place)
+    rows = task.picture_grid(batch)
+    assert {name: tuple(row.shape) for name, row in rows.items()} == dict.fromkeys(
+        ("tokens", "generated"), (8, 3, SIZE, SIZE)
+    )
+    task.export(tmp_path / "export")
+    loaded = load_generator(tmp_path / "export")
+    assert loaded.card.tokenizer == task.facts
+    codes = torch.randint(CODES, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    text = loaded.text_encoder.encode(["a star"])
+    torch.testing.assert_close(
+        loaded.transformer(codes, text.features, text.mask), task.transformer(codes, text.features, text.mask)
+    )
+
+
+def test_parts_that_do_not_fit_are_refused(place: Path) -> None:
+    with pytest.raises(ValueError, match=r"in \[0, 1\)"):
+        task_of(place, caption_dropout=1.0)
+    wide = tiny_text_encoder(trainable=True)
+    wide.width = 17
+    with pytest.raises(ValueError, match="the text encoder gives"):
+        LaytonGenTask(tiny_transformer(), wide, optimizer=AdamW, tokenizer=str(place / "tokenizer"))
+    other = place / "other"
+    tiny_tokenizer(seed=1).save_pretrained(other)
+    task = task_of(place)
+    task_other = LaytonGenTask(tiny_transformer(), tiny_text_encoder(), optimizer=AdamW, tokenizer=str(other))
+    task.require_shards(TokenShards(str(place / "tokens"), use_text=False))
+    with pytest.raises(ValueError, match="another tokenizer"):
+        task_other.require_shards(TokenShards(str(place / "tokens")))

@@ -1,0 +1,174 @@
+"""`layton distill METHOD` on whole tiny pipelines: what it exports is what it trained, and runs resume exactly."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from distill.models import denoiser_from_pipeline
+from layton.cli import main
+from layton.distilled import load_sampling
+from layton.ldm.conditions import PromptEncoder
+from layton.tasks.distill import DistillTask
+from layton.training import load_task
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import small_pipelines as tiny
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+T = torch.tensor([999, 259])
+CASES = [("lcm", "sd"), ("lcm", "sdxl"), ("mlcm", "sd-v"), ("mlcm", "sdxl"), ("scott", "sd-v"), ("scott", "sdxl")]
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def folder_of(kind: str, where: Path) -> Path:
+    tiny.build(kind).save_pretrained(where / "teacher")
+    return where / "teacher"
+
+
+def scenes(split: str, length: int) -> list[dict[str, Any]]:
+    options = {"split": split, "length": length, "size": 2 * tiny.SIZE}
+    return [{"class_path": "layton.data.sources.ScenesSource", "init_args": options}]
+
+
+def distill(method: str, folder: Path, *more: str, steps: int = 2) -> int:
+    data = [] if any(word.startswith("--prompts") for word in more) else ["--data.init_args.batch_size=2"]
+    if method != "mlcm":
+        data += [f"--data.init_args.{role}={json.dumps(scenes(role, 6))}" for role in ("train", "validation")]
+        data += ["--data.init_args.cache=cache"]
+    elif data:
+        data += ["--trainer.limit_val_batches=1", "--data.init_args.eval_batch_size=3"]
+    options = [
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        "--trainer.val_check_interval=2",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.num_sanity_val_steps=0",
+        "--model.init_args.reference_steps=2",
+        "--model.init_args.optimizer.init_args.lr=0.01",
+    ]
+    return main(
+        ["--debug", "distill", method, "--pipeline", str(folder), f"--max_steps={steps}", *data, *options, *more]
+    )
+
+
+def outputs(task: DistillTask, pipe: DiffusionPipeline) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the trained network, of the pipeline's, and of the bare teacher."""
+    condition = PromptEncoder(pipe, latent_size=(8, 8))(["two red stars", "a cross"])
+    x_t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        networks = (task.student, denoiser_from_pipeline(pipe), task.teacher)
+        return tuple(network(x_t, T, condition) for network in networks)
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step={step:08d}.ckpt"
+
+
+@pytest.mark.parametrize(("method", "kind"), CASES)
+def test_the_exported_lora_is_what_was_trained(tmp_path: Path, method: str, kind: str) -> None:
+    folder = folder_of(kind, tmp_path)
+    assert distill(method, folder, "--run_dir=run") == 0
+    run = tmp_path / "run"
+    assert {path.name for path in (run / "export").iterdir()} == {"few_step.json", "pytorch_lora_weights.safetensors"}
+    assert list((run / "grids").glob("*.png")) and list((run / "checkpoints").glob("best-*.ckpt"))
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.load_lora_weights(run / "export")
+    task = load_task(checkpoint(run, 2))
+    assert isinstance(task, DistillTask)
+    trained, loaded, teacher = outputs(task, pipe)
+    torch.testing.assert_close(loaded, trained, atol=1e-5, rtol=0)
+    assert (trained - teacher).abs().max() > 1e-3
+    assert load_sampling(run / "export") == task.sampling
+    assert task.sampling.prediction == ("v" if kind == "sd-v" else "eps")
+
+
+def test_full_fine_tuning_exports_a_network(tmp_path: Path) -> None:
+    folder = folder_of("sd", tmp_path)
+    assert distill("lcm", folder, "--run_dir=run", "--model.init_args.adapter=null") == 0
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.unet = type(pipe.unet).from_pretrained(tmp_path / "run" / "export").eval()
+    task = load_task(checkpoint(tmp_path / "run", 2))
+    trained, loaded, teacher = outputs(task, pipe)  # type: ignore[arg-type]
+    torch.testing.assert_close(loaded, trained, atol=1e-5, rtol=0)
+    assert (trained - teacher).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("method", ["lcm", "scott"])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, method: str) -> None:
+    folder = folder_of("sd", tmp_path)
+    small = ["--model.init_args.preview_steps=[1]", "--model.init_args.adapter.rank=4"]
+    more = [*small, "--model.init_args.method.init_args.target_decay=0.9"]
+    assert distill(method, folder, *more, "--run_dir=whole", steps=4) == 0
+    assert distill(method, folder, *more, "--run_dir=parts", steps=2) == 0
+    assert distill(method, folder, *more, "--run_dir=parts", "--resume=auto", steps=4) == 0
+    whole, parts = (torch.load(checkpoint(tmp_path / run, 4), weights_only=True) for run in ("whole", "parts"))
+    for name in ("state_dict", "optimizer_states", "distill_forwards", "global_step"):
+        assert_same(whole[name], parts[name], name)
+    assert len(whole["optimizer_states"]) == (2 if method == "scott" else 1)
+
+
+def assert_same(left: Any, right: Any, name: str) -> None:
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), name
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), name
+        for key in left:
+            assert_same(left[key], right[key], f"{name}.{key}")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), name
+        for index, pair in enumerate(zip(left, right, strict=True)):
+            assert_same(*pair, f"{name}.{index}")
+    else:
+        assert left == right, name
+
+
+def test_prompt_files_train(tmp_path: Path) -> None:
+    folder = folder_of("sd", tmp_path)
+    (tmp_path / "mine.txt").write_text("\n".join(f"{n} red stars" for n in range(10)))
+    more = ["--run_dir=run", "--data.init_args.batch_size=2", "--prompts", "mine.txt"]
+    assert distill("mlcm", folder, *more, steps=1) == 0
+    assert (tmp_path / "run" / "export" / "few_step.json").is_file()
+
+
+def test_wrong_usage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "model_index.json").write_text("{}")
+    (tmp_path / "mine.txt").write_text("a star")
+    cases = {
+        "no method 'lcn'; there are": ["lcn"],
+        "needs a method; there are": [],
+        "no pipeline folder at absent": ["lcm", "--pipeline", "absent"],
+        "is no diffusers pipeline folder": ["lcm", "--pipeline=empty"],
+        "--pipeline needs a value": ["mlcm", "--pipeline"],
+        "no prompts file at absent.txt": ["mlcm", "--prompts", "absent.txt"],
+        "lcm learns from pictures": ["lcm", "--prompts", "mine.txt"],
+    }
+    for message, words in cases.items():
+        assert main(["distill", *words]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert main(["distill", "lcm", "--help"]) == 0
+    words = capsys.readouterr().out.replace(",", " ").replace(".", " ").split()
+    assert {"lcm", "mlcm", "scott", "--pipeline"} <= set(words)
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "distill").glob("*.yaml")), ids=lambda path: path.stem)
+def test_run_files_parse(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if "layton.tasks.distill.DistillTask" not in path.read_text():
+        pytest.skip("another task's")
+    assert main(["fit", "--config", str(path), "--print_config"]) == 0
+    assert "class_path: layton.tasks.distill.DistillTask" in capsys.readouterr().out

@@ -1,0 +1,141 @@
+"""What the networks are given equals what their own pipelines give them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+from distill.models import denoiser_from_pipeline
+from layton.errors import UsageError
+from layton.ldm.conditions import PromptEncoder, latent_shape_of
+from layton.ldm.teacher import open_pipeline
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import small_pipelines as tiny
+
+PROMPTS = ["a red circle", "two blue stars"]
+KINDS = ["sd", "sd-v", "sdxl", "sd3", "flux"]
+
+
+class Recorder(torch.nn.Module):
+    """Stands before a pipeline's network and notes what it is called with."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network, self.calls = network, []
+        self.config, self.dtype, self.device = network.config, network.dtype, network.device
+        for name in ("add_embedding", "cache_context"):
+            if hasattr(network, name):
+                setattr(self, name, getattr(network, name))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append(kwargs)
+        return self.network(*args, **kwargs)
+
+
+def recorded(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """The first call of the network inside the whole pipeline."""
+    name = "unet" if hasattr(pipe, "unet") else "transformer"
+    network = getattr(pipe, name)
+    recorder = Recorder(network)
+    setattr(pipe, name, recorder)
+    side = 2 * tiny.SIZE
+    pipe.set_progress_bar_config(disable=True)
+    pipe(PROMPTS, num_inference_steps=1, output_type="latent", height=side, width=side, guidance_scale=4.0)
+    setattr(pipe, name, network)
+    return recorder.calls[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_conditions_equal_the_pipelines_own(kind: str) -> None:
+    pipe = tiny.build(kind)
+    if kind in ("sd", "sd-v"):  # the folder's scheduler skips nothing that matters here
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    encoder = PromptEncoder(pipe, latent_size=(tiny.SIZE, tiny.SIZE), guidance_scale=4.0)
+    condition, null = encoder(PROMPTS), encoder.null()
+    call = recorded(pipe)
+    both = (
+        condition.embeds if kind == "flux" else torch.cat([null.embeds.expand_as(condition.embeds), condition.embeds])
+    )
+    assert torch.allclose(call["encoder_hidden_states"], both, atol=1e-6)
+    if kind == "sdxl":
+        added = call["added_cond_kwargs"]
+        assert torch.allclose(added["text_embeds"][2:], condition.pooled, atol=1e-6)
+        assert torch.equal(added["text_embeds"][:2], null.pooled.expand(2, -1))
+        assert torch.equal(added["time_ids"][2:], condition.time_ids)
+        assert not null.embeds.any()  # this pipeline forces zeros
+    elif kind in ("sd3", "flux"):
+        assert torch.allclose(call["pooled_projections"][-2:], condition.pooled, atol=1e-6)
+    if kind == "flux":
+        assert torch.equal(call["guidance"], condition.guidance)
+    assert condition.batch_size == 2
+    assert null.batch_size == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_denoisers_take_the_conditions(kind: str) -> None:
+    pipe = tiny.build(kind)
+    shape = latent_shape_of(pipe, tiny.SIZE)
+    assert shape == (4, tiny.SIZE, tiny.SIZE)
+    encoder = PromptEncoder(pipe, latent_size=shape[1:])
+    x_t = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([900.0, 100.0])
+    with torch.no_grad():
+        outputs = [denoiser_from_pipeline(pipe)(x_t, t, c) for c in (encoder(PROMPTS), encoder.null().expand(2))]
+    assert outputs[0].shape == x_t.shape
+    assert not torch.equal(*outputs)
+
+
+def test_negative_prompts_and_frozen_encoders() -> None:
+    pipe = tiny.build("sdxl")
+    encoder = PromptEncoder(pipe, latent_size=(8, 8))
+    negative = encoder.null("blurry")
+    assert negative.embeds.any() and torch.allclose(negative.embeds, encoder(["blurry"]).embeds, atol=1e-6)
+    assert negative.time_ids.tolist() == [[16.0, 16.0, 0.0, 0.0, 16.0, 16.0]]
+    with torch.enable_grad():
+        assert not encoder(PROMPTS).embeds.requires_grad
+    assert not any(p.requires_grad for p in [*pipe.text_encoder.parameters(), *pipe.text_encoder_2.parameters()])
+    with pytest.raises(ValueError, match="no prompts"):
+        encoder([])
+
+
+@pytest.mark.parametrize("kind", ["sd-v", "sdxl", "sd3"])
+def test_folders_open_frozen_and_equal(kind: str, tmp_path: Path) -> None:
+    pipe = tiny.build(kind)
+    pipe.save_pretrained(tmp_path / "pipe")
+    opened = open_pipeline(tmp_path / "pipe")
+    one, two = (PromptEncoder(p, latent_size=(8, 8))(PROMPTS).embeds for p in (pipe, opened))
+    assert torch.equal(one, two)
+    modules = [part for part in opened.components.values() if isinstance(part, torch.nn.Module)]
+    assert modules and not any(m.training or any(p.requires_grad for p in m.parameters()) for m in modules)
+
+
+def test_bad_folders_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no pipeline folder at"):
+        open_pipeline(tmp_path / "absent")
+    with pytest.raises(UsageError, match=r"no model_index\.json"):
+        open_pipeline(tmp_path)
+    tiny.build("sd").save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    canary = tmp_path / "canary"
+    (tmp_path / "unet" / "mine.py").write_text(f"open({str(canary)!r}, 'w')")
+    for change in (
+        {"unet": ["mine", "Mine"]},
+        {"_class_name": ["pipeline", "Mine"]},
+        {"_class_name": "PixArtAlphaPipeline"},
+    ):
+        (tmp_path / "model_index.json").write_text(json.dumps(index | change))
+        with pytest.raises(ValueError, match=r"other libraries|must be one of"):
+            open_pipeline(tmp_path)
+    assert not canary.exists()
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))  # never a fall-back to pickles
+    with pytest.raises(ValueError, match="cannot be read"):
+        open_pipeline(tmp_path)

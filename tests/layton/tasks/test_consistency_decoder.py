@@ -1,0 +1,358 @@
+"""Stage 2: what is trained, where gradients go, what a crop of the loss is, and the whole run through the command."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from distill.denoiser import Condition
+from distill.lcm import LCM
+from distill.samplers import renoise_sample
+from distill.scott import SCott
+from layton.cli import main
+from layton.data.sources import ScenesSource
+from layton.decoders import ConsistencyDecoder, DiffusionDecoder
+from layton.decoders.consistency import LAYTON_TIMES
+from layton.decoders.difference import Adaptation
+from layton.encoder import ViTEncoder
+from layton.ladd import LADD
+from layton.ldm.autoencoder import Autoencoder, build_autoencoder
+from layton.ldm.cache import CachedLatents
+from layton.ldm.crops import LatentCrop
+from layton.ldm.pipeline import build_scheduler
+from layton.ldm.unet import build_unet
+from layton.losses.pixel_supervision import PixelExample, PixelSupervision, last_step_sample
+from layton.quantizer import CosineVQ
+from layton.tasks.consistency_decoder import ConsistencyDecoderTask
+
+SIZE = 64  # pixels; 4 tokens and 4 latents along a side
+FACTOR = 16
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A latent diffusion model, a tokenizer and a stage-1 decoder, all tiny."""
+    root = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    unet = build_unet(latent_channels=4, latent_size=4, block_out_channels=(16, 16), text_width=16)
+    unet.save_pretrained(root / "ldm/unet")
+    vae = build_autoencoder(latent_channels=4, block_out_channels=(8,) * 5, norm_num_groups=4)
+    vae.save_pretrained(root / "ldm/vae")
+    build_scheduler().save_pretrained(root / "ldm/scheduler")
+    ViTEncoder(code_dim=4, width=16, depth=1, num_heads=2, stem_width=8).save_pretrained(root / "tok/encoder")
+    CosineVQ(vocab_size=32, code_dim=4, start_points=0).save_pretrained(root / "tok/quantizer")
+    ladd = LADD.from_pipeline(root / "ldm", code_dim=4, embedding_channels=(8,))
+    for parameter in ladd.controlnet.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.3)
+    DiffusionDecoder(ladd, Autoencoder(vae)).save_pretrained(root / "diffusion")
+    return root
+
+
+def make_task(world: Path, **options: Any) -> ConsistencyDecoderTask:
+    return ConsistencyDecoderTask(
+        str(world / "ldm"),
+        str(world / "tok"),
+        str(world / "diffusion"),
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        **options,
+    )
+
+
+def make_batch(count: int = 2) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "latent": torch.randn(count, 4, 4, 4, generator=generator).half(),
+        "codes": torch.randint(32, (count, 16), generator=generator).to(torch.int16),
+        "image": torch.rand(count, 3, SIZE, SIZE, generator=generator) * 2 - 1,
+        "key": ["scenes/0"] * count,
+    }
+
+
+def count_evaluations(task: ConsistencyDecoderTask) -> list[tuple[float, bool]]:
+    """Fills with the time of each evaluation of the student, and whether it had a gradient."""
+    calls: list[tuple[float, bool]] = []
+    task.ladd.register_forward_hook(lambda _, inputs, output: calls.append((float(inputs[1][0]), output.requires_grad)))
+    return calls
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_gradients_flow_through_the_last_step_only_and_into_what_is_trained(world: Path, steps: int) -> None:
+    task = make_task(world, pixels=PixelSupervision(steps=[steps], crop=2, margin=1))
+    calls = count_evaluations(task)
+    loss = task.training_step(make_batch(), 0)
+    assert loss is not None
+    loss.backward()
+    assert calls == [(time, index == steps - 1) for index, time in enumerate(LAYTON_TIMES[steps])]
+    chosen = {id(parameter) for parameter in task.trainable_parameters()}
+    for name, parameter in task.named_parameters():
+        if id(parameter) not in chosen:
+            assert parameter.grad is None and not parameter.requires_grad, name
+    gradients = task.difference.tensors(task.ladd)
+    assert gradients["controlnet.conv_in.weight"].grad.abs().sum() > 0  # type: ignore[union-attr]
+    ups = [value for name, value in gradients.items() if name.startswith("unet.") and name.endswith("lora_B.weight")]
+    assert ups and sum(float(value.grad.abs().sum()) for value in ups if value.grad is not None) > 0
+    assert all(parameter.grad is None for parameter in task._autoencoder[0].parameters())
+
+
+def test_training_samples_are_those_of_inference(world: Path) -> None:
+    task = make_task(world, pixels=PixelSupervision(steps=[1]))
+    x_T = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    condition = Condition(spatial=torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1)))
+    for times in LAYTON_TIMES.values():
+        one, other = (torch.Generator().manual_seed(2) for _ in range(2))
+        expected = renoise_sample(task.ladd, x_T, torch.tensor(times), condition, generator=one)
+        found = last_step_sample(task.ladd, x_T, times, condition, generator=other)
+        torch.testing.assert_close(found, expected)
+
+
+class Flat(torch.nn.Module):
+    """Eight-pixel patches, independent of one another: crops of what it decodes are exact."""
+
+    downsample_factor = 8
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents[:, :3].repeat_interleave(8, dim=-1).repeat_interleave(8, dim=-2)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (3, 5), (8, 8)])
+def test_a_crop_is_that_part_of_the_picture(place: tuple[int, int]) -> None:
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    crop = LatentCrop(*place, 8)
+    whole = Flat().decode(latents)
+    part = crop.decode(Flat(), latents, margin=2)  # type: ignore[arg-type]
+    assert torch.equal(part, crop.of(whole, factor=8))
+    target = torch.zeros_like(whole)
+    example = PixelExample(latents, Condition(), target)
+    loss = PixelSupervision(crop=8, margin=2)
+    terms = loss.compare(Flat(), latents, example, crop=crop)  # type: ignore[arg-type]
+    torch.testing.assert_close(terms["pixel_l2"], crop.of(whole - target, factor=8).square().mean())
+
+
+@torch.no_grad()
+def test_a_margin_brings_a_real_decoder_near_to_its_whole_picture() -> None:
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(build_autoencoder(latent_channels=4, block_out_channels=(16, 16, 16))).eval()
+    for name, parameter in autoencoder.named_parameters():
+        if name.endswith("conv2.weight"):  # zero at the start, so that no residual branch would look around
+            torch.nn.init.normal_(parameter, std=0.02)
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    whole = autoencoder.decode(latents)
+    crop = LatentCrop(4, 4, 8)
+    wanted = crop.of(whole, factor=4)
+    errors = [(crop.decode(autoencoder, latents, margin=m) - wanted).square().mean() for m in (0, 2, 4)]
+    assert errors[1] < 0.5 * errors[0]
+    assert errors[1] < 0.02 * wanted.var()
+    torch.testing.assert_close(errors[2], torch.zeros(()), atol=1e-9, rtol=0)  # this window is the whole latent
+
+
+def test_crops_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="a crop of 5 latents"):
+        LatentCrop.draw((4, 8), 5, torch.Generator())
+    with pytest.raises(ValueError, match="margin"):
+        LatentCrop(0, 0, 1).decode(Flat(), torch.zeros(1, 4, 2, 2), margin=-1)  # type: ignore[arg-type]
+    drawn = {(c.top, c.left) for c in (LatentCrop.draw((4, 4), 3, g) for g in [torch.Generator()] for _ in range(64))}
+    assert drawn == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+
+@pytest.mark.parametrize(
+    "adaptation", [Adaptation(), Adaptation(unet="full", branch="lora"), Adaptation(branch="lora")]
+)
+def test_the_teacher_stays_and_shares_what_stays(world: Path, adaptation: Adaptation) -> None:
+    task = make_task(world, adaptation=adaptation, diffusion_weight=1.0)
+    teacher = task._teacher[0]
+    x_t = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    condition = Condition(spatial=torch.ones(2, 4, 4, 4))
+    with torch.no_grad():
+        before = teacher(x_t, torch.tensor(500.0), condition)
+        torch.testing.assert_close(task.ladd(x_t, torch.tensor(500.0), condition), before)
+        for parameter in task.trainable_parameters():
+            parameter.add_(0.1)
+        assert torch.equal(teacher(x_t, torch.tensor(500.0), condition), before)
+        assert not torch.allclose(task.ladd(x_t, torch.tensor(500.0), condition), before)
+    own = {id(parameter) for parameter in task.ladd.parameters()}
+    shared = [id(parameter) in own for parameter in teacher.unet.parameters()]
+    assert all(shared) if adaptation.unet != "full" else not any(shared)
+
+
+def test_distillation_trains_and_the_target_follows(world: Path) -> None:
+    method = LCM(guidance_range=(1.0, 1.0), target_decay=0.5)
+    task = make_task(world, method=method, adaptation=Adaptation(unet="lora", branch="lora"))
+    name, start = next((n, p.detach().clone()) for n, p in task.difference.tensors(task._target[0]).items())
+    loss = task.training_step(make_batch(), 0)
+    assert loss is not None and float(loss.detach()) > 0
+    loss.backward()
+    assert any(p.grad is not None and bool(p.grad.any()) for p in task.trainable_parameters())
+    with torch.no_grad():
+        student = task.difference.tensors(task.ladd)[name]
+        student.add_(1.0)
+    task.on_train_batch_end(None, None, 0)
+    torch.testing.assert_close(task.difference.tensors(task._target[0])[name], start + 0.5)
+    checkpoint: dict[str, Any] = {}
+    task.on_save_checkpoint(checkpoint)
+    again = make_task(world, method=method, adaptation=Adaptation(unet="lora", branch="lora"))
+    again.on_load_checkpoint(checkpoint)
+    torch.testing.assert_close(again.difference.tensors(again._target[0])[name], start + 0.5)
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+def test_a_discriminator_learns_in_turn(world: Path, tmp_path: Path) -> None:
+    method = SCott(guidance_range=(1.0, 1.0), target_decay=None)
+    task = make_task(world, method=method, critic_optimizer=partial(torch.optim.SGD, lr=0.1))
+    assert method.discriminator is not None
+    before = [parameter.detach().clone() for parameter in (*task.trainable_parameters(), *method.critic_parameters())]
+    trainer = Trainer(
+        max_steps=4,  # of two optimizers: two batches
+        accelerator="cpu",
+        default_root_dir=str(tmp_path),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+    )
+    batches = DataLoader([make_batch(), make_batch()], batch_size=None)
+    trainer.fit(task, batches, batches)
+    after = [*task.trainable_parameters(), *method.critic_parameters()]
+    assert trainer.fit_loop.total_batch_idx == 1  # 0-based
+    changed = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+    critic = len(list(method.critic_parameters()))
+    assert any(changed[:-critic]) and any(changed[-critic:])
+    chosen = {id(parameter) for parameter in after}
+    assert all(parameter.grad is None for parameter in task.parameters() if id(parameter) not in chosen)
+
+
+def test_what_cannot_be_trained(world: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to learn"):
+        make_task(world)
+    with pytest.raises(ValueError, match="LCM guides its teacher"):
+        make_task(world, method=LCM())
+    with pytest.raises(ValueError, match=r"\[4\] steps, but times are given for \[1, 2, 3\]"):
+        make_task(world, pixels=PixelSupervision(steps=[4]))
+    task = make_task(world, pixels=PixelSupervision(crop=2))
+    batch = make_batch()
+    del batch["image"]
+    with pytest.raises(ValueError, match="images"):
+        task.training_step(batch, 0)
+    decoded = make_task(world, pixels=PixelSupervision(crop=2), pixel_targets="decoded")
+    assert decoded.training_step(batch, 0) is not None
+    with pytest.raises(ValueError, match="latents_per_token"):
+        make_task(world, diffusion_weight=1.0, latents_per_token=2).training_step(make_batch(), 0)
+
+
+def test_pixel_supervision_learns_the_picture(world: Path) -> None:
+    task = make_task(world, pixels=PixelSupervision(steps=[1], crop=None, l1_weight=0.0), times={1: [999.0]})
+    batch = make_batch(1)
+    with torch.no_grad():
+        batch["image"] = task._autoencoder[0].decode(batch["latent"].float())
+    optimizer = torch.optim.Adam(task.trainable_parameters(), lr=3e-3)
+    losses = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss = task.training_step(batch, 0)
+        assert loss is not None
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_cached_images_are_those_of_the_latents(world: Path, tmp_path: Path) -> None:
+    def make(name: str, images: Any) -> CachedLatents:
+        return CachedLatents(
+            ScenesSource(split="train", length=2, size=SIZE),
+            autoencoder=str(world / "ldm/vae"),
+            folder=str(tmp_path / name),
+            num_samples=3,
+            images=images,
+        )
+
+    plain, read = make("a", "none"), make("a", "read")  # one cache
+    stored = make("b", "stored")
+    autoencoder = Autoencoder.from_pretrained(world / "ldm/vae").eval()
+    for index in range(3):
+        assert "image" not in plain.sample(index, seed=0)
+        sample, kept = read.sample(index, seed=0), stored.sample(index, seed=1)
+        torch.testing.assert_close(kept["image"], sample["image"], atol=1.01 / 127.5, rtol=0)
+        with torch.no_grad():
+            latent = autoencoder.encode(sample["image"][None])[0]
+        torch.testing.assert_close(latent, sample["latent"].float(), atol=1e-2, rtol=1e-2)
+    with pytest.raises(ValueError, match="images must be one of"):
+        make("c", "yes")
+
+
+def test_the_whole_run(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cached = {
+        "class_path": "layton.ldm.cache.CachedLatents",
+        "init_args": {
+            "source": {
+                "class_path": "layton.data.sources.ScenesSource",
+                "init_args": {"split": "train", "length": 4, "size": SIZE},
+            },
+            "autoencoder": str(world / "ldm/vae"),
+            "tokenizer": str(world / "tok"),
+            "folder": "cache",
+            "images": "read",
+        },
+    }
+    run = {
+        "trainer": {
+            "max_steps": 4,
+            "accelerator": "cpu",
+            "val_check_interval": 2,
+            "check_val_every_n_epoch": None,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [
+                {"class_path": "layton.callbacks.EMA", "init_args": {"decay": 0.9}},
+                {"class_path": "layton.callbacks.PictureGrid", "init_args": {"every_n_steps": 2}},
+            ],
+        },
+        "model": {
+            "class_path": "layton.tasks.consistency_decoder.ConsistencyDecoderTask",
+            "init_args": {
+                "ldm": str(world / "ldm"),
+                "tokenizer": str(world / "tok"),
+                "decoder": str(world / "diffusion"),
+                "adaptation": {"unet": "lora", "branch": "lora", "lora": {"rank": 4}},
+                "method": {
+                    "class_path": "distill.lcm.LCM",
+                    "init_args": {"guidance_range": [1.0, 1.0], "target_decay": 0.9},
+                },
+                "pixels": {
+                    "class_path": "layton.losses.pixel_supervision.PixelSupervision",
+                    "init_args": {"crop": 2, "margin": 1},
+                },
+                "diffusion_weight": 0.1,
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
+            },
+        },
+        "data": {
+            "class_path": "layton.data.module.ImageDataModule",
+            "init_args": {"batch_size": 2, "train": [cached], "validation": [cached]},
+        },
+    }
+    Path("run.yaml").write_text(yaml.safe_dump(run))
+    assert main(["--debug", "fit", "--config", "run.yaml", "--run_dir", str(tmp_path / "run")]) == 0
+    export = tmp_path / "run/export/decoder"
+    decoder = ConsistencyDecoder.from_pretrained(export, ldm=world / "ldm", base=world / "diffusion")
+    assert decoder.steps == (1, 2, 3) and decoder.default_steps == 3
+    assert decoder.decode(torch.ones(1, 4, 4, 4)).shape == (1, 3, SIZE, SIZE)
+    resumed = make_task(
+        world,
+        diffusion_weight=1.0,
+        start=str(export),
+        adaptation=Adaptation(unet="lora", branch="lora", lora=decoder.difference.adaptation.lora),  # type: ignore[union-attr]
+    )
+    for name, value in resumed.difference.tensors(resumed.ladd).items():
+        assert torch.equal(value, decoder.difference.tensors(decoder.network)[name]), name  # type: ignore[union-attr]

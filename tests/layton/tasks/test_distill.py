@@ -1,0 +1,218 @@
+"""The distillation task by hand: what is counted, kept, skipped and given out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from distill.adapters import LoraSettings, adapter_state_dict
+from distill.lcm import LCM
+from distill.method import MethodOutput
+from distill.mlcm import MLCM
+from distill.moves import SolverSettings
+from distill.scott import SCott
+from layton.callbacks import SafeCheckpoint
+from layton.data.module import ImageDataModule
+from layton.data.sources import SampleSource
+from layton.ldm.prompt_cache import CachedPrompts
+from layton.tasks.distill import DistillTask
+from layton.tasks.guard import NonFiniteError
+from layton.tasks.latent_score import sliced_wasserstein
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import small_pipelines as tiny
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
+    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training.*"),
+    pytest.mark.filterwarnings("ignore:.*log_every_n_steps.*"),
+]
+RANK = LoraSettings(rank=2, targets=("to_q", "to_v", "conv1"))
+
+
+class Latents(SampleSource):
+    def __len__(self) -> int:
+        return 6
+
+    def sample(self, index: int, *, seed: int) -> Mapping[str, Any]:
+        latent = torch.randn(4, tiny.SIZE, tiny.SIZE, generator=torch.Generator().manual_seed(index))
+        return {"latent": latent, "caption": f"{index} red stars", "key": f"toy/{index}"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pipe")
+    tiny.build("sd").save_pretrained(path)
+    return path
+
+
+def make(folder: Path, method: Any, **options: Any) -> DistillTask:
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"adapter": RANK, "reference_steps": 2, "preview_steps": (1, 2)}
+    return DistillTask(str(folder), method, optimizer=partial(torch.optim.AdamW, lr=1e-2), **(settings | options))
+
+
+def fit(task: DistillTask, steps: int, root: Path, *callbacks: Callback, **options: Any) -> Trainer:
+    trainer = Trainer(
+        default_root_dir=root,
+        accelerator="cpu",
+        max_steps=steps,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=any(isinstance(c, SafeCheckpoint) for c in callbacks),
+        callbacks=list(callbacks),
+        num_sanity_val_steps=0,
+        **options,
+    )
+    trainer.fit(task, ImageDataModule(Latents(), validation=Latents(), batch_size=2, eval_batch_size=3))
+    return trainer
+
+
+def weights(task: DistillTask, name: str = "student") -> dict[str, torch.Tensor]:
+    network = task.networks.teacher.denoiser
+    return {key: value.clone() for key, value in adapter_state_dict(network, name).items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_forwards_are_counted_and_checkpoints_hold_only_what_is_learnt(folder: Path, tmp_path: Path) -> None:
+    task = make(folder, LCM(target_decay=0.9))
+    start = weights(task)
+    trainer = fit(task, 3, tmp_path, SafeCheckpoint(every_n_train_steps=3))
+    assert task.budget.total == 3 * 2 * 6  # steps x batch x (student 3, guided teacher 2, target 1); validation is free
+    assert not same(start, weights(task))
+    for key, value in weights(task, "target").items():
+        assert not torch.equal(value, start[key]) or torch.equal(weights(task)[key], start[key])
+        assert (value - start[key]).norm() <= (weights(task)[key] - start[key]).norm() + 1e-6  # the average lags
+    (path,) = (tmp_path / "checkpoints").glob("*.ckpt")
+    saved = torch.load(path, weights_only=True)
+    assert saved["state_dict"] and all(".lora_" in name for name in saved["state_dict"])
+    trained = sum(p.numel() for p in task.trainable_parameters())
+    assert sum(value.numel() for value in saved["state_dict"].values()) == 2 * trained  # student and target
+    assert set(trainer.callback_metrics) >= {"train/loss", "val/score", "val/score_1", "val/score_2", "val/loss"}
+    other = make(folder, LCM(target_decay=None))
+    with pytest.raises(ValueError, match="other weights"):
+        other.on_load_checkpoint(saved)
+
+
+def test_one_copy_with_an_adapter_and_more_without(folder: Path) -> None:
+    task = make(folder, LCM(target_decay=0.9))
+    plain = sum(p.numel() for p in tiny.unet().parameters())
+    assert sum(p.numel() for p in task.parameters()) == plain + 2 * sum(p.numel() for p in task.trainable_parameters())
+    full = make(folder, LCM(target_decay=0.9), adapter=None)
+    assert sum(p.numel() for p in full.parameters()) == 3 * plain
+    assert sum(p.numel() for p in full.trainable_parameters()) == plain
+
+
+class BadLCM(LCM):
+    """NaN at the given steps."""
+
+    bad: tuple[int, ...] = ()
+
+    def losses(self, networks: Any, batch: Any, *, step: int, generator: torch.Generator) -> MethodOutput:
+        output = super().losses(networks, batch, step=step, generator=generator)
+        factor = float("nan") if step in self.bad else 1.0
+        return MethodOutput({name: term * factor for name, term in output.terms.items()})
+
+
+class BadCritic(SCott):
+    def critic_losses(self, networks: Any, batch: Any, output: Any, *, step: int, generator: Any) -> dict[str, Any]:
+        terms = super().critic_losses(networks, batch, output, step=step, generator=generator)
+        return {name: term * (float("nan") if step == 1 else 1.0) for name, term in terms.items()}
+
+
+class Watch(Callback):
+    def __init__(self) -> None:
+        self.student: list[dict[str, torch.Tensor]] = []
+        self.target: list[dict[str, torch.Tensor]] = []
+        self.critic: list[list[torch.Tensor]] = []
+        self.steps: list[int] = []
+
+    def on_train_batch_end(self, trainer: Trainer, task: Any, *args: Any) -> None:
+        self.student.append(weights(task))
+        self.target.append(weights(task, "target"))
+        self.critic.append([p.detach().clone() for p in task.critic_parameters()])
+        self.steps.append(trainer.global_step)
+
+
+def test_a_bad_step_changes_nothing_and_many_stop_the_run(folder: Path, tmp_path: Path) -> None:
+    method, watch = BadLCM(target_decay=0.9), Watch()
+    method.bad = (1,)
+    task = make(folder, method)
+    fit(task, 3, tmp_path, watch, limit_val_batches=0)
+    assert task.skipped_steps == 1
+    assert same(watch.student[0], watch.student[1]) and same(watch.target[0], watch.target[1])
+    assert not same(watch.student[1], watch.student[2]) and not same(watch.target[1], watch.target[2])
+    method = BadLCM()
+    method.bad = tuple(range(9))
+    with pytest.raises(NonFiniteError, match="2 steps in a row"):
+        fit(make(folder, method, max_bad_steps=2), 9, tmp_path, limit_val_batches=0)
+
+
+def scott(kind: type[SCott] = SCott) -> SCott:
+    return kind(solver=SolverSettings("er_sde"), num_sub_steps=2, target_decay=0.9)
+
+
+def test_critics_have_their_own_optimizer_and_steps_are_the_students(folder: Path, tmp_path: Path) -> None:
+    watch = Watch()
+    slow = partial(torch.optim.SGD, lr=1e-3)
+    task = make(folder, scott(BadCritic), critic_optimizer=slow)
+    trainer = fit(task, 3, tmp_path, watch, limit_val_batches=0)
+    assert watch.steps == [1, 2, 3] and trainer.global_step == 3
+    assert [type(one).__name__ for one in trainer.optimizers] == ["AdamW", "SGD"]
+    critic = {id(p) for p in task.critic_parameters()}
+    assert critic and not critic & {id(p) for p in task.trainable_parameters()}
+    assert not same(watch.student[0], watch.student[1])  # the student was fine in the step that was bad for the critic
+    assert all(torch.equal(a, b) for a, b in zip(watch.critic[0], watch.critic[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(watch.critic[1], watch.critic[2], strict=True))
+    assert task.skipped_steps == 1
+    names = adapter_state_dict(task.networks.teacher.denoiser, "discriminator")
+    assert names and all(p.requires_grad for p in [*task.critic_parameters(), *task.trainable_parameters()])
+
+
+def test_cached_prompts_train_as_live_ones_do(folder: Path, tmp_path: Path) -> None:
+    cached = CachedPrompts(Latents(), pipeline=str(folder), folder=str(tmp_path / "text"))
+    again = CachedPrompts(Latents(), pipeline=str(folder), folder=str(tmp_path / "text"))
+    task = make(folder, MLCM())
+    batch = {"caption": [cached[i]["caption"] for i in range(2)]}
+    live = task.distill_batch(batch)
+    stored = task.distill_batch(batch | {"embeds": torch.stack([again[i]["embeds"] for i in range(2)])})
+    torch.testing.assert_close(live.condition.embeds, stored.condition.embeds, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="learns from pictures"):
+        make(folder, LCM()).distill_batch(batch)
+    images = make(folder, LCM()).distill_batch(batch | {"image": torch.zeros(2, 3, 16, 16)})
+    assert images.x_0 is not None and images.x_0.shape == (2, 4, 8, 8)
+
+
+def test_grids_have_a_row_for_each_number_of_steps(folder: Path) -> None:
+    task = make(folder, MLCM(), preview_steps=(1, 2, 4, 8, 50)).eval()
+    with torch.no_grad():
+        rows = task.picture_grid({"caption": ["a star", "two stars"], "key": ["a", "b"]})
+        again = task.picture_grid({"caption": ["a star", "two stars"], "key": ["a", "b"]})
+    assert list(rows) == ["teacher", "1 step", "2 steps", "4 steps", "8 steps"]
+    assert all(row.shape == (2, 3, 16, 16) and torch.equal(row, again[name]) for name, row in rows.items())
+
+
+def test_the_score_sees_blur_shift_and_nothing_else() -> None:
+    x = torch.randn(16, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    other = torch.randn(16, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    assert sliced_wasserstein(x, x) == 0.0
+    noise = sliced_wasserstein(x, other)
+    assert noise < 0.2
+    assert sliced_wasserstein(0.5 * x, other) > 2 * noise
+    assert sliced_wasserstein(x + 1.0, other) > 2 * noise
+    assert sliced_wasserstein(x[torch.randperm(16)], x) == pytest.approx(0.0, abs=1e-6)
+    with pytest.raises(ValueError, match="one shape"):
+        sliced_wasserstein(x, other[:2])
