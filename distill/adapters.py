@@ -49,7 +49,7 @@ class LoraSettings:
             ``FLOW_LORA_TARGETS`` names the layers of SD3 and FLUX.
 
     Raises:
-        ValueError: Rank or alpha is not positive.
+        ValueError: Rank is not positive, or alpha is negative.
     """
 
     rank: int = 64
@@ -57,8 +57,8 @@ class LoraSettings:
     targets: tuple[str, ...] = TLCM_LORA_TARGETS
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or not self.alpha > 0:
-            raise ValueError(f"a LoRA needs rank >= 1 and alpha > 0, got {self}")
+        if self.rank < 1 or not self.alpha >= 0:
+            raise ValueError(f"a LoRA needs rank >= 1 and alpha >= 0, got {self}")
 
     def to_peft(self) -> LoraConfig:
         """The same as a ``peft.LoraConfig`` (B starts at zero: no effect before training)."""

@@ -76,13 +76,12 @@ class FewStepSampling:
         method: DistillationMethod,
         prediction: PredictionType,
         *,
-        kind: Kind = "renoise",
         boundary: BoundaryKind = "none",
         guidance: float | None = None,
     ) -> FewStepSampling:
         """The step counts and times that a method trains for; the rest as in the class."""
         times = tuple(tuple(method.inference_times(count).tolist()) for count in method.step_counts)
-        return cls(times=times, kind=kind, boundary=boundary, guidance=guidance, prediction=prediction)
+        return cls(times=times, kind=method.sampling, boundary=boundary, guidance=guidance, prediction=prediction)
 
     @property
     def step_counts(self) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -77,11 +78,16 @@ class DistillationMethod(nn.Module, ABC):
         needs_latents: Whether batches must carry ``x_0``.
         target_decay: Decay of the averaged target network; None: the student is its own target.
         needs_null: Whether guidance of the teacher needs ``batch.null``.
+        sampling: How the student is sampled: fresh noise between its steps, or deterministic ones.
     """
 
     needs_latents: bool = False
     needs_null: bool = True
     target_decay: float | None = None
+    sampling: Literal["renoise", "ddim"] = "renoise"
+
+    def prepare(self, networks: Networks) -> None:
+        """Called once, before the optimizers are made and anything is saved; for methods that add to the networks."""
 
     @property
     def weights(self) -> Mapping[str, float]:

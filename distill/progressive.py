@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -101,8 +101,8 @@ class ProgressiveDistillation(DistillationMethod):
         ValueError: The numbers of steps do not halve, or a length is out of range.
     """
 
-    needs_latents: ClassVar[bool] = True
-    sampling: ClassVar[Literal["ddim"]] = "ddim"  # deterministic steps, as `distill.few_step` calls it
+    needs_latents = True
+    sampling = "ddim"
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ Two ways to read a student that is no flow:
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -87,8 +87,8 @@ class Reflow(DistillationMethod):
         ValueError: An unknown reading or space, ``eps`` outside [0, 1), or fewer than one time sample.
     """
 
-    needs_latents: ClassVar[bool] = False
-    sampling: ClassVar[Literal["ddim"]] = "ddim"  # deterministic steps, as `distill.few_step` calls it
+    needs_latents = False
+    sampling = "ddim"
 
     def __init__(
         self,

@@ -51,7 +51,7 @@ class PromptCutWarning(UserWarning):
 
 
 @dataclass
-class LaytonGenOutput(BaseOutput):  # type: ignore[misc]
+class LaytonGenOutput(BaseOutput):
     """What a pipeline gives.
 
     Attributes:

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +131,7 @@ class TransformersTextEncoder(TextEncoder):
             raise ValueError(f"{name}: the tokenizer has no padding token")
         self.tokenizer = tokenizer
         self.model = model.requires_grad_(trainable)
-        self.width = int(model.config.hidden_size)
+        self.width = int(cast(Any, model.config).hidden_size)
         self.padding: Padding = padding
         self.trainable = trainable
         self.name = name

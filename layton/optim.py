@@ -108,8 +108,8 @@ class MuonAdamW(Optimizer):
                 self._adamw(group, trained)
         return loss
 
-    def _muon(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
-        shapes: defaultdict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
+    def _muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        shapes: defaultdict[tuple[int, ...], list[Tensor]] = defaultdict(list)
         for parameter in parameters:
             shapes[tuple(_as_matrix(parameter).shape)].append(parameter)
         for (rows, columns), alike in shapes.items():
@@ -123,7 +123,7 @@ class MuonAdamW(Optimizer):
             for parameter, update in zip(alike, stacked, strict=True):
                 parameter.add_(update.reshape(parameter.shape).to(parameter.dtype), alpha=-size)
 
-    def _adamw(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+    def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         (beta1, beta2), lr = group["betas"], group["lr"] * group["adamw_scale"]
         gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
         first = [self._state(parameter, "exp_avg") for parameter in parameters]
@@ -142,7 +142,7 @@ class MuonAdamW(Optimizer):
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
         torch._foreach_addcdiv_(parameters, first, scale, [-lr / (1 - beta1**step) for step in steps])
 
-    def _state(self, parameter: nn.Parameter, name: str) -> Tensor:
+    def _state(self, parameter: Tensor, name: str) -> Tensor:
         state = self.state[parameter]
         if name not in state:
             state[name] = torch.zeros_like(parameter)

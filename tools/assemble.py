@@ -2,7 +2,8 @@
 
 python tools/assemble.py --tokenizer runs/tokenizer/export --out layton/assets/mini \
         [--ldm runs/text_to_image/export] [--decoder runs/decoder/export/decoder] \
-        [--consistency runs/consistency_pixel/export/decoder]
+        [--consistency runs/consistency_pixel/export/decoder] [--instaflow runs/instaflow/export/decoder] \
+        [--hipa runs/hipa/export/decoder]
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from generation.decoders import HiPADecoder, InstaFlowDecoder
 from layton.decoders import ConsistencyDecoder, DiffusionDecoder, LightDecoder
 from layton.interface import CodeDecoder
 from layton.ladd import LADD
@@ -21,6 +23,12 @@ from layton.ldm.autoencoder import Autoencoder
 from layton.ldm.cache import load_code_parts
 from layton.pixel_decoder import PixelDecoder
 from layton.tokenizer import LDM_FOLDER, LaytonTokenizer
+
+DISTILLED: dict[str, type[ConsistencyDecoder]] = {
+    "consistency": ConsistencyDecoder,
+    "instaflow": InstaFlowDecoder,
+    "hipa": HiPADecoder,
+}
 
 
 def main() -> None:
@@ -31,6 +39,8 @@ def main() -> None:
     parser.add_argument("--ldm", type=Path, help="export of the text-to-image run, a diffusers pipeline folder")
     parser.add_argument("--decoder", type=Path, help="decoder of the stage-1 run; needs --ldm")
     parser.add_argument("--consistency", type=Path, help="decoder of the stage-2 run; needs --decoder")
+    parser.add_argument("--instaflow", type=Path, help="decoder of the InstaFlow run; needs --decoder")
+    parser.add_argument("--hipa", type=Path, help="decoder of the HiPA run; needs --decoder")
     arguments = parser.parse_args()
     encoder, quantizer = load_code_parts(arguments.tokenizer)
     decoders: dict[str, CodeDecoder] = {
@@ -46,12 +56,13 @@ def main() -> None:
         unet = UNet2DConditionModel.from_pretrained(arguments.ldm / "unet")
         network = LADD.from_pretrained(arguments.decoder, unet=unet)
         decoders["diffusion"] = DiffusionDecoder(network, Autoencoder.from_pretrained(arguments.ldm / "vae"))
-    if arguments.consistency is not None:
+    for name, kind in DISTILLED.items():
+        folder: Path | None = getattr(arguments, name)
+        if folder is None:
+            continue
         if arguments.decoder is None:
-            parser.error("--consistency needs --decoder, the stage-1 decoder that it was trained on")
-        decoders["consistency"] = ConsistencyDecoder.from_pretrained(
-            arguments.consistency, ldm=arguments.ldm, base=arguments.decoder
-        )
+            parser.error(f"--{name} needs --decoder, the stage-1 decoder that it was trained on")
+        decoders[name] = kind.from_pretrained(folder, ldm=arguments.ldm, base=arguments.decoder)
     tokenizer = LaytonTokenizer(encoder, quantizer, decoders)
     tokenizer.save_pretrained(arguments.out, dtype=torch.float16)
 

@@ -49,8 +49,8 @@ class HiPADecoder(ConsistencyDecoder):
             latents_per_token=latents_per_token,
             difference=difference,
         )
-        if self.steps != (1,):
-            raise ValueError(f"HiPA decodes in one step, got times for {list(self.steps)}")
+        if self.sampling.step_counts != (1,):
+            raise ValueError(f"HiPA decodes in one step, got times for {list(self.sampling.step_counts)}")
         require_attention(difference.adaptation)
 
 

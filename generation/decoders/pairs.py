@@ -67,7 +67,9 @@ class DecoderPairs(SampleSource):
     ) -> None:
         first = source.sample(0, seed=0)
         if solver.is_guided or not {"codes", "latent"} <= first.keys():
-            raise ValueError(f"pairs of a code decoder need codes, latents and no guidance; got {list(first)}, {solver}")
+            raise ValueError(
+                f"pairs of a code decoder need codes, latents and no guidance; got {list(first)}, {solver}"
+            )
         self._source = source
         channels, height, width = first["latent"].shape
         count = len(source) if num_pairs is None else num_pairs

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal, cast, get_args
 
-from distill.few_step import Kind
 from distill.method import DistillationMethod
 from generation.decoders.hipa import HiPADecoder, require_attention
 from generation.decoders.instaflow import InstaFlowDecoder
@@ -89,7 +88,7 @@ class OneStepDecoderTask(ConsistencyDecoderTask):
             raise ValueError(f"{trained:,} parameters would be trained, at most {max_parameters:,} may be")
         self.name = name
         # reflow's steps are Euler's; the default puts fresh noise between them
-        self.sampling = replace(self.sampling, kind=cast(Kind, getattr(method, "sampling", "renoise")))
+        self.sampling = replace(self.sampling, kind=method.sampling)
 
     def _build(self, ldm: str, decoder: str, adaptation: Adaptation, start: str | None) -> None:
         super()._build(ldm, decoder, adaptation, start)

@@ -29,6 +29,14 @@ COMMANDS: dict[str, Command] = {
     "decode": Command("layton.commands.encode", "decode", "a file of codes to image files"),
     "demo": Command("layton.commands.demo", "demo", "what the embedded weights can do, in under two minutes"),
     "encode": Command("layton.commands.encode", "encode", "image files to a file of codes, 256 for each"),
+    "evaluate applications": Command(
+        "generation.commands.evaluate_applications",
+        "evaluate_applications",
+        "editing, inpainting and super-resolution in one step, scored on scenes",
+    ),
+    "evaluate decoders": Command(
+        "layton.commands.evaluate_decoders", "evaluate_decoders", "steps, quality and speed of all decoders, one table"
+    ),
     "evaluate geneval": Command(
         "generation.commands.evaluate_geneval",
         "evaluate_geneval",

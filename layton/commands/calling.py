@@ -31,7 +31,7 @@ def call_function(name: str, command: Command, args: Sequence[str]) -> int:
     """
     function: Callable[..., int | None] = getattr(import_module(command.module), command.function)
     parser = function_parser(function, program=f"layton {name}")
-    given = parser.parse_args([_underscored(word) for word in args]).as_dict()
+    given = parser.parse_args(_flags_spelt_out(function, [_underscored(word) for word in args])).as_dict()
     positional = [given.pop(parameter.name) for parameter in _positional(function)]
     status = function(*positional, **given)
     return 0 if status is None else int(status)
@@ -84,6 +84,17 @@ def _is_union(hint: Any) -> bool:
 def _positional(function: Callable[..., Any]) -> list[inspect.Parameter]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [parameter for parameter in inspect.signature(function).parameters.values() if parameter.kind in kinds]
+
+
+def _flags_spelt_out(function: Callable[..., Any], words: list[str]) -> list[str]:
+    """``--quick`` alone as ``--quick=true``: jsonargparse wants a value for every bool."""
+    hints = get_type_hints(function)
+    flags = {f"--{name}" for name in inspect.signature(function).parameters if hints[name] is bool}
+    following = [*words[1:], ""]
+    return [
+        f"{word}=true" if word in flags and after.lower() not in ("true", "false", "yes", "no") else word
+        for word, after in zip(words, following, strict=True)
+    ]
 
 
 def _underscored(word: str) -> str:

@@ -80,7 +80,7 @@ def _straightness(measured: Measured, context: Context) -> dict[str, float]:
         from layton.commands.reports import write_json
 
         reflowed = context.out / "teachers" / METHOD.name
-        count = max(4, min(256, context.scale.images))
+        count = max(4, min(256, context.scale.images // 4))
         write_json(
             path,
             {

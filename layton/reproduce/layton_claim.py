@@ -50,8 +50,10 @@ def measure(context: Context) -> Outcome:
     start = places["runs/decoder/export/decoder"]
     claim_out(context, claim="layton", teacher=digest(start))
     spent = {
-        BASELINE.name: train_arm(BASELINE, context, places),
-        METHOD.name: train_arm(METHOD, context, places, outputs={"distill": _START_PLACE}),
+        BASELINE.name: train_arm(BASELINE, context, places, image_size=image_size(places)),
+        METHOD.name: train_arm(
+            METHOD, context, places, image_size=image_size(places), outputs={"distill": _START_PLACE}
+        ),
     }
     figures = {
         f"{arm.name}-{steps}": _evaluated(arm, steps, context, places)
@@ -98,6 +100,14 @@ def find_parts(context: Context) -> dict[str, Path]:
         "runs/tokenizer/export": root,
         "runs/decoder/export/decoder": root / "decoders" / "diffusion",
     }
+
+
+def image_size(places: Mapping[str, Path]) -> int:
+    """Side in pixels of the images that the tokenizer takes, and of its scenes here."""
+    from layton.folder import load_config
+    from layton.tokenizer import CLASS_NAME
+
+    return int(str(load_config(places["runs/tokenizer/export"], expected_class=CLASS_NAME)["image_size"]))
 
 
 def judge(figures: Mapping[str, Mapping[str, Any]]) -> list[Check]:
@@ -170,7 +180,8 @@ def _evaluated(arm: Arm, steps: int, context: Context, places: Mapping[str, Path
         if not path.is_file():
             context.say(f"{arm.name}: measuring {name} in {steps} steps")
             reconstruct = reconstruct or reconstruction(arm, steps, context, places)
-            write_json(path, _reconstructions(reconstruct, data, count, arm, steps, context))
+            size = image_size(places)
+            write_json(path, _reconstructions(reconstruct, data, count, arm, steps, context, size=size))
         found[name] = json.loads(path.read_text(encoding="utf-8"))
     if arm is METHOD and steps == max(METHOD.steps):
         path = folder / "objects.json"
@@ -182,7 +193,7 @@ def _evaluated(arm: Arm, steps: int, context: Context, places: Mapping[str, Path
                 reconstruct or reconstruction(arm, steps, context, places),
                 count,
                 split="test",
-                size=256,
+                size=image_size(places),
                 batch_size=context.scale.batch_size,
             )
             write_json(path, kept.to_dict())
@@ -191,13 +202,20 @@ def _evaluated(arm: Arm, steps: int, context: Context, places: Mapping[str, Path
 
 
 def _reconstructions(
-    reconstruct: Callable[[Tensor], Tensor], data: list[str], count: int | None, arm: Arm, steps: int, context: Context
+    reconstruct: Callable[[Tensor], Tensor],
+    data: list[str],
+    count: int | None,
+    arm: Arm,
+    steps: int,
+    context: Context,
+    *,
+    size: int,
 ) -> dict[str, Any]:
     from layton.commands.evaluation_data import open_images
     from layton.metrics import evaluate_reconstruction
     from layton.metrics.protocol import Protocol
 
-    images = open_images(data, split="test", count=count, size=256, batch_size=context.scale.batch_size)
+    images = open_images(data, split="test", count=count, size=size, batch_size=context.scale.batch_size)
     protocol = Protocol(
         dataset=images.name,
         split=images.split,

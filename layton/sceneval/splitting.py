@@ -84,17 +84,22 @@ def _fit_parts(patch: Patch, parts: NDArray[np.int8]) -> tuple[list[Pose], float
                     others |= owned[j] if turn == 0 else drawn[j] > 0.5
             # What the others own says nothing about this one.
             weight = np.where(others, np.float32(0), patch.weight)
-            poses.append(_fit_window(patch.alpha, weight, owned[k]))
+            pose = _fit_window(patch.alpha, weight, owned[k])
+            if pose is None:  # the others explain all of this part, so it is none
+                return [], 0.0
+            poses.append(pose)
     union = np.zeros(parts.shape, np.float32)
     for pose in poses:
         union = np.maximum(union, pose.coverage(height, width))
     return poses, soft_iou(patch.alpha, union, patch.weight)
 
 
-def _fit_window(alpha: Field, weight: Field, owned: Mask) -> Pose:
-    """Fit one part inside its own box, and give the pose in the patch's pixels."""
+def _fit_window(alpha: Field, weight: Field, owned: Mask) -> Pose | None:
+    """Fit one part inside its own box, and give the pose in the patch's pixels; None if nothing is left to explain."""
     rows, columns = np.flatnonzero(owned.any(1)), np.flatnonzero(owned.any(0))
     top, left = max(int(rows[0]) - _MARGIN, 0), max(int(columns[0]) - _MARGIN, 0)
     window = (slice(top, int(rows[-1]) + 1 + _MARGIN), slice(left, int(columns[-1]) + 1 + _MARGIN))
+    if not (alpha[window] * weight[window]).any():
+        return None
     pose = best_fit(Patch(alpha[window], weight[window]))
     return replace(pose, cx=pose.cx + left, cy=pose.cy + top)

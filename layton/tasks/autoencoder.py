@@ -17,7 +17,7 @@ from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
 class AutoencoderTask(LaytonTask):
     """Pixel and perceptual reconstruction with a small Kullback-Leibler term (arXiv 2112.10752, section 3.1).
 
-    The autoencoder is convolutional, so it trains on crops. `export` first makes every latent channel zero-mean and
+    The autoencoder is convolutional, so it trains on crops. `export` makes every latent channel zero-mean and
     unit-variance over validation images by folding the affine map into the 1x1 convolutions around the latent.
 
     Args:
@@ -29,6 +29,7 @@ class AutoencoderTask(LaytonTask):
         l2_weight: Weight of the mean squared error.
         perceptual_weight: Weight of the perceptual term.
         kl_weight: Weight of the divergence from N(0, I), per latent number.
+        decoder_only: Keep the encoder as it is: latents that are cached, and models trained on them, stay valid.
     """
 
     def __init__(
@@ -42,9 +43,14 @@ class AutoencoderTask(LaytonTask):
         l2_weight: float = 1.0,
         perceptual_weight: float = 0.1,
         kl_weight: float = 1e-4,
+        decoder_only: bool = False,
     ) -> None:
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
         self.autoencoder = autoencoder
+        self.decoder_only = decoder_only
+        if decoder_only:
+            autoencoder.model.encoder.requires_grad_(False)
+            autoencoder.model.quant_conv.requires_grad_(False)
         self.perceptual = perceptual
         self.weights = {"l1": l1_weight, "l2": l2_weight, "kl": kl_weight}
         if perceptual is not None:
@@ -84,7 +90,10 @@ class AutoencoderTask(LaytonTask):
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:
-        """Write a diffusers ``AutoencoderKL`` folder whose latents are standardised on validation images."""
+        """Write a diffusers ``AutoencoderKL`` folder; latents are standardised on validation images if they changed."""
+        if self.decoder_only:
+            self.autoencoder.model.save_pretrained(folder)
+            return
         means = []
         for batch in self.trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
             means.append(self.autoencoder.encode(batch["image"].to(self.device)))

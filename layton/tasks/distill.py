@@ -125,6 +125,7 @@ class DistillTask(LaytonTask):
         if isinstance(getattr(method, "schedule", None), NoiseSchedule):
             cast(Any, method).schedule = networks.student.schedule
         attach_networks(method, networks, critic)
+        method.prepare(networks)
         self.method = method
 
     def setup(self, stage: str) -> None:

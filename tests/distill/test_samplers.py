@@ -174,13 +174,14 @@ def test_sampling_in_two_parts_equals_sampling_at_once(rand64):
 
 def test_callback_sees_every_step_in_order(rand64):
     denoiser, seen = DummyDenoiser(VPSchedule(), "v"), []
-    x, times = rand64(1, 4, 8, 8), torch.tensor([900.0, 500.0, 100.0])
+    x, times = rand64(1, 4, 8, 8), torch.tensor([900.0, 500.0, 100.0, 50.0])
     result = sample(denoiser, x, times, NONE, callback=lambda step, x_s: seen.append((step, x_s)))
-    assert [step.index for step, _ in seen] == [0, 1, 2]
+    assert [step.index for step, _ in seen] == [0, 1, 2, 3]
     assert [float(step.t) for step, _ in seen] == times.tolist()
     assert float(seen[-1][0].s) == -1.0 and seen[-1][0].lands_clean
     assert torch.equal(seen[-1][1], result)
-    assert seen[2][0].previous is not None and seen[2][0].previous.previous is None
+    first, second = seen[3][0].previous.previous, seen[3][0].previous
+    assert (first.index, second.index, first.previous) == (1, 2, None)  # two predecessors, not a growing chain
 
 
 def test_gradients_reach_the_starting_noise(rand64):

@@ -10,11 +10,10 @@ from torch.nn import functional as F
 from generation.generator import Generator, GeneratorCard, SamplingDefaults, TokenizerFacts, save_generator
 from generation.shapes import CaptionShape, Factors
 from generation.text_encoders import TransformersTextEncoder
-from layton.ldm.text import build_tokenizer
 from generation.transformer import LaytonGenTransformer
 from layton.decoders import LightDecoder
 from layton.encoder import ViTEncoder
-from layton.ldm.text import build_text_encoder
+from layton.ldm.text import build_text_encoder, build_tokenizer
 from layton.pixel_decoder import PixelDecoder
 from layton.quantizer import CosineVQ
 from layton.scenes import render, sample_scene

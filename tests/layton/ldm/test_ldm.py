@@ -126,7 +126,7 @@ def test_cached_latents_equal_those_made_directly_and_refuse_another_autoencoder
     image = source.sample(2, seed=0)["image"]
     with torch.no_grad():
         direct = autoencoder.encode(image[None])[0]
-    torch.testing.assert_close(sample["latent"].float(), direct, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(sample["latent"].float(), direct, atol=3e-2, rtol=3e-2)  # the cache is made in bfloat16
     assert sample["caption"] == caption(sample_scene(2)) or sample["key"].startswith("scenes/")
     build_autoencoder(latent_channels=4, block_out_channels=(8, 8, 16), norm_num_groups=4).save_pretrained(
         tmp_path / "other"

@@ -7,17 +7,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from diffusers import StableDiffusionPipeline
 
-from layton.ldm.autoencoder import build_autoencoder
+from layton.decoders import DiffusionDecoder
+from layton.encoder import ViTEncoder
+from layton.ladd import LADD
+from layton.ldm.autoencoder import Autoencoder, build_autoencoder
+from layton.ldm.pipeline import build_scheduler
+from layton.ldm.unet import build_unet
+from layton.quantizer import CosineVQ
+from layton.tokenizer import LaytonTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import small_pipelines as tiny
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 TINY_SCALE: dict[str, Any] = {
-    "budget": 700, "train_scenes": 6, "images": 6, "per_task": 1, "images_per_prompt": 1, "seeds": [0, 1], "resamples": 2
+    "budget": 700, "train_scenes": 6, "images": 6, "per_task": 1, "images_per_prompt": 1,
+    "seeds": [0, 1], "resamples": 2
 }  # fmt: skip
 
 
@@ -49,3 +58,20 @@ def tiny_configs(root: Path, claim: str, *, rank: int = 2, batch_size: int = 2, 
             run["quick"] = TINY_SCALE | scale
         path.write_text(yaml.safe_dump(run))
     return folder
+
+
+def save_tokenizer(root: Path) -> Path:
+    """A tokenizer for 64-pixel images with a latent diffusion model and a stage-1 decoder."""
+    torch.manual_seed(0)
+    unet = build_unet(latent_channels=4, latent_size=4, block_out_channels=(16, 16), text_width=16)
+    unet.save_pretrained(root / "ldm/unet")
+    coder = build_autoencoder(latent_channels=4, block_out_channels=(8,) * 5, norm_num_groups=4)
+    coder.save_pretrained(root / "ldm/vae")
+    build_scheduler().save_pretrained(root / "ldm/scheduler")
+    (root / "ldm/model_index.json").write_text("{}")
+    ladd = LADD.from_pipeline(root / "ldm", code_dim=4, embedding_channels=(8,))
+    encoder = ViTEncoder(code_dim=4, width=16, depth=1, num_heads=2, stem_width=8)
+    quantizer = CosineVQ(vocab_size=32, code_dim=4, start_points=0)
+    decoders = {"diffusion": DiffusionDecoder(ladd, Autoencoder(coder))}
+    LaytonTokenizer(encoder, quantizer, decoders, image_size=64).save_pretrained(root)
+    return root

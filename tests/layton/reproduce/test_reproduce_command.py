@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from layton.cli import main
+from layton.reproduce.evaluation import Evaluator
+from layton.reproduce.report import QUICK_LABEL
 
 sys.path.insert(0, str(Path(__file__).parent))
-from reproduce_tools import save_teacher, tiny_configs
+from reproduce_tools import save_teacher, save_tokenizer, tiny_configs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning"),
 ]
-ARM_STEP = {"lcm": 2 * 6, "mlcm": 2 * 19}  # most forward-equivalents that one step of two samples costs
+MOST = {"lcm": 2 * 6, "mlcm": 2 * 20}  # forward-equivalents that one step of two samples costs at most
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,75 @@ def reproduce(claim: str, teacher: Path, *more: str) -> int:
     return main(["--debug", "reproduce", claim, "--quick=true", "--out=out", "--pipeline", str(teacher), *more])
 
 
-def test_mlcm_against_lcm(tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tiny_configs(tmp_path, "mlcm", budget=80)
-    assert reproduce("mlcm", teacher, "--json=result.json") == 0
-    print(capsys.readouterr())
+def test_mlcm_against_lcm_and_again_after_an_interruption(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_configs(tmp_path, "mlcm", budget=40)
+    with monkeypatch.context() as patch:
+
+        def give_up(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(Evaluator, "scene_scores", give_up)
+        assert reproduce("mlcm", teacher) == 130  # both arms are trained, and the first features drawn
+    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/**/*.safetensors")}
+    assert sum("export" in path.parts for path in done) == 2 and any("features" in path.name for path in done)
+    assert reproduce("mlcm", teacher, "--json=result.json") == 0  # claims that do not hold are results
+    assert all(path.stat().st_mtime_ns == time for path, time in done.items())
+    result = json.loads(Path("result.json").read_text())
+    assert result == json.loads(Path("out/result.json").read_text())
+    for arm, most in MOST.items():
+        made = result["arms"][arm]
+        assert 40 <= made["forwards"] < 40 + most, arm
+        assert made["stages"]["train"]["steps"] >= 2 or arm == "mlcm"
+    assert set(result["figures"]) == {"mlcm-2", "mlcm-4", "mlcm-8", "lcm-4", "teacher-25"}
+    assert len(result["figures"]["lcm-4"]["sceneval"]["overall"]) == 2
+    assert result["figures"]["mlcm-4"]["num_images"] == 6 and result["quick"] and result["label"] == QUICK_LABEL
+    assert len(result["checks"]) == 3 and result["protocol"]["teacher"] and result["versions"]["diffusers"]
+    shown = capsys.readouterr()
+    assert QUICK_LABEL in shown.out and "floor at least 3" in shown.out and "trained already" in shown.err
+    # another measurement does not mix with this one
+    scale = yaml.safe_load((folder / "scale.yaml").read_text())
+    scale["quick"]["budget"] = 50
+    (folder / "scale.yaml").write_text(yaml.safe_dump(scale))
+    with pytest.raises(ValueError, match="another configs, scale"):
+        reproduce("mlcm", teacher)
+
+
+def test_what_is_missing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    for claim in ("mlcm", "layton", "laytongen"):
+        arguments = ["--quick=true", "--out=out", "--pipeline=empty", "--tokenizer=empty"]
+        assert main(["reproduce", claim, *arguments]) == 1
+        error = capsys.readouterr().err
+        assert ("this claim needs" in error and "--pipeline" in error) or "--tokenizer" in error
+    assert main(["reproduce", "nothing"]) == 2
+    assert main(["reproduce", "mlcm", "--photographs", "x"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("claim", "budget"), [("scott", 60), ("instaflow", 1200), ("hipa", 4000)])
+def test_other_claims_about_students(tmp_path: Path, teacher: Path, claim: str, budget: float) -> None:
+    tiny_configs(tmp_path, claim, budget=budget, seeds=[0])
+    assert reproduce(claim, teacher) == 0
+    result = json.loads(Path("out/result.json").read_text())
+    shares = {name: arm["forwards"] / budget for name, arm in result["arms"].items() if arm["forwards"]}
+    for name, share in shares.items():
+        wanted = 0.099 if name == "hipa" else 1.0
+        over = sum(stage["last_step"] for stage in result["arms"][name]["stages"].values()) / budget
+        assert wanted <= share < wanted + over + 1e-9, name
+    if claim == "instaflow":
+        accounts = result["arms"]["instaflow"]["stages"]["one_step"]["accounts"]
+        assert accounts["data"] == 300 and accounts["images"] > 0
+
+
+@pytest.mark.slow
+def test_layton_against_its_diffusion_decoder(tmp_path: Path, teacher: Path) -> None:
+    tokenizer = save_tokenizer(tmp_path / "tokenizer")
+    tiny_configs(tmp_path, "layton", budget=60)
+    assert reproduce("layton", teacher, "--tokenizer", str(tokenizer)) == 0
+    result = json.loads(Path("out/result.json").read_text())
+    assert set(result["figures"]) == {"diffusion-25", "consistency-1", "consistency-2", "consistency-3"}
+    assert all(arm["forwards"] >= 60 for arm in result["arms"].values())
+    assert "images" in result["arms"]["consistency"]["stages"]["pixels"]["accounts"]
+    assert len(result["checks"]) == 6

@@ -101,6 +101,22 @@ def test_autoencoder_run_exports_a_diffusers_autoencoder(tmp_path: Path) -> None
     assert latents.shape == (1, 4, SIZE // 4, SIZE // 4)
 
 
+def test_decoder_only_tuning_keeps_old_latents_valid(tmp_path: Path) -> None:
+    save_tiny_autoencoder(tmp_path)
+    before = Autoencoder.from_pretrained(tmp_path / "ae/export").eval()
+    part = {"class_path": "layton.ldm.autoencoder.Autoencoder", "init_args": {"pretrained": "ae/export"}}
+    model = {
+        "class_path": "layton.tasks.autoencoder.AutoencoderTask",
+        "init_args": {"autoencoder": part, "decoder_only": True},
+    }
+    export = fit(tmp_path, "autoencoder", run_file(model, source("train", 8), source("validation", 4)))
+    after = Autoencoder.from_pretrained(export).eval()
+    images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = before.encode(images)
+    assert torch.equal(latents, after.encode(images))
+    assert not torch.equal(before.decode(latents), after.decode(latents))
+
+
 def test_tokenizer_run_exports_parts_that_encode(tmp_path: Path) -> None:
     model = {
         "class_path": "layton.tasks.tokenizer.TokenizerTask",

@@ -1,0 +1,155 @@
+"""``layton evaluate applications``: editing, inpainting and super-resolution in one step, scored on scenes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from layton.commands.calling import progress
+from layton.commands.reports import write_json
+from layton.data.types import Split
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from distill.condition import Condition
+    from generation.applications_check import EditScore, EnlargeScore, InpaintScore, OneStepModel
+
+
+def evaluate_applications(
+    *,
+    student: Path | None = None,
+    pipeline: str = "mini",
+    count: int = 100,
+    split: Split = "test",
+    edit_time: float = 700.0,
+    edit_threshold: float = 0.4,
+    edit_softness: int = 1,
+    inpaint_time: float = 900.0,
+    enlarge_time: float = 250.0,
+    enlarge_strength: float = 1.0,
+    scale: int = 4,
+    batch_size: int = 16,
+    device: str | None = None,
+    json: Path | None = None,
+) -> None:
+    """Score HiPA's three applications, each on so many scenes; choose the settings on the validation split.
+
+    Args:
+        student: export of a one-step distillation; without one, the pipeline's own network takes the step.
+        pipeline: embedded model or folder of the diffusers pipeline that it was distilled from.
+        count: scenes for each application.
+        split: train, validation or test.
+        edit_time: time to which sources are noised to be edited.
+        edit_threshold: share of the largest change, in [0, 1), above which a place belongs to the edit.
+        edit_softness: latent positions by which the edited places are widened.
+        inpaint_time: time to which the surroundings of a hole are noised.
+        enlarge_time: time to which enlarged images are noised.
+        enlarge_strength: share in [0, 1] of the model's picture in the enlarged one; the rest is bicubic.
+        scale: enlargement along a side.
+        batch_size: images at once; the scores do not depend on it.
+        device: where to run; the accelerator if there is one.
+        json: write scores and settings to this file as well.
+    """
+    from generation.applications_check import TaskSettings, score_editing, score_enlargement, score_inpainting
+    from layton.metrics.protocol import library_versions
+
+    if count < 1:
+        raise ValueError(f"count must be >= 1, got {count}")
+    settings = TaskSettings(
+        edit_t=edit_time,
+        edit_threshold=edit_threshold,
+        edit_softness=edit_softness,
+        inpaint_t=inpaint_time,
+        enlarge_t=enlarge_time,
+        enlarge_strength=enlarge_strength,
+        scale=scale,
+    )
+    model = load_model(pipeline, student, device=device)
+    epd, absent = _epd()
+    with progress(3 * count, "applications") as bar:
+        edits = score_editing(model, count, settings, split=split, batch_size=batch_size, on_batch=bar.update)
+        fills = score_inpainting(model, count, settings, split=split, batch_size=batch_size, on_batch=bar.update)
+        large = score_enlargement(
+            model, count, settings, split=split, batch_size=batch_size, epd=epd, on_batch=bar.update
+        )
+    sys.stdout.write(summary(edits, fills, large) + absent)
+    if json is not None:
+        run = {
+            "pipeline": pipeline,
+            "student": None if student is None else str(student),
+            "split": split,
+            "image_size": model.image_size,
+            "settings": asdict(settings),
+            "versions": library_versions(),
+        }
+        scores = {"editing": asdict(edits), "inpainting": asdict(fills), "super_resolution": asdict(large)}
+        write_json(json, {**scores, "run": run})
+
+
+def load_model(pipeline: str, student: Path | None, *, device: str | None = None) -> OneStepModel:
+    """A pipeline, and a distilled student in it, as one-step tasks need it.
+
+    Raises:
+        UsageError: There is no such pipeline.
+        ValueError: The student does not fit it, or was not trained for one step.
+    """
+    from distill.models import denoiser_from_pipeline
+    from generation.applications_check import OneStepModel
+    from layton.commands.models import choose_device
+    from layton.commands.text_to_image import find_pipeline
+    from layton.distilled import load_distilled
+    from layton.ldm.autoencoder import Autoencoder
+    from layton.ldm.conditions import PromptEncoder, latent_shape_of
+    from layton.ldm.teacher import open_pipeline
+
+    pipe = open_pipeline(find_pipeline(pipeline))
+    scheduler = pipe.scheduler
+    if student is not None:
+        load_distilled(pipe, student).times_for(1)
+        pipe.register_modules(scheduler=scheduler)  # the schedule of the noise, which the student shares
+    place = str(choose_device(device))
+    _, height, width = latent_shape_of(pipe)
+    autoencoder = Autoencoder(pipe.vae).eval().to(place)
+    encoder = PromptEncoder(pipe, latent_size=(height, width))
+
+    def condition_of(texts: Sequence[str]) -> Condition:
+        return encoder(texts, device=place)
+
+    return OneStepModel(
+        denoiser_from_pipeline(pipe).eval().to(place),
+        autoencoder.encode,
+        autoencoder.decode,
+        condition_of,
+        image_size=height * autoencoder.downsample_factor,
+        device=place,
+    )
+
+
+def summary(edits: EditScore, fills: InpaintScore, large: EnlargeScore) -> str:
+    """Three lines for people."""
+    lines = [
+        f"editing: colour changed in {edits.changed:.1%}, and nothing else in {edits.correct:.1%} of {edits.scenes} "
+        f"scenes (checker's limit {edits.limit:.1%}); outside {edits.psnr_outside:.1f} dB",
+        f"inpainting: inside right in {fills.inside:.1%} of {fills.scenes} scenes (checker's limit {fills.limit:.1%}); "
+        f"outside at least {fills.psnr_outside:.1f} dB",
+        f"super-resolution: {large.psnr:.2f} dB, bicubic {large.psnr_bicubic:.2f} dB",
+    ]
+    if large.epd is not None and large.epd_bicubic is not None:
+        lines[-1] += f"; EPD {large.epd:.4f}, bicubic {large.epd_bicubic:.4f}"
+    return "\n".join(lines) + "\n"
+
+
+def _epd() -> tuple[Callable[[Tensor, Tensor], Tensor] | None, str]:
+    """The measure, or None and a line that says why."""
+    from layton.metrics.perceptual import EPD
+
+    try:
+        return EPD(), ""
+    except ImportError as error:
+        return None, f"no EPD: {error}\n"

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+
+from layton.commands import Command
+from layton.commands.calling import call_function
+
+seen: list[tuple[str, bool, int]] = []
+
+
+def toy(name: str, *, quick_look: bool = False, count: int = 1) -> None:
+    """A toy.
+
+    Args:
+        name: of something.
+        quick_look: be quick.
+        count: how many.
+    """
+    seen.append((name, quick_look, count))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["a"], ("a", False, 1)),
+        (["a", "--quick-look"], ("a", True, 1)),
+        (["--quick_look", "--count", "3", "a"], ("a", True, 3)),
+        (["a", "--quick-look=true"], ("a", True, 1)),
+        (["a", "--quick-look", "false"], ("a", False, 1)),
+    ],
+)
+def test_a_switch_needs_no_value(
+    words: list[str], expected: tuple[str, bool, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("toy_commands")
+    module.toy = toy  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "toy_commands", module)
+    assert call_function("toy", Command("toy_commands", "toy", "a toy"), words) == 0
+    assert seen.pop() == expected

@@ -1,0 +1,118 @@
+"""Committed run files: they parse, and what is changed in them is what was meant."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from layton.cli import main
+from layton.commands.reproduce import CLAIMS, find_claim_configs
+from layton.reproduce import hipa, instaflow, layton_claim, mlcm, scott
+from layton.reproduce.claim import SCALE_FILE, Arm, Context, Pairs, Phase, Scale, Stage
+from layton.reproduce.run_files import assign, moved, read_run, set_scene_size
+from layton.reproduce.training import TEACHER_PLACE, resolved_run
+
+CONFIGS = Path(__file__).parents[3] / "configs" / "reproduce"
+ARMS = {
+    "mlcm": mlcm.CLAIM.arms,
+    "scott": scott.CLAIM.arms,
+    "instaflow": instaflow.CLAIM.arms,
+    "hipa": hipa.CLAIM.arms,
+    "layton": (layton_claim.METHOD, layton_claim.BASELINE),
+}
+STAGES = [(claim, arm, stage) for claim, arms in ARMS.items() for arm in arms for stage in arm.stages]
+
+
+def context(claim: str, out: Path, *, quick: bool = False) -> Context:
+    folder = CONFIGS / claim
+    return Context(out, folder, Scale.read(folder / SCALE_FILE, quick=quick), quick)
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_every_claim_has_both_scales(claim: str) -> None:
+    folder = find_claim_configs(claim)
+    full, quick = (Scale.read(folder / SCALE_FILE, quick=flag) for flag in (False, True))
+    assert full.images == 5000 and full.seeds == (0, 1, 2) and full.per_task * 6 == 300 and full.images_per_prompt == 4
+    assert quick.budget <= full.budget / 10 and quick.images < full.images
+
+
+@pytest.mark.parametrize(("claim", "arm", "stage"), STAGES, ids=lambda part: getattr(part, "name", part))
+def test_resolved_run_files_parse(tmp_path: Path, claim: str, arm: Arm, stage: Stage) -> None:
+    measurement = context(claim, tmp_path, quick=True)
+    places = {TEACHER_PLACE: tmp_path / "teacher", "runs/tokenizer/export": tmp_path / "tokenizer"}
+    run = resolved_run(arm, stage, measurement, places, image_size=64)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run))
+    assert main(["--debug", "fit", "--config", str(path), "--run_dir", str(tmp_path), "--print_config"]) == 0
+    assert TEACHER_PLACE not in path.read_text() and "runs/cache" not in path.read_text()
+    (stop,) = [c for c in run["trainer"]["callbacks"] if c["class_path"].endswith("BudgetStop")]
+    share = measurement.scale.budget * arm.budget * stage.share
+    assert stop["init_args"]["forwards"] == share and 0 <= stop["init_args"]["prepaid"] <= share
+    assert run["trainer"]["max_steps"] == run["trainer"]["max_epochs"] == -1
+
+
+@pytest.mark.parametrize("claim", ARMS)
+def test_arms_of_a_claim_differ_in_what_they_claim_only(claim: str) -> None:
+    files = [read_run(CONFIGS / claim / stage.config) for arm in ARMS[claim] for stage in arm.stages]
+    assert {run["seed_everything"] for run in files} == {0}
+    assert {run["model"]["class_path"] for run in files} == {files[0]["model"]["class_path"]}
+    roles = [arm.role for arm in ARMS[claim]]
+    assert roles.count("method") == 1 and "baseline" in roles
+    if claim in ("mlcm", "scott"):
+        parts = [{k: v for k, v in run["model"]["init_args"].items() if "critic" not in k} for run in files]
+        for part in parts:
+            part.pop("method")
+        assert parts[0] == parts[1]  # adapter, optimizer, clipping
+    budgets = {arm.budget for arm in ARMS[claim] if arm.stages}
+    assert budgets == {1.0} or claim == "hipa"
+
+
+def test_quick_lays_the_overlay_over_the_run(tmp_path: Path) -> None:
+    stage = mlcm.BASELINE.stages[0]
+    places = {TEACHER_PLACE: tmp_path}
+    quick, full = (
+        resolved_run(mlcm.BASELINE, stage, context("mlcm", tmp_path, quick=flag), places, image_size=32)
+        for flag in (True, False)
+    )
+    assert quick["trainer"]["limit_val_batches"] == 0 and "limit_val_batches" not in full["trainer"]
+    assert quick["trainer"]["val_check_interval"] == full["trainer"]["val_check_interval"]
+    assert quick["model"] == full["model"]
+
+
+def test_pairs_and_phases_come_out_of_the_budget(tmp_path: Path) -> None:
+    measurement = context("instaflow", tmp_path)
+    stage = instaflow.DIRECT.stages[0]
+    run = resolved_run(instaflow.DIRECT, stage, measurement, {TEACHER_PLACE: tmp_path}, image_size=256)
+    source = run["data"]["init_args"]["train"][0]["init_args"]
+    half = measurement.scale.budget / 2
+    assert source["num_pairs"] == source["prompts"]["init_args"]["length"] == half // 50
+    assert run["trainer"]["callbacks"][-1]["init_args"]["prepaid"] == pytest.approx(half, rel=1e-3)
+    steps = half / (run["data"]["init_args"]["batch_size"] * 3)  # that could be trained if the losses cost nothing
+    assert run["model"]["init_args"]["method"]["init_args"]["perceptual_start"] == pytest.approx(0.6 * steps, rel=1e-2)
+    assert source["folder"].startswith(str(tmp_path / "arms" / "direct"))
+    assert Phase("x", 5.0).step(1000, 10) == 20 and Phase("x", 5.0).step(1, 10) == 1 and Pairs(0.5, 50).count(10) == 1
+
+
+def test_moved_assign_and_size() -> None:
+    places = {"runs/a": Path("/x"), "runs/a/b": Path("/y")}
+    assert moved({"p": ["runs/a/c", "runs/a/b/d", "runs/ab", 1]}, places) == {"p": ["/x/c", "/y/d", "runs/ab", 1]}
+    run: dict[str, Any] = {"a": [{"b": {}}]}
+    assign(run, "a.0.b.c", 5)
+    assert run == {"a": [{"b": {"c": 5}}]}
+    for option in ("a.1.b", "x.y", "a.b.c"):
+        with pytest.raises(ValueError, match="no place"):
+            assign(run, option, 1)
+    scenes = {"t": [{"class_path": "layton.data.sources.ScenesSource", "init_args": {"size": 8}}, {"size": 9}]}
+    set_scene_size(scenes, 32)
+    assert scenes["t"][0]["init_args"]["size"] == 32 and scenes["t"][1] == {"size": 9}
+
+
+def test_shares_of_an_arm_are_its_whole_budget() -> None:
+    with pytest.raises(ValueError, match="share"):
+        Arm("x", "method", (Stage("a", "a.yaml", share=0.5),))
+    with pytest.raises(ValueError, match="scale 'full'"):
+        Scale.read(Path(sys.executable).parent / "none.yaml", quick=False)
