@@ -22,7 +22,7 @@ from distill.extra_terms import ExtraTerm, StudentOutput
 from distill.latent_perceptual import LatentPerceptualDistance
 from distill.method import DistillationMethod, DistillBatch, MethodOutput, Networks
 from distill.mlcm_settings import Progression, Refinement
-from distill.mlcm_states import GuidedTeacher, denoised_states, jump, student_samples
+from distill.mlcm_states import GuidedTeacher, denoised_states, forget_casts, jump, student_samples
 from distill.schedules import NoiseSchedule, VPSchedule
 from distill.segments import (
     GRID_SEGMENTS,
@@ -276,6 +276,7 @@ def _target_jump(target: Denoiser, batch: DistillBatch, x_t: Tensor, t: Tensor, 
     condition = batch.condition if batch.condition.batch_size in (None, 1) else batch.condition[moving]
     x, here, there = x_t[moving], t[moving], s[moving]
     landed = jump(target.schedule, x, target.predict(x, here, condition), here, there)
+    forget_casts()  # the student, which may be the target itself, comes next
     return x_t.to(landed.dtype).index_copy(0, moving, landed)
 
 

@@ -115,4 +115,13 @@ def student_samples(student: Denoiser, eps: Tensor, times: Sequence[float] | Ten
         t = torch.full((len(eps),), time, device=eps.device, dtype=working_dtype(eps.device))
         x_t = eps if number == 0 else student.schedule.add_noise(x_0, eps, t)
         x_0 = student.predict(x_t, t, condition).x_0
+    forget_casts()
     return x_0
+
+
+def forget_casts() -> None:
+    """Drop what autocast remembers of weights that were cast without gradient.
+
+    Older versions of torch (before pytorch #165068) hand such casts to the next evaluation, which then has no gradient.
+    """
+    torch.clear_autocast_cache()

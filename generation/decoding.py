@@ -12,7 +12,7 @@ from torch import Tensor
 
 from generation.cache import CachedDecoder
 from generation.guidance import Guidance, guide
-from generation.sampling import SamplingOptions, sample_codes
+from generation.sampling import SamplingOptions, sample_codes, uniform_noise
 from generation.transformer import LaytonGenTransformer
 
 FREE = -1
@@ -72,6 +72,9 @@ def generate_codes(
     decoder = CachedDecoder(model, condition, mask, num_codes=count)
     if batch == 0 or start == count:
         return codes
+    if generators is not None and not options.greedy:
+        for _ in range(start):  # draw i is code i's, whatever other images of the batch have known
+            uniform_noise(generators, model.vocab_size)
     forced = (codes >= 0).any(dim=0).tolist()
     logits = decoder.prefill(_rows(codes[:, :start], twice))
     for index in range(start, count):
@@ -105,6 +108,8 @@ def _checked_known(known: Tensor | None, *, batch: int, count: int, vocab_size: 
         return None
     if known.ndim != 2 or known.shape[0] != batch or known.shape[1] < count:
         raise ValueError(f"known codes must be ({batch}, at least {count}), got {tuple(known.shape)}")
+    if known.is_floating_point() or known.dtype == torch.bool:
+        raise ValueError(f"known codes must be integers, got {known.dtype}")
     known = known[:, :count].clone()
     if known.numel() and (int(known.min()) < FREE or int(known.max()) >= vocab_size):
         raise ValueError(

@@ -135,7 +135,9 @@ def save_generator(folder: str | Path, generator: Generator, *, dtype: torch.dty
     """
     root = Path(folder)
     generator.transformer.save_pretrained(root / "transformer", dtype=dtype)
-    generator.text_encoder.save_pretrained(root / "text_encoder", dtype=dtype)
+    # its fingerprint counts weights as float16, which bfloat16 would change
+    text_dtype = torch.float16 if dtype == torch.bfloat16 else dtype
+    generator.text_encoder.save_pretrained(root / "text_encoder", dtype=text_dtype)
     card = cast("dict[str, JsonValue]", asdict(generator.card))
     save_config(root, {"class": CLASS_NAME, "text_encoder_class": class_name(type(generator.text_encoder)), **card})
 

@@ -71,6 +71,8 @@ def sample_codes(
     Raises:
         ValueError: If logits are NaN or infinite, ``top_k`` is larger than V, or generators are missing.
     """
+    if logits.device.type == "mps":  # knows no float64
+        return sample_codes(logits.cpu(), options=options, generators=generators).to(logits.device)
     if not bool(torch.isfinite(logits.sum(dtype=torch.float64))):  # one number tells of any NaN or infinity
         rows = (~torch.isfinite(logits).all(dim=-1)).nonzero().flatten().tolist()
         raise ValueError(f"logits of images {rows} are not finite: weights or inputs hold NaN or are too large")

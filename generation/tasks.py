@@ -16,6 +16,7 @@ from generation.guidance import Guidance
 from generation.loss import next_code_loss
 from generation.sampling import SamplingOptions, seeded_generators
 from generation.text_encoders import TextEncoder, TextFeatures
+from generation.token_shards import differences
 from generation.transformer import LaytonGenTransformer
 from generation.vocabulary import FactoredVocabulary
 from layton import assets
@@ -104,6 +105,12 @@ class LaytonGenTask(LaytonTask):
     def require_shards(self, source: TokenShards) -> None:
         """See `setup`."""
         source.require_tokenizer(self.facts.fingerprint)
+        stored, wanted = (
+            {name: getattr(facts, name) for name in ("vocab_size", "num_tokens", "image_size")}
+            for facts in (source.header, self.facts)
+        )
+        if stored != wanted:
+            raise ValueError(f"{source.folder} holds tokens of other sizes ({differences(stored, wanted)})")
         if source.header.text_encoder and "text" in source.sample(0, seed=0):
             found = self._text_encoder[0].fingerprint()
             if self._text_encoder[0].trainable or found != source.header.text_encoder:
@@ -201,6 +208,8 @@ class LaytonGenTask(LaytonTask):
             raise ValueError(
                 f"the transformer takes captions {shape}, the text encoder gives {encoder.max_length} x {encoder.width}"
             )
+        if getattr(encoder, "padding", "left") != "left":
+            raise ValueError("captions must be padded on the left: their last place predicts the first code")
         if (transformer.vocab_size, transformer.num_tokens) != (facts.vocab_size, facts.num_tokens):
             raise ValueError(
                 f"the transformer writes {transformer.num_tokens} of {transformer.vocab_size} codes, "

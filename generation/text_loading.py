@@ -29,7 +29,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"{folder} holds no tokenizer that transformers can load: {_first_line(error)}") from error
 
@@ -43,13 +43,17 @@ def load_model(folder: Path) -> nn.Module:
     import transformers
 
     try:
-        kind = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        kind = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         if getattr(kind, "is_encoder_decoder", False) and kind.model_type not in _ENCODER_CLASSES:
             raise ValueError(f"{kind.model_type} is no text encoder")
         loader = getattr(transformers, _ENCODER_CLASSES.get(kind.model_type, "AutoModel"))
         with silent_transformers():
             model: nn.Module = loader.from_pretrained(
-                str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32
+                str(folder),
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"{folder} holds no text encoder that can be loaded: {_first_line(error)}") from error

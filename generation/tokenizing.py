@@ -139,12 +139,13 @@ def tokenize_dataset(
             orphan.unlink()
         starts = range(0, len(job.source), job.shard_size)
         entries: list[dict[str, Any]] = []
+        written = _hashes(out)
         skipped = _missing(job.source)
         reused = cut = 0
         for number, start in enumerate(starts):
             indices = range(start, min(start + job.shard_size, len(job.source)))
             path = out / shard_name(number)
-            shard = _finished(path, header, len(indices))
+            shard = _finished(path, header, len(indices), sha256=written.get(path.name))
             if shard is None:
                 shard, cuts = _make(job, indices, on_progress)
                 cut += cuts
@@ -195,9 +196,17 @@ def _missing(source: ImageSource) -> list[str]:
     return list(source.bad.reasons) if isinstance(source, StoredSource) else []
 
 
-def _finished(path: Path, header: TokenHeader, inputs: int) -> TokenShard | None:
-    """A shard that is there and whole; a damaged one is made again."""
-    if not path.is_file():
+def _hashes(out: Path) -> dict[str, str]:
+    """Hashes of the shards of a finished run, by file name; none where there is no manifest that can be read."""
+    try:
+        return {str(entry["file"]): str(entry["sha256"]) for entry in read_json(out / MANIFEST_NAME)["shards"]}
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+def _finished(path: Path, header: TokenHeader, inputs: int, *, sha256: str | None) -> TokenShard | None:
+    """A shard that is there and whole; a damaged one is made again, also if only its hash tells."""
+    if not path.is_file() or sha256 not in (None, sha256_of(path)):
         return None
     try:
         found, shard = read_shard(path)

@@ -21,7 +21,7 @@ from generation.prefix import CaptionPrefix, ClassPrefix
 from generation.rope import Rotation, rotation_table
 from generation.shapes import SIZES, CaptionShape, Dropout, Factors, swiglu_width
 from generation.vocabulary import FactoredVocabulary, FullVocabulary
-from layton.folder import WEIGHTS_NAME, JsonValue, class_name, load_config, load_into, load_tensors, save_pretrained
+from layton.folder import WEIGHTS_NAME, JsonValue, class_name, load_config, load_tensors, require_match, save_pretrained
 
 
 class LaytonGenTransformer(nn.Module):
@@ -214,12 +214,14 @@ class LaytonGenTransformer(nn.Module):
         config = load_config(Path(folder), expected_class=class_name(cls))
         del config["class"]
         try:
-            model = cls(**_arguments(config))
+            with torch.device("meta"):  # no random numbers and no second copy of the weights
+                model = cls(**_arguments(config))
         except TypeError as error:
             raise ValueError(f"{folder}: config does not fit {cls.__name__}: {error}") from error
         tensors = load_tensors(Path(folder) / WEIGHTS_NAME)
-        load_into(model, {name: value.float() for name, value in tensors.items()}, source=folder)
-        return model.to(dtype).eval()
+        require_match(model.state_dict(), tensors, source=folder, target=cls.__name__)
+        model.load_state_dict({name: value.to(dtype, copy=True) for name, value in tensors.items()}, assign=True)
+        return model.eval()
 
 
 def attention_bias(

@@ -51,10 +51,13 @@ def generate(
     import torch
 
     from generation.drawing import LaytonGenDrawer
+    from generation.pipeline import MAX_IMAGES
     from layton.commands.staging import safe_stem, staged
 
-    if num_images < 1 or seed < 0 or batch_size < 1:
-        raise UsageError(f"need num_images and batch_size >= 1, seed >= 0; got {num_images}, {batch_size}, {seed}")
+    if not 1 <= num_images <= MAX_IMAGES or seed < 0 or batch_size < 1:
+        raise UsageError(
+            f"need num_images in [1, {MAX_IMAGES}], batch_size >= 1, seed >= 0; got {num_images}, {batch_size}, {seed}"
+        )
     started = time.perf_counter()
     draw = LaytonGenDrawer.load(
         model,

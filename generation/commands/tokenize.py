@@ -110,7 +110,12 @@ def open_source(
         raise UsageError("nothing to tokenize: name shards, a folder of images, or scenes")
     if list(sources) == [SCENES]:
         scenes = ScenesSource(
-            split=known or "train", length=count or 16384, size=size, offset=offset, chinese=chinese, reworded=reworded
+            split=known or "train",
+            length=16384 if count is None else count,
+            size=size,
+            offset=offset,
+            chinese=chinese,
+            reworded=reworded,
         )
         return scenes, f"scenes {known or 'train'} {offset} {len(scenes)} {chinese:g} {reworded:g}"
     if count is not None or offset or chinese or reworded:

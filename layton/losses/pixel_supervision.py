@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.denoiser import Condition, Denoiser
+from distill.mlcm_states import forget_casts
 from distill.noise import Generators, gaussian_like
 from distill.samplers import renoise_sample
 from layton.ldm.autoencoder import Autoencoder
@@ -141,6 +142,7 @@ def last_step_sample(
     if len(schedule) > 1:
         with torch.no_grad():
             x_0 = renoise_sample(denoiser, x_T, schedule[:-1], condition, generator=generator)
+            forget_casts()
             last = schedule[-1].to(device=x_0.device, dtype=torch.float32).expand(len(x_0))
             x = denoiser.schedule.add_noise(x_0, gaussian_like(x_0, generator), last)
     return renoise_sample(denoiser, x, schedule[-1:], condition)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _SCENES = "data.init_args.train.0.init_args.source.init_args.length"
 _OBJECT_SCENES = 500
 _START_PLACE = "runs/consistency/export"
+_TOKENIZER_PLACE = "runs/tokenizer_long/export"
 DIFFUSION_STEPS = 25
 METHOD = Arm(
     "consistency",
@@ -97,7 +98,7 @@ def find_parts(context: Context) -> dict[str, Path]:
     ldm = root / "ldm" if (root / "ldm" / "model_index.json").is_file() else find_teacher(context.pipeline)
     return {
         TEACHER_PLACE: ldm,
-        "runs/tokenizer/export": root,
+        _TOKENIZER_PLACE: root,
         "runs/decoder/export/decoder": root / "decoders" / "diffusion",
     }
 
@@ -107,7 +108,7 @@ def image_size(places: Mapping[str, Path]) -> int:
     from layton.folder import load_config
     from layton.tokenizer import CLASS_NAME
 
-    return int(str(load_config(places["runs/tokenizer/export"], expected_class=CLASS_NAME)["image_size"]))
+    return int(str(load_config(places[_TOKENIZER_PLACE], expected_class=CLASS_NAME)["image_size"]))
 
 
 def judge(figures: Mapping[str, Mapping[str, Any]]) -> list[Check]:
@@ -240,7 +241,7 @@ def reconstruction(arm: Arm, steps: int, context: Context, places: Mapping[str, 
     from layton.decoders import ConsistencyDecoder, DiffusionDecoder
     from layton.ldm.cache import load_code_parts
 
-    encoder, quantizer = load_code_parts(places["runs/tokenizer/export"])
+    encoder, quantizer = load_code_parts(places[_TOKENIZER_PLACE])
     export = stage_folder(context, arm, arm.stages[-1]) / "export" / "decoder"
     base = places["runs/decoder/export/decoder"]
     trained = ConsistencyDecoder.from_pretrained(export, ldm=places[TEACHER_PLACE], base=base)

@@ -105,7 +105,9 @@ class ConsistencyDecoderTask(LaytonTask):
         """Student, teacher and averaged target; what is not trained exists once."""
         self.ladd, autoencoder = read_network(Path(decoder), ldm)
         self._autoencoder = [autoencoder.requires_grad_(False).eval()]  # in a list: no part of this model
-        kept = [name for name, change in adaptation.parts().items() if change != "full"]
+        # A LoRA of stage 1 is folded into the student's weights: a teacher that shared them would have it twice.
+        parts = adaptation.parts().items() if self.ladd.lora is None else ()
+        kept = [name for name, change in parts if change != "full"]
         self._teacher = [copy_sharing(self.ladd, [p for n in kept for p in self.ladd.get_submodule(n).parameters()])]
         self.difference = adapt(self.ladd, adaptation)
         if start is not None:
@@ -141,11 +143,14 @@ class ConsistencyDecoderTask(LaytonTask):
     on_validation_start = on_fit_start
 
     def configure_optimizers(self) -> Any:
-        """One optimizer, and one for the critic if there is one."""
+        """One optimizer with its schedule, and one for the critic if there is one."""
         critic = self._critic()
         if not critic or self._make_critic_optimizer is None:
             return super().configure_optimizers()
-        return [self._make_optimizer(self.trainable_parameters()), self._make_critic_optimizer(critic)]
+        optimizers = [self._make_optimizer(self.trainable_parameters()), self._make_critic_optimizer(critic)]
+        if self._make_lr_scheduler is None:
+            return optimizers
+        return optimizers, [self._make_lr_scheduler(optimizers[0])]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         """Loss of one batch, (); None where a critic is trained in turn."""
@@ -173,7 +178,10 @@ class ConsistencyDecoderTask(LaytonTask):
         if self.automatic_optimization or self.method is None or output is None:
             return loss
         student, critic = cast("list[LightningOptimizer]", self.optimizers())
+        critic._on_before_step = critic._on_after_step = _nothing  # the trainer counts the student's steps
         self._step(student, loss)
+        if (scheduler := cast(Any, self.lr_schedulers())) is not None:
+            scheduler.step()
         generator = self.step_generator("critic", device="cpu")
         judged = self.method.critic_losses(networks, distilled, output, step=self._step_number(), generator=generator)
         if judged:
@@ -182,7 +190,7 @@ class ConsistencyDecoderTask(LaytonTask):
         return None
 
     def _step_number(self) -> int:
-        """Steps of the student so far; with two optimizers the trainer's own number counts both."""
+        """Steps of the student before this batch; with two optimizers the trainer's number grows within it."""
         return self.global_step if self.automatic_optimization else self.trainer.fit_loop.total_batch_idx
 
     def _step(self, optimizer: LightningOptimizer, loss: Tensor) -> None:
@@ -273,6 +281,9 @@ class ConsistencyDecoderTask(LaytonTask):
     def export(self, folder: Path) -> None:
         """Write ``decoder/``: what differs from stage 1's."""
         self.decoder().save_pretrained(folder / "decoder")
+
+
+def _nothing() -> None: ...
 
 
 def _method_times(method: DistillationMethod | None) -> dict[int, list[float]]:

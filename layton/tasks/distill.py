@@ -97,6 +97,8 @@ class DistillTask(LaytonTask):
         self.prompts = PromptEncoder(pipe, latent_size=self.latent_shape[1:])
         self._autoencoder = [Autoencoder(pipe.vae)]  # in a list: frozen, no part of this model
         denoiser = denoiser_from_pipeline(pipe)
+        if getattr(method, "reading", "exact") != "exact" and denoiser.prediction_type != "flow":
+            raise ValueError("reading 'reinterpret' makes what diffusers' pipelines cannot sample: use 'exact'")
         if gradient_checkpointing:
             cast(Any, network_of(denoiser)).enable_gradient_checkpointing()
         networks = networks_for(denoiser, adapter, target_decay=method.target_decay)
@@ -233,7 +235,9 @@ class DistillTask(LaytonTask):
             if condition is None:
                 condition = self.prompts(batch["caption"], device=self.device)
             if self._null is None or self._null.embeds is None or self._null.embeds.device != self.device:
-                self._null = self.prompts.null(self.negative_prompt, device=self.device)
+                # Kept for training, which cannot differentiate what is made in validation's inference mode.
+                with torch.inference_mode(False), torch.no_grad():
+                    self._null = self.prompts.null(self.negative_prompt, device=self.device)
             x_0 = batch["latent"].float() if "latent" in batch else None
             if x_0 is None and "image" in batch and self.method.needs_latents:
                 x_0 = self.autoencoder.encode(batch["image"].float())

@@ -43,7 +43,7 @@ def test_every_claim_has_both_scales(claim: str) -> None:
 @pytest.mark.parametrize(("claim", "arm", "stage"), STAGES, ids=lambda part: getattr(part, "name", part))
 def test_resolved_run_files_parse(tmp_path: Path, claim: str, arm: Arm, stage: Stage) -> None:
     measurement = context(claim, tmp_path, quick=True)
-    places = {TEACHER_PLACE: tmp_path / "teacher", "runs/tokenizer/export": tmp_path / "tokenizer"}
+    places = {TEACHER_PLACE: tmp_path / "teacher", "runs/tokenizer_long/export": tmp_path / "tokenizer"}
     run = resolved_run(arm, stage, measurement, places, image_size=64)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(run))

@@ -210,7 +210,7 @@ def test_a_discriminator_learns_in_turn(world: Path, tmp_path: Path) -> None:
     assert method.discriminator is not None
     before = [parameter.detach().clone() for parameter in (*task.trainable_parameters(), *method.critic_parameters())]
     trainer = Trainer(
-        max_steps=4,  # of two optimizers: two batches
+        max_steps=2,  # of the student
         accelerator="cpu",
         default_root_dir=str(tmp_path),
         logger=False,
