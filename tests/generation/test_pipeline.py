@@ -88,7 +88,7 @@ def test_a_long_prompt_is_cut_and_says_so(pipe: LaytonGenPipeline) -> None:
         {"batch_size": 0},
         {"known_codes": torch.full((1, TOKENS), CODES)},
     ],
-    ids=str,
+    ids=lambda wrong: ",".join(wrong),
 )
 def test_values_out_of_range_are_refused(pipe: LaytonGenPipeline, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
