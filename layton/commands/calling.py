@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from itertools import pairwise
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -90,10 +91,9 @@ def _flags_spelt_out(function: Callable[..., Any], words: list[str]) -> list[str
     """``--quick`` alone as ``--quick=true``: jsonargparse wants a value for every bool."""
     hints = get_type_hints(function)
     flags = {f"--{name}" for name in inspect.signature(function).parameters if hints[name] is bool}
-    following = [*words[1:], ""]
     return [
         f"{word}=true" if word in flags and after.lower() not in ("true", "false", "yes", "no") else word
-        for word, after in zip(words, following, strict=True)
+        for word, after in pairwise([*words, ""])
     ]
 
 
