@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 BACKWARD = 2.0  # gradients of inputs and of weights, each about one forward; the same for LoRA, by convention
+
+
+class Handle(Protocol):
+    """Something that can be removed."""
+
+    def remove(self) -> None:
+        """End what it stands for."""
+
+
+class _Handles:
+    def __init__(self, *handles: RemovableHandle) -> None:
+        self.handles = handles
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
 
 
 class Budget:
@@ -45,8 +61,10 @@ class Budget:
             raise ValueError(f"forward-equivalents must be >= 0 and finite, got {equivalents}")
         self.accounts[account] = self.accounts.get(account, 0.0) + equivalents
 
-    def watch(self, network: nn.Module, account: str = "denoiser", *, cost: float = 1.0) -> RemovableHandle:
+    def watch(self, network: nn.Module, account: str = "denoiser", *, cost: float = 1.0) -> Handle:
         """Count every call of a network from now on; a backward pass through a call is counted when it happens.
+
+        It is seen wherever it enters: at the network's output, or at the features of its blocks, as a discriminator's.
 
         Args:
             network: Called with at least one tensor, whose first dimension is the batch.
@@ -62,16 +80,36 @@ class Budget:
         if not cost > 0:
             raise ValueError(f"cost must be > 0, got {cost}")
 
+        features: list[Tensor] = []
+        running = False  # blocks that gradient checkpointing repeats later are not meant
+
+        def before_forward(_: nn.Module, args: tuple[Any, ...]) -> None:
+            nonlocal running
+            features.clear()
+            running = True
+
+        def after_block(_: nn.Module, args: tuple[Any, ...], output: object) -> None:
+            if running and torch.is_grad_enabled():
+                features.extend(tensor for tensor in _tensors(output) if tensor.requires_grad)
+
         def after_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+            nonlocal running
             samples = len(next(_tensors((args, kwargs))))
             self.add(cost * samples, account)
-            differentiable = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+            differentiable = [tensor for tensor in (*features, *_tensors(output)) if tensor.requires_grad]
             if torch.is_grad_enabled() and differentiable:
                 register_multi_grad_hook(
                     differentiable, lambda _: self.add(BACKWARD * cost * samples, account), mode="any"
                 )
+            features.clear()
+            running = False
 
-        return network.register_forward_hook(after_forward, with_kwargs=True)
+        blocks = [module for module in network.modules() if module is not network and any(module.children())]
+        return _Handles(
+            network.register_forward_pre_hook(before_forward),
+            *(block.register_forward_hook(after_block) for block in blocks),
+            network.register_forward_hook(after_forward, with_kwargs=True),
+        )
 
     @contextmanager
     def watching(self, costs: Mapping[str, tuple[nn.Module, float]]) -> Iterator[Budget]:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from numpy.typing import NDArray
 from torch import Tensor
 
 from layton.metrics.aggregate import Measurement, NamedMeans
@@ -23,8 +22,8 @@ from layton.metrics.frechet import bootstrap_spread, frechet_distance_of_feature
 from layton.metrics.image import round_to_uint8
 from layton.metrics.protocol import library_versions
 from layton.metrics.report import FrechetScore
+from layton.reproduce.evaluation import Draw
 
-Draw = Callable[[Sequence[str], Sequence[int]], Sequence[NDArray[np.uint8]]]
 Features = Callable[[Tensor], Tensor]
 
 

@@ -14,13 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from layton.folder import write_atomically
-
-Draw = Callable[[Sequence[str], Sequence[int]], Sequence[NDArray[np.uint8]]]
+from layton.reproduce.evaluation import Draw
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 OFFICIAL_PROMPTS = 553

@@ -5,7 +5,6 @@ The paper's figures are GenEval's, ours SceneEval's: another scale, so only the 
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from generation.commands.models import Drawer, load_drawer
 from generation.generator import find_generator, find_tokenizer
 from layton.commands.models import default_decoder
 from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from layton.ldm.cache import digest
 from layton.reproduce.claim import Context
 from layton.reproduce.evaluation import Evaluator, SceneScores
 from layton.reproduce.report import Check, Outcome
@@ -36,7 +36,7 @@ def measure(context: Context) -> Outcome:
         raise ValueError(
             f"this claim needs a LaytonGen ({error}); give a folder that holds one with --tokenizer"
         ) from error
-    claim_out(context, claim="laytongen", teacher=_digest(Path(generator)) + "-" + _digest(teacher / "unet"))
+    claim_out(context, claim="laytongen", teacher=digest(Path(generator)) + "-" + digest(teacher / "unet"))
     drawers = {
         "laytongen": _laytongen(context),
         "diffusion": load_drawer("diffusion", str(teacher), steps=DEFAULT_STEPS, guidance_scale=DEFAULT_GUIDANCE),
@@ -104,10 +104,3 @@ def _laytongen(context: Context) -> Drawer:
         f"the default decoder {drawer.settings['decoder']!r} takes {steps} steps, and this claim allows "
         f"{MOST_DECODER_STEPS}: the tokenizer lacks a consistency decoder"
     )
-
-
-def _digest(folder: Path) -> str:
-    total = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
-        total.update(file.read_bytes())
-    return total.hexdigest()[:16]

@@ -152,3 +152,16 @@ def _scalars(path: Path) -> Iterator[tuple[str, str]]:
 def _value_done(stack: list[str | None], mappings: list[bool]) -> None:
     if stack and mappings[-1]:
         stack[-1] = None
+
+
+def moved(value: Any, places: Mapping[str, Path]) -> Any:
+    """Plain data in which paths that begin with one of the keys lead into the folder there instead."""
+    if isinstance(value, dict):
+        return {key: moved(item, places) for key, item in value.items()}
+    if isinstance(value, list):
+        return [moved(item, places) for item in value]
+    if isinstance(value, str):
+        for start in sorted(places, key=len, reverse=True):
+            if value == start or value.startswith(start + "/"):
+                return str(places[start]) + value[len(start) :]
+    return value

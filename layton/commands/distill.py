@@ -10,6 +10,7 @@ import yaml  # type: ignore[import-untyped]
 
 from layton.assets import INDEX_FILES, resolve
 from layton.errors import UsageError
+from layton.run_files import moved
 
 HELP = """usage: layton distill METHOD [--pipeline FOLDER] [--prompts FILE] [--run_dir DIR] [--max_steps N] [OVERRIDES]
 
@@ -44,9 +45,8 @@ def fit_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
     arguments = ["--config", str(run_file)]
     if "--pipeline" in short:
         folder = _pipeline_folder(short["--pipeline"])
-        arguments.append(f"--model.init_args.pipeline={folder}")
-        if needs_pictures:
-            arguments.append(f"--data.init_args.autoencoder={folder / 'vae'}")
+        own_data = _has_data(rest) or "--prompts" in short
+        arguments += _moved_arguments(run_file, folder, parts=("model",) if own_data else ("model", "data"))
     if "--prompts" in short:
         if needs_pictures:
             raise UsageError(
@@ -56,6 +56,20 @@ def fit_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
     if "--max_steps" in short:
         arguments.append(f"--trainer.max_steps={short['--max_steps']}")
     return arguments + rest
+
+
+def _moved_arguments(run_file: Path, folder: Path, *, parts: Sequence[str]) -> list[str]:
+    """Changes that lead a run file's pipeline, and whatever else it takes from that folder, to another folder."""
+    run = yaml.safe_load(run_file.read_text(encoding="utf-8"))
+    places = {run["model"]["init_args"]["pipeline"]: folder}
+    arguments = []
+    for part in parts:
+        for name, value in run.get(part, {}).get("init_args", {}).items():
+            found = moved(value, places)
+            if found != value:
+                text = found if isinstance(found, str) else json.dumps(found)
+                arguments.append(f"--{part}.init_args.{name}={text}")
+    return arguments
 
 
 def _take_short(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils.hooks import RemovableHandle
 
-from distill.budget import BACKWARD, Budget, count_flops
+from distill.budget import BACKWARD, Budget, Handle, count_flops
 from distill.denoiser import Denoiser
-from distill.discriminator import Discriminator
 from distill.image_space import Frozen
 from layton.folder import write_atomically
 from layton.losses.pixel_supervision import PixelSupervision
@@ -26,7 +24,6 @@ from layton.losses.pixel_supervision import PixelSupervision
 SPENT_FILE = "spent.json"
 IMAGES = "images"
 DATA = "data"
-CRITIC = "discriminator"
 
 
 class BudgetStop(Callback):
@@ -54,7 +51,7 @@ class BudgetStop(Callback):
         self.forwards, self.prepaid = float(forwards), float(prepaid)
         self._own = Budget()
         self._seconds, self._since = 0.0, 0.0
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Handle] = []
         self._meter: ImageMeter | None = None
         self._last_step = 0.0
 
@@ -75,11 +72,6 @@ class BudgetStop(Callback):
             raise RuntimeError("training began without on_train_start")
         self._release()
         self._handles = list(self._meter.watch(image_parts(pl_module)))
-        self._handles += [
-            module.heads[-1].register_forward_hook(partial(_count_features, _budget(pl_module, self._own)))
-            for module in pl_module.modules()
-            if isinstance(module, Discriminator)
-        ]
         if not isinstance(getattr(pl_module, "budget", None), Budget):
             self._handles += [self._own.watch(network) for network in _denoisers(pl_module)]
         self._last_step = self.spent(pl_module)
@@ -135,14 +127,6 @@ class BudgetStop(Callback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-
-def _count_features(budget: Budget, head: nn.Module, args: tuple[Tensor, ...], output: object) -> None:
-    """Count the backward pass through a discriminator's network: it leaves by the features, not by the output."""
-    (features,) = args
-    if torch.is_grad_enabled() and features.requires_grad:
-        equivalents = BACKWARD * len(features)
-        register_multi_grad_hook([features], lambda _: budget.add(equivalents, CRITIC), mode="any")
 
 
 class ImageMeter:

@@ -23,19 +23,6 @@ def read_run(path: Path, *, overlay: Path | None = None) -> dict[str, Any]:
     return _merged(run, _read(overlay)) if overlay is not None else run
 
 
-def moved(value: Any, places: Mapping[str, Path]) -> Any:
-    """Plain data in which paths that begin with one of the keys lead into the folder there instead."""
-    if isinstance(value, dict):
-        return {key: moved(item, places) for key, item in value.items()}
-    if isinstance(value, list):
-        return [moved(item, places) for item in value]
-    if isinstance(value, str):
-        for start in sorted(places, key=len, reverse=True):
-            if value == start or value.startswith(start + "/"):
-                return str(places[start]) + value[len(start) :]
-    return value
-
-
 def assign(run: dict[str, Any], option: str, value: Any) -> None:
     """Set one value by its dotted name; numbers in the name count places in a list.
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from layton.reproduce.claim import QUICK_OVERLAY, Arm, Context, Stage
-from layton.reproduce.run_files import assign, batch_size_of, moved, read_run, set_scene_size, write_run
+from layton.reproduce.run_files import assign, batch_size_of, read_run, set_scene_size, write_run
+from layton.run_files import moved
 
 SPENT_FILE = "spent.json"
 RUN_FILE = "run.yaml"

@@ -90,3 +90,30 @@ def test_nonsense_is_refused():
         Budget().watch(nn.Linear(1, 1), cost=0.0)
     with pytest.raises(ValueError, match="-1"):
         Budget().add(-1.0)
+
+
+class Deep(Denoiser):
+    """Two blocks; the features after the first are what a discriminator would read."""
+
+    def __init__(self):
+        super().__init__(VPSchedule(), "eps")
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+        self.features = None
+
+    def forward(self, x_t, t, condition):
+        self.features = self.blocks[0](x_t)
+        return self.blocks[1](self.features)
+
+
+@pytest.mark.parametrize("entry", ["output", "features", "both", "none"])
+def test_a_backward_pass_counts_once_wherever_it_enters(entry):
+    network, budget = Deep().requires_grad_(False), Budget()
+    x = X.clone().requires_grad_()  # frozen weights, as a discriminator's backbone has: the gradient passes through
+    handle = budget.watch(network)
+    output = network(x, T, CONDITION)
+    loss = {"output": output, "features": network.features, "both": output + network.features, "none": x}[entry]
+    loss.sum().backward()
+    assert budget.total == (B if entry == "none" else 3 * B)
+    handle.remove()
+    network(x, T, CONDITION).sum().backward()
+    assert budget.total == (B if entry == "none" else 3 * B)

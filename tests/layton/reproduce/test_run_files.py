@@ -13,8 +13,9 @@ from layton.cli import main
 from layton.commands.reproduce import CLAIMS, find_claim_configs
 from layton.reproduce import hipa, instaflow, layton_claim, mlcm, scott
 from layton.reproduce.claim import SCALE_FILE, Arm, Context, Pairs, Phase, Scale, Stage
-from layton.reproduce.run_files import assign, moved, read_run, set_scene_size
+from layton.reproduce.run_files import assign, read_run, set_scene_size
 from layton.reproduce.training import TEACHER_PLACE, resolved_run
+from layton.run_files import moved
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "reproduce"
 ARMS = {
