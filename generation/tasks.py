@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
 from layton.tokenizer import CLASS_NAME, LaytonTokenizer
 
 _PREVIEWS = 8
+_FACTS = "tokenizer_facts"  # key of checkpoints
 
 
 class LaytonGenTask(LaytonTask):
@@ -194,6 +196,22 @@ class LaytonGenTask(LaytonTask):
         encoder = self._text_encoder[0]
         card = GeneratorCard(self.facts, encoder.fingerprint(), self.sampling)
         save_generator(folder, Generator(self.transformer, encoder, card))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Record which tokenizer the codes are of."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[_FACTS] = asdict(self.facts)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that was trained on another tokenizer's codes.
+
+        Raises:
+            ValueError: With every fact that differs.
+        """
+        super().on_load_checkpoint(checkpoint)
+        differs = differences(checkpoint.get(_FACTS) or {}, asdict(self.facts))
+        if differs:
+            raise ValueError(f"the checkpoint was trained with another tokenizer ({differs})")
 
     def _logits(self, codes: Tensor, batch: dict[str, Any], dropped: Tensor) -> Tensor:
         text = self.text_of(batch)

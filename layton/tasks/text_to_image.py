@@ -18,7 +18,8 @@ from distill.schedules import schedule_from_config
 from distill.timesteps import timesteps
 from layton.ldm.autoencoder import Autoencoder
 from layton.ldm.pipeline import build_scheduler, save_pipeline
-from layton.ldm.text import TextConditioner
+from layton.ldm.teacher import open_pipeline
+from layton.ldm.text import TextConditioner, build_text_encoder, build_tokenizer
 from layton.ldm.unet import build_unet, use_fast_attention
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
 
@@ -30,11 +31,13 @@ class TextToImageTask(LaytonTask):
 
     Args:
         autoencoder: Folder of the AutoencoderKL that made the latents; it goes into the exported pipeline.
+        pretrained: Exported pipeline whose UNet and text encoder go on learning; their sizes are then its own.
         block_out_channels: Widths of the UNet's levels.
         num_heads: Its attention heads.
         text_width: D of the text encoder.
         text_depth: Its layers.
         caption_dropout: Share of captions replaced by the empty one.
+        time_shift: Of the times trained at, see `draw`; 1 spreads them evenly.
         optimizer: Makes the optimizer.
         lr_scheduler: Makes the learning-rate schedule.
         preview_steps: Sampling steps of the pictures made while training.
@@ -47,32 +50,38 @@ class TextToImageTask(LaytonTask):
         *,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None = None,
+        pretrained: str | None = None,
         block_out_channels: tuple[int, ...] = (96, 128),
         num_heads: int = 2,
         text_width: int = 192,
         text_depth: int = 3,
         caption_dropout: float = 0.1,
+        time_shift: float = 1.0,
         preview_steps: int = 20,
         preview_guidance: float = 3.0,
     ) -> None:
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
-        from layton.ldm.text import build_text_encoder, build_tokenizer
-
         if not 0 <= caption_dropout < 1:
             raise ValueError(f"caption_dropout must be in [0, 1), got {caption_dropout}")
+        if time_shift <= 0:
+            raise ValueError(f"time_shift must be above 0, got {time_shift}")
         self._autoencoder = [Autoencoder.from_pretrained(autoencoder).eval()]  # in a list: no part of this model
-        tokenizer = build_tokenizer()
-        text_encoder = build_text_encoder(tokenizer, width=text_width, depth=text_depth)
-        self.text = TextConditioner(tokenizer, text_encoder)
-        unet = build_unet(
-            latent_channels=self._autoencoder[0].latent_channels,
-            block_out_channels=block_out_channels,
-            num_heads=num_heads,
-            text_width=text_width,
-        )
+        if pretrained is not None:
+            pipeline = open_pipeline(pretrained)
+            self.text = TextConditioner(pipeline.tokenizer, pipeline.text_encoder).requires_grad_(True).train()
+            unet = pipeline.unet.requires_grad_(True).train()
+        else:
+            tokenizer = build_tokenizer()
+            self.text = TextConditioner(tokenizer, build_text_encoder(tokenizer, width=text_width, depth=text_depth))
+            unet = build_unet(
+                latent_channels=self._autoencoder[0].latent_channels,
+                block_out_channels=block_out_channels,
+                num_heads=num_heads,
+                text_width=text_width,
+            )
         config = dict(build_scheduler().config)
         self.denoiser = UNetDenoiser(unet, schedule_from_config(config), prediction_type_from_config(config))
-        self.caption_dropout = caption_dropout
+        self.caption_dropout, self.time_shift = caption_dropout, time_shift
         self.preview_steps, self.preview_guidance = preview_steps, preview_guidance
 
     def setup(self, stage: str) -> None:
@@ -91,7 +100,7 @@ class TextToImageTask(LaytonTask):
         return self._loss(batch["latent"].float(), batch["caption"], torch.Generator().manual_seed(batch_idx))
 
     def _loss(self, x_0: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
-        t, eps = draw(x_0, generator)
+        t, eps = draw(x_0, generator, shift=self.time_shift)
         condition = Condition(embeds=self.text(captions))
         prediction = self.denoiser(self.denoiser.schedule.add_noise(x_0, eps, t), t, condition)
         loss = F.mse_loss(prediction.float(), self.denoiser.target(x_0, eps, t).float())
@@ -130,10 +139,22 @@ class TextToImageTask(LaytonTask):
         )
 
 
-def draw(x_0: Tensor, generator: torch.Generator, *, num_train_timesteps: int = 1000) -> tuple[Tensor, Tensor]:
-    """Times (B,), spread evenly over the schedule by stratification, and noise like ``x_0`` (B, C, h, w)."""
+def draw(
+    x_0: Tensor, generator: torch.Generator, *, shift: float = 1.0, num_train_timesteps: int = 1000
+) -> tuple[Tensor, Tensor]:
+    """Times (B,), stratified over the schedule, and noise like ``x_0`` (B, C, h, w).
+
+    Args:
+        x_0: Clean latents.
+        generator: Noise source.
+        shift: Above 1, more of the times are noisy ones: ``u -> shift u / (1 + (shift - 1) u)`` of even ``u``
+            (arXiv 2403.03206, eq. 23). Where latents say things several times over, as those of many channels do,
+            what a picture shows is settled at times that an even spread seldom draws.
+        num_train_timesteps: Times of the schedule.
+    """
     batch = len(x_0)
-    strata = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
-    t = (strata * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
+    u = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
+    u = shift * u / (1 + (shift - 1) * u)
+    t = (u * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
     eps = torch.randn(x_0.shape, generator=generator)
     return t.to(x_0.device), eps.to(x_0)
