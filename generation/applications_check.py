@@ -21,7 +21,7 @@ from distill.denoiser import Denoiser
 from generation.application_cases import circles, edit_case, fills, holes, is_found, shows
 from layton.commands.images import batched
 from layton.data.images import to_image, to_tensor
-from layton.one_step_tasks import Decode, Encode, edit, inpaint, resize, super_resolve
+from layton.distillation.one_step_tasks import Decode, Encode, edit, inpaint, resize, super_resolve
 from layton.scenes import Scene, caption, render, sample_scene, split_seeds
 from layton.scenes.splits import Split
 from layton.sceneval import find_objects
@@ -56,11 +56,11 @@ class TaskSettings:
 
     Attributes:
         edit_t: Time to which a source is noised to be edited.
-        edit_threshold: See `layton.one_step_tasks.edit`.
+        edit_threshold: See `layton.distillation.one_step_tasks.edit`.
         edit_softness: As there.
         inpaint_t: Time to which surroundings are noised.
         enlarge_t: Time to which the enlarged image is noised.
-        enlarge_strength: See `layton.one_step_tasks.super_resolve`.
+        enlarge_strength: See `layton.distillation.one_step_tasks.super_resolve`.
         scale: Enlargement along a side.
     """
 

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 
 from distill.condition import Condition
-from distill.pairs import DEFAULT_SOLVER, TeacherSolver
+from distill.methods.pairs import DEFAULT_SOLVER, TeacherSolver
 from layton.data.sources import SampleSource
 from layton.decoders.consistency import ConsistencyDecoder
 from layton.decoders.latent import read_network
+from layton.distillation.pair_files import require_same
+from layton.distillation.pairs import PairPlan, PairSource, generate_pairs
 from layton.folder import read_class
 from layton.ladd import CLASS_NAME as STAGE_1
 from layton.ladd import LADD
 from layton.ldm.cache import digest, load_code_parts
 from layton.ldm.unet import use_fast_attention
-from layton.pair_files import require_same
-from layton.pairs import PairPlan, PairSource, generate_pairs
 from layton.tokenizer import resolve_class
 
 

@@ -19,7 +19,7 @@ BUDGET = 500_000
 
 
 class OneStepDecoderTask(ConsistencyDecoderTask):
-    """Distils stage 1's decoder to one step, by `distill.reflow`, `distill.one_step` or `distill.hipa`.
+    """Distils stage 1's decoder to one step, by `reflow`, `one_step` or `hipa` of `distill.methods`.
 
     Batches are `generation.decoders.pairs.DecoderPairs`' or, for pairs made on the fly at 25 forwards each,
     `layton.ldm.cache.CachedLatents`' with ``codes``. With ``image`` in them one-step pictures can be compared with the

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from distill.pairs import SolverName, TeacherSolver
+from distill.methods.pairs import SolverName, TeacherSolver
 from layton.data.prompts import PromptFile, SceneCaptions
 from layton.data.sources import SampleSource
+from layton.distillation.pairs import PairPlan
 from layton.errors import UsageError
-from layton.pairs import PairPlan
 
 
 def pairs(
@@ -46,7 +46,7 @@ def pairs(
         UsageError: A number is out of range.
         ValueError: The folder holds pairs made by something else.
     """
-    from layton.pair_data import open_or_make  # diffusers only when the command runs
+    from layton.distillation.pair_data import open_or_make  # diffusers only when the command runs
 
     if min(num_pairs, steps, part_size, batch_size) < 1:
         raise UsageError("num_pairs, steps, part_size and batch_size must be at least 1")

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from distill.budget import BACKWARD, Budget, Handle, count_flops
 from distill.denoiser import Denoiser
-from distill.image_space import Frozen
+from distill.methods.image_space import Frozen
 from layton.folder import write_atomically
 from layton.losses.pixel_supervision import PixelSupervision
 

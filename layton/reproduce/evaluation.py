@@ -17,7 +17,7 @@ from torch import Tensor
 
 from layton.commands.text_to_image import TextToImage
 from layton.data.sources import ScenesSource
-from layton.distilled import load_distilled, load_sampling, pipeline_arguments
+from layton.distillation.distilled import load_distilled, load_sampling, pipeline_arguments
 from layton.folder import load_tensors, save_tensors
 from layton.metrics.coverage import coverage
 from layton.metrics.effnet import EfficientNetLite0
@@ -194,7 +194,7 @@ def unadapted_drawer(pipeline: Path, *, guidance_scale: float) -> TextToImage:
     """The teacher itself, evaluated once at its noisiest time: what one-step adaptors start from."""
     from distill.few_step import FewStepSampling
     from distill.models import denoiser_from_pipeline
-    from layton.few_step_schedulers import few_step_scheduler
+    from layton.distillation.few_step_schedulers import few_step_scheduler
 
     drawer = TextToImage.load(pipeline, num_steps=1, guidance_scale=guidance_scale)
     denoiser = denoiser_from_pipeline(drawer.pipeline)

@@ -107,13 +107,13 @@ def straightness_of(pipeline: Path, count: int, *, guidance_scale: float = 1.0, 
     """
     import torch
 
+    from distill.methods.pairs import guided
     from distill.models import denoiser_from_pipeline
-    from distill.pairs import guided
     from distill.straightness import straightness
     from layton.data.prompts import SceneCaptions
+    from layton.distillation.pairs import noise_of
     from layton.ldm.conditions import PromptEncoder, latent_shape_of
     from layton.ldm.teacher import open_pipeline
-    from layton.pairs import noise_of
 
     pipe = open_pipeline(pipeline)
     shape = latent_shape_of(pipe)

@@ -118,7 +118,7 @@ def measure_students(claim: Claim, context: Context) -> Outcome:
         ValueError: No teacher, or ``context.out`` holds another measurement.
         TrainingStoppedError: A signal ended a training run.
     """
-    from layton.pair_data import teacher_digest
+    from layton.distillation.pair_data import teacher_digest
 
     teacher = find_teacher(context.pipeline)
     claim_out(context, claim=claim.name, teacher=teacher_digest(teacher))

@@ -134,7 +134,7 @@ def student_pipeline(teacher: Path, export: Path, folder: Path) -> Path:
 
     Args:
         teacher: Diffusers pipeline folder.
-        export: What `layton.distilled.save_distilled` wrote of a whole network.
+        export: What `layton.distillation.distilled.save_distilled` wrote of a whole network.
         folder: Where to; left alone when it is there already.
 
     Returns:

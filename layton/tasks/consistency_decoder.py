@@ -12,8 +12,8 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from distill.denoiser import Condition
-from distill.discriminator import Discriminator, UNetFeatures
 from distill.method import DistillationMethod, DistillBatch, MethodOutput, Networks
+from distill.methods.discriminator import Discriminator, UNetFeatures
 from layton.decoders.consistency import ConsistencyDecoder, sampling_at
 from layton.decoders.difference import Adaptation, adapt, copy_sharing
 from layton.decoders.latent import read_network

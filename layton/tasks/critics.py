@@ -8,10 +8,10 @@ from typing import Protocol, runtime_checkable
 
 from distill.adapters import AdapterView, LoraSettings, adapter_parameters, add_lora
 from distill.denoiser import Denoiser
-from distill.discriminator import STAGES, Discriminator, DiscriminatorKind, Stage, make_discriminator
-from distill.distribution_matching import DistributionMatching
 from distill.method import DistillationMethod, Networks
-from distill.mlcm import MLCM
+from distill.methods.discriminator import STAGES, Discriminator, DiscriminatorKind, Stage, make_discriminator
+from distill.methods.distribution_matching import DistributionMatching
+from distill.methods.mlcm import MLCM
 
 FAKE = "fake"
 

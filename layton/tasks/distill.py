@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 from distill.adapters import AdapterView, LoraSettings, networks_for, update_target
 from distill.budget import Budget
 from distill.condition import Condition
-from distill.consistency import ConsistencyMethod
 from distill.few_step import FewStepSampling
 from distill.method import DistillationMethod, DistillBatch, MethodOutput, Networks
+from distill.methods.consistency import ConsistencyMethod
 from distill.models import FlowTransformerDenoiser, UNetDenoiser, denoiser_from_pipeline
 from distill.schedules import NoiseSchedule
-from layton.distilled import network_of, save_distilled
+from layton.distillation.distilled import network_of, save_distilled
 from layton.ldm.autoencoder import Autoencoder
 from layton.ldm.conditions import PromptEncoder, latent_shape_of
 from layton.ldm.prompt_cache import condition_of_batch

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from distill.latent_perceptual import LatentPerceptualNet
-from layton.latent_perceptual import save_latent_perceptual
+from distill.methods.latent_perceptual import LatentPerceptualNet
+from layton.distillation.latent_perceptual import save_latent_perceptual
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
 from layton.tasks.perceptual import WORDS, word_targets
 
@@ -119,7 +119,7 @@ class LatentPerceptualTask(LaytonTask):
         return self._loss(batch, torch.Generator().manual_seed(batch_idx))
 
     def export(self, folder: Path) -> None:
-        """Write the network without its heads; `layton.latent_perceptual` reads it."""
+        """Write the network without its heads; `layton.distillation.latent_perceptual` reads it."""
         save_latent_perceptual(self.net, folder)
 
     def _loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.condition import Condition
-from layton.matcher import Matcher
+from layton.distillation.matcher import Matcher
 from layton.scenes import sample_scene
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
 from layton.tasks.matcher_captions import CHANGES, Captions, captions_of

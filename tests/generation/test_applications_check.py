@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import small_pipelines as tiny
 import torch
 from PIL import Image
 from torch import Tensor
@@ -23,12 +24,9 @@ from generation.applications_check import OneStepModel, TaskSettings, score_edit
 from generation.commands.evaluate_applications import load_model
 from layton.cli import main
 from layton.data.images import to_tensor
-from layton.distilled import save_distilled
+from layton.distillation.distilled import save_distilled
 from layton.scenes import caption, render, split_seeds
 from layton.sceneval import find_objects
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "layton"))
-import small_pipelines as tiny
 
 SIZE = 128
 COUNT = 6

@@ -1,15 +1,9 @@
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from torch.testing import assert_close
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from tiny_transformers import CODES, LENGTH, TOKENS, captions, codes, left_padded, tiny_model
+from torch.testing import assert_close
 
 from generation.cache import CachedDecoder
 from generation.packing import PackedLinear, packed

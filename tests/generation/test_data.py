@@ -1,13 +1,7 @@
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from laytongen_parts import CODES, LENGTH, TOKENS, tiny_text_encoder, tiny_tokenizer
 
 from generation.data import TokenShards, split_of

@@ -12,19 +12,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import laytongen_parts as laytongen
 import pytest
 import torch
 import yaml
 from PIL import Image
 
 from distill.adapters import ATTENTION_LORA_TARGETS, LoraSettings
-from distill.hipa import HiPA
-from distill.one_step import OneStepDistillation
-from distill.pairs import TeacherSolver
-from distill.reflow import Reflow
+from distill.methods.hipa import HiPA
+from distill.methods.one_step import OneStepDistillation
+from distill.methods.pairs import TeacherSolver
+from distill.methods.reflow import Reflow
 from generation.decoders import HiPADecoder, InstaFlowDecoder
 from generation.decoders.pairs import DecoderPairs, read_teacher
 from generation.decoders.task import BUDGET, OneStepDecoderTask
+from generation.generator import save_generator
 from layton.cli import main
 from layton.control import SMALL_CHANNELS, copy_encoder
 from layton.data.cache import CacheMismatchError
@@ -45,11 +47,6 @@ from layton.metrics.image import psnr, round_to_uint8
 from layton.quantizer import CosineVQ
 from layton.scenes import render, sample_scene, split_seeds
 from layton.tokenizer import LaytonTokenizer
-
-sys.path.insert(0, str(Path(__file__).parent))
-import laytongen_parts as laytongen
-
-from generation.generator import save_generator
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RANK = LoraSettings(rank=2, alpha=2.0)

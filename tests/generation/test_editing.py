@@ -1,13 +1,7 @@
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from laytongen_parts import CODES, SIZE, TOKENS, tiny_generator, tiny_tokenizer
 
 from generation.editing import continue_image, interpolate_images, interpolate_prompts, resample_tokens, token_box

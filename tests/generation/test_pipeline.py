@@ -1,15 +1,11 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from laytongen_parts import CODES, SIZE, TOKENS, tiny_generator, tiny_tokenizer, write_model
 
 from generation.generator import load_generator, save_generator

@@ -1,17 +1,12 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from tiny_transformers import CODES, TOKENS, captions, codes, tiny_model
 from torch import nn
 from torch.testing import assert_close
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from tiny_transformers import CODES, TOKENS, captions, codes, tiny_model
 
 from generation.decoding import generate_codes
 from generation.quantization import Int8Linear, quantize_int8

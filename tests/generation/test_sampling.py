@@ -1,16 +1,11 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch.testing import assert_close
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from tiny_transformers import CODES, LENGTH, TOKENS, captions, left_padded, tiny_model
+from torch.testing import assert_close
 
 from generation.decoding import FREE, generate_codes
 from generation.guidance import Guidance, guide

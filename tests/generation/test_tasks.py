@@ -1,16 +1,12 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.optim import AdamW
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from laytongen_parts import CODES, SIZE, TOKENS, tiny_text_encoder, tiny_tokenizer, tiny_transformer
+from torch.optim import AdamW
 
 from generation.data import TokenShards
 from generation.generator import load_generator

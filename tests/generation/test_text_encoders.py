@@ -1,13 +1,9 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from laytongen_parts import LENGTH, WIDTH, WORDS, tiny_text_encoder
 
 from generation.text_encoders import TransformersTextEncoder, pad_left, text_encoder

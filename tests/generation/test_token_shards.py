@@ -1,17 +1,13 @@
 from __future__ import annotations
 
 import io
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from laytongen_parts import CODES, TOKENS, tiny_text_encoder, tiny_tokenizer
+from PIL import Image
 
 from generation.data import TokenShards
 from generation.token_shards import (

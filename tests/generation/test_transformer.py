@@ -1,17 +1,13 @@
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_transformers import CODES, DIM, LENGTH, TOKENS, captions, codes, left_padded, tiny_model
 from torch.nn import functional as F
 from torch.testing import assert_close
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from tiny_transformers import CODES, DIM, LENGTH, TOKENS, captions, codes, left_padded, tiny_model
 
 from generation.loss import next_code_loss
 from generation.rope import rotate, rotation_table

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from laytongen_parts import CODES, LENGTH, SIZE, TOKENS, tiny_tokenizer
+from PIL import Image
 
 from generation.pipeline import LaytonGenPipeline
 from layton.cli import main

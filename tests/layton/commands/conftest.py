@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from command_tools import SIZE, Run, tiny_tokenizer
+from PIL import Image
 
 from layton.cli import main
 from layton.ldm.autoencoder import build_autoencoder

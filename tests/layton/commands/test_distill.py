@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small_pipelines as tiny
 import torch
 import yaml
 from diffusers import DiffusionPipeline
 
 from distill.models import denoiser_from_pipeline
 from layton.cli import main
-from layton.distilled import load_sampling
+from layton.distillation.distilled import load_sampling
 from layton.ldm.conditions import PromptEncoder
 from layton.tasks.distill import DistillTask
 from layton.training import load_task
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import small_pipelines as tiny
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 T = torch.tensor([999, 259])

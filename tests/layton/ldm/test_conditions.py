@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small_pipelines as tiny
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
@@ -15,9 +15,6 @@ from distill.models import denoiser_from_pipeline
 from layton.errors import UsageError
 from layton.ldm.conditions import PromptEncoder, latent_shape_of
 from layton.ldm.teacher import open_pipeline
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import small_pipelines as tiny
 
 PROMPTS = ["a red circle", "two blue stars"]
 KINDS = ["sd", "sd-v", "sdxl", "sd3", "flux"]

@@ -5,29 +5,25 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small_pipelines as tiny
 import torch
 from lightning.pytorch import Trainer
 
-from distill.hipa import HiPA
-from distill.lcm import LCM
-from distill.pairs import TeacherSolver
-from distill.scott import SCott
+from distill.adapters import LoraSettings, adapter_state_dict
+from distill.methods.hipa import HiPA
+from distill.methods.lcm import LCM
+from distill.methods.pairs import TeacherSolver
+from distill.methods.scott import SCott
 from layton.callbacks import GracefulStop, SafeCheckpoint
 from layton.data.module import ImageDataModule
 from layton.data.sources import SampleSource
 from layton.ldm.autoencoder import Autoencoder
 from layton.reproduce.budget import IMAGES, SPENT_FILE, BudgetStop, image_parts
 from layton.tasks.distill import DistillTask
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import small_pipelines as tiny
-
-from distill.adapters import LoraSettings, adapter_state_dict
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from reproduce_tools import save_teacher, save_tokenizer, tiny_configs
 
 from layton.cli import main
 from layton.reproduce.evaluation import Evaluator
 from layton.reproduce.report import QUICK_LABEL
-
-sys.path.insert(0, str(Path(__file__).parent))
-from reproduce_tools import save_teacher, save_tokenizer, tiny_configs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from distill.denoiser import Condition
-from distill.lcm import LCM
+from distill.methods.lcm import LCM
+from distill.methods.scott import SCott
 from distill.samplers import renoise_sample
-from distill.scott import SCott
 from layton.cli import main
 from layton.data.sources import ScenesSource
 from layton.decoders import ConsistencyDecoder, DiffusionDecoder
@@ -326,7 +326,7 @@ def test_the_whole_run(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 "decoder": str(world / "diffusion"),
                 "adaptation": {"unet": "lora", "branch": "lora", "lora": {"rank": 4}},
                 "method": {
-                    "class_path": "distill.lcm.LCM",
+                    "class_path": "distill.methods.lcm.LCM",
                     "init_args": {"guidance_range": [1.0, 1.0], "target_decay": 0.9},
                 },
                 "pixels": {

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small_pipelines as tiny
 import torch
 from lightning.pytorch import Callback, Trainer
 
 from distill.adapters import LoraSettings, adapter_state_dict
-from distill.lcm import LCM
 from distill.method import MethodOutput
-from distill.mlcm import MLCM
+from distill.methods.lcm import LCM
+from distill.methods.mlcm import MLCM
+from distill.methods.scott import SCott
 from distill.moves import SolverSettings
-from distill.scott import SCott
 from layton.callbacks import SafeCheckpoint
 from layton.data.module import ImageDataModule
 from layton.data.sources import SampleSource
@@ -25,9 +25,6 @@ from layton.ldm.prompt_cache import CachedPrompts
 from layton.tasks.distill import DistillTask
 from layton.tasks.guard import NonFiniteError
 from layton.tasks.latent_score import sliced_wasserstein
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import small_pipelines as tiny
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),

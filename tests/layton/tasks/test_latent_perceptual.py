@@ -7,8 +7,8 @@ import functools
 import pytest
 import torch
 
-from distill.latent_perceptual import LatentPerceptualDistance, LatentPerceptualNet
-from layton.latent_perceptual import SavedLatentPerceptualDistance, save_latent_perceptual
+from distill.methods.latent_perceptual import LatentPerceptualDistance, LatentPerceptualNet
+from layton.distillation.latent_perceptual import SavedLatentPerceptualDistance, save_latent_perceptual
 from layton.tasks.latent_perceptual import DISTORTIONS, LatentPerceptualTask
 
 ADAM = functools.partial(torch.optim.AdamW, lr=3e-3)

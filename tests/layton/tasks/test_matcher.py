@@ -10,7 +10,7 @@ import torch
 
 from distill.condition import Condition
 from layton.data.sources import ScenesSource
-from layton.matcher import Matcher
+from layton.distillation.matcher import Matcher
 from layton.scenes import TASKS, sample_scene
 from layton.scenes.world import COLOURS, RELATIONS, SHAPES
 from layton.tasks.matcher import MatcherTask

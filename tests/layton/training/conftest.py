@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 THEIRS = (
     "ignore:'set_vital' is deprecated:UserWarning",  # torchdata 0.11 with torch >= 2.14

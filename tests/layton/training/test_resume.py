@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from toy import ToyPart, ToyTask, toy_data
+from toy import ToyPart, ToyTask, assert_same, toy_data
 
 from layton.callbacks import EMA, SafeCheckpoint, newest_good_checkpoint
 
@@ -58,22 +58,6 @@ def train(folder: Path, *, stop: int = STEPS, workers: int = 0, resume: bool = F
     newest = newest_good_checkpoint(checkpoints)
     assert newest is not None
     return Outcome(task.seen, task.losses, torch.load(newest, weights_only=True))
-
-
-def assert_same(left: Any, right: Any, name: str = "") -> None:
-    assert type(left) is type(right), name
-    if isinstance(left, torch.Tensor):
-        assert torch.equal(left, right), name
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys(), name
-        for key in left:
-            assert_same(left[key], right[key], f"{name}.{key}")
-    elif isinstance(left, list | tuple):
-        assert len(left) == len(right), name
-        for index, (a, b) in enumerate(zip(left, right, strict=True)):
-            assert_same(a, b, f"{name}.{index}")
-    else:
-        assert left == right, name
 
 
 def assert_equal_runs(whole: Outcome, parts: list[Outcome]) -> None:

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from test_resume import assert_same
-from toy import ToyPart, ToyTask, toy_data, write_run
+from toy import ToyPart, ToyTask, assert_same, toy_data, write_run
 
 from layton.callbacks import EMA, GracefulStop, SafeCheckpoint, TimeLimit, newest_good_checkpoint
 from layton.callbacks.stop import InterruptedRun

@@ -1,0 +1,234 @@
+"""What distillation gives, in diffusers' formats: a LoRA or a whole network, with its record ``few_step.json``.
+
+The LoRA file has PEFT's key names and the adapter's configuration in its header: that is what
+``pipeline.load_lora_weights`` reads back without loss. Other ways lose silently: the conversion of key names drops all
+attention layers of the usual target list, and without the header alpha is guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from diffusers import DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers.loaders import (
+    FluxLoraLoaderMixin,
+    SD3LoraLoaderMixin,
+    StableDiffusionLoraLoaderMixin,
+)
+from torch import Tensor, nn
+
+from distill.adapters import (
+    AdapterView,
+    LoraSettings,
+    active_adapters,
+    adapter_names,
+    adapter_state_dict,
+    set_active_adapters,
+)
+from distill.denoiser import Denoiser
+from distill.few_step import FewStepSampling
+from distill.models import FlowTransformerDenoiser, UNetDenoiser
+from layton.control import base_state_dict
+from layton.distillation.few_step_schedulers import few_step_scheduler
+from layton.folder import CONFIG_NAME, load_tensors, save_config, save_tensors, write_atomically
+
+FEW_STEP_NAME = "few_step.json"
+LORA_NAME = "pytorch_lora_weights.safetensors"
+NETWORK_NAME = "diffusion_pytorch_model.safetensors"
+
+Network: TypeAlias = UNet2DConditionModel | SD3Transformer2DModel | FluxTransformer2DModel
+_WRITERS = (
+    (UNet2DConditionModel, "unet", StableDiffusionLoraLoaderMixin),
+    (SD3Transformer2DModel, "transformer", SD3LoraLoaderMixin),
+    (FluxTransformer2DModel, "transformer", FluxLoraLoaderMixin),
+)
+
+
+def save_distilled(
+    student: Denoiser, folder: str | Path, sampling: FewStepSampling, *, dtype: torch.dtype | None = None
+) -> None:
+    """Write a distilled student: its adapter if it is a view with one, else its whole network.
+
+    Args:
+        student: ``networks.student`` of the training run.
+        folder: Where to; made if needed.
+        sampling: How it is to be sampled.
+        dtype: Type of floating-point weights on disk; default their own.
+
+    Raises:
+        ValueError: The student wraps no diffusers UNet or transformer.
+    """
+    root = Path(folder)
+    if isinstance(student, AdapterView) and student.names:
+        save_lora(network_of(student.denoiser), root, name=student.names[-1], dtype=dtype)
+    else:
+        save_network(network_of(student), root, dtype=dtype)
+    save_sampling(sampling, root)
+
+
+def network_of(denoiser: Denoiser) -> Network:
+    """The diffusers network inside a denoiser.
+
+    Raises:
+        ValueError: The denoiser is something else, or more.
+    """
+    inner = denoiser.denoiser if isinstance(denoiser, AdapterView) else denoiser
+    # Layton's decoder has a UNet too, but is more than that, and is saved by itself.
+    if isinstance(inner, UNetDenoiser):
+        return inner.unet
+    if isinstance(inner, FlowTransformerDenoiser):
+        return inner.transformer
+    raise ValueError(f"{type(inner).__name__} is no plain diffusers UNet or flow transformer")
+
+
+def save_sampling(sampling: FewStepSampling, folder: str | Path) -> None:
+    """Write ``few_step.json``."""
+    text = json.dumps(sampling.to_json(), indent=2) + "\n"
+
+    def write(part: Path) -> None:
+        part.write_text(text, encoding="utf-8")
+
+    write_atomically(Path(folder) / FEW_STEP_NAME, write)
+
+
+def load_sampling(folder: str | Path) -> FewStepSampling:
+    """Read ``few_step.json``.
+
+    Raises:
+        ValueError: It is missing or malformed.
+    """
+    path = Path(folder) / FEW_STEP_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no {FEW_STEP_NAME}: not a distilled student")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return FewStepSampling.from_json(values)
+
+
+def save_lora(network: Network, folder: str | Path, *, name: str = "default", dtype: torch.dtype | None = None) -> None:
+    """Write one adapter of a network so that ``pipeline.load_lora_weights`` reads exactly it.
+
+    Args:
+        network: UNet or transformer with the adapter.
+        folder: Where to; the file is ``pytorch_lora_weights.safetensors``.
+        name: The adapter; the name is not saved.
+        dtype: Type on disk, default the weights' own.
+
+    Raises:
+        ValueError: The network has no such adapter.
+    """
+    state = {key: value.detach().to("cpu", dtype).clone() for key, value in adapter_state_dict(network, name).items()}
+    metadata = json.loads(json.dumps(network.peft_config[name].to_dict(), default=list))
+    part_name, mixin = next((part, mixin) for kind, part, mixin in _WRITERS if isinstance(network, kind))
+
+    def write(part: Path) -> None:
+        layers: dict[str, Any] = {f"{part_name}_lora_layers": state, f"{part_name}_lora_adapter_metadata": metadata}
+        mixin.save_lora_weights(part.parent, weight_name=part.name, **layers)
+
+    write_atomically(Path(folder) / LORA_NAME, write)
+
+
+def save_network(network: Network, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write the whole network so that its class's ``from_pretrained`` reads it; adapters are left out."""
+    save_tensors(Path(folder) / NETWORK_NAME, base_state_dict(network), dtype=dtype)
+    save_config(Path(folder), json.loads(network.to_json_string()))
+
+
+def load_distilled(
+    pipeline: DiffusionPipeline, folder: str | Path, *, adapter_name: str = "distilled"
+) -> FewStepSampling:
+    """Put a distilled student into a pipeline, with a scheduler that takes its times and refuses others.
+
+    Call the pipeline with ``**pipeline_arguments(sampling, num_steps)`` afterwards. A LoRA joins those already loaded
+    and is switched on beside them; scale it with ``pipeline.set_adapters`` or ``cross_attention_kwargs``.
+
+    Args:
+        pipeline: A pipeline with the teacher's UNet or transformer; changed in place.
+        folder: What ``save_distilled`` wrote.
+        adapter_name: Name for the LoRA in the pipeline.
+
+    Returns:
+        How the student is to be sampled.
+
+    Raises:
+        ValueError: Files are missing, or the LoRA does not fit the pipeline's network in every key.
+    """
+    root = Path(folder)
+    sampling = load_sampling(root)
+    part = "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
+    scheduler = few_step_scheduler(sampling, pipeline.scheduler.config)
+    if (root / LORA_NAME).is_file():
+        _load_lora(pipeline, root / LORA_NAME, part, adapter_name)
+    elif (root / CONFIG_NAME).is_file() and (root / NETWORK_NAME).is_file():
+        old = getattr(pipeline, part)
+        network = type(old).from_pretrained(root, local_files_only=True, torch_dtype=old.dtype)
+        pipeline.register_modules(**{part: network.to(old.device)})
+    else:
+        raise ValueError(f"{root} holds neither {LORA_NAME} nor {CONFIG_NAME} with {NETWORK_NAME}")
+    pipeline.register_modules(scheduler=scheduler)
+    return sampling
+
+
+def pipeline_arguments(sampling: FewStepSampling, num_steps: int) -> dict[str, Any]:
+    """Arguments for a pipeline's call: number of steps, guidance, and TCD's noise.
+
+    Guidance is in the weights, so the pipeline's own is off; a student with a guidance input gets its trained scale.
+
+    Raises:
+        ValueError: The student was not trained for this number of steps.
+    """
+    sampling.times_for(num_steps)
+    arguments: dict[str, Any] = {"num_inference_steps": num_steps}
+    arguments["guidance_scale"] = 1.0 if sampling.guidance is None else sampling.guidance
+    if sampling.prediction != "flow" and sampling.kind != "renoise":
+        arguments["eta"] = sampling.gamma if sampling.kind == "tcd" else 0.0
+    return arguments
+
+
+def lora_settings_of(network: Network, name: str = "default") -> LoraSettings:
+    """Settings of an adapter that is on a network.
+
+    Raises:
+        ValueError: The network has no such adapter.
+    """
+    if name not in adapter_names(network):
+        raise ValueError(f"the network has no adapter {name!r}, only {list(adapter_names(network))}")
+    config = network.peft_config[name]
+    return LoraSettings(rank=config.r, alpha=float(config.lora_alpha), targets=tuple(sorted(config.target_modules)))
+
+
+def _load_lora(pipeline: DiffusionPipeline, path: Path, part: str, adapter_name: str) -> None:
+    network: nn.Module = getattr(pipeline, part)
+    saved = {
+        key.removeprefix(part + "."): value for key, value in load_tensors(path).items() if key.startswith(part + ".")
+    }
+    _check_layers(network, saved, path)
+    before = active_adapters(network)
+    with warnings.catch_warnings():
+        # peft warns of a second adapter, which is what is wanted here.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=adapter_name)
+    loaded = adapter_state_dict(network, adapter_name)
+    wrong = sorted(saved.keys() ^ loaded.keys()) + [
+        key
+        for key in saved.keys() & loaded.keys()
+        if not torch.equal(loaded[key].cpu(), saved[key].to(loaded[key].dtype))
+    ]
+    if wrong:
+        raise ValueError(f"{len(wrong)} of {len(saved)} LoRA tensors in {path} did not arrive, first {wrong[:5]}")
+    # The pipeline's own set_adapters would put the scales of the others back to 1.
+    set_active_adapters(network, (*before, adapter_name))
+
+
+def _check_layers(network: nn.Module, saved: dict[str, Tensor], path: Path) -> None:
+    layers = {name.removesuffix(".base_layer") for name, _ in network.named_modules()}
+    wanted = {key.rsplit(".lora_", 1)[0] for key in saved}
+    if not wanted & layers:
+        raise ValueError(f"no key of {path} matches a layer of {type(network).__name__}")
+    if unknown := sorted(wanted - layers):
+        raise ValueError(f"{path} has {len(unknown)} layers that {type(network).__name__} has not, first {unknown[:5]}")

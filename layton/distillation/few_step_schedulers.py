@@ -1,0 +1,174 @@
+"""diffusers schedulers that know the inference times of one distilled student and refuse any others.
+
+They are what `layton.distillation.distilled.load_distilled` puts into a pipeline, so that
+``pipeline(..., num_inference_steps=4)`` evaluates the network exactly where it was trained to be evaluated. Their
+configuration carries the times, so a pipeline saved with one loads again wherever this library is installed; elsewhere
+their plain base classes take the same configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, LCMScheduler, TCDScheduler
+
+from distill.few_step import FewStepSampling
+
+TIMES = "few_step_times"  # key of the configuration: one list of times for each number of steps
+NO_BOUNDARY = 1e6  # timestep_scaling at which LCMScheduler's c_skip is 0 and its c_out 1 in float32
+
+
+def times_in(config: Mapping[str, Any], num_steps: int | None, given: Sequence[float] | None) -> list[float]:
+    """The times to use, from a scheduler's configuration.
+
+    Args:
+        config: Of one of this module's schedulers.
+        num_steps: Number of steps asked for.
+        given: Times asked for instead.
+
+    Raises:
+        ValueError: The student was not trained for them.
+    """
+    rows = FewStepSampling(times=tuple(tuple(float(t) for t in row) for row in config[TIMES]))
+    row = list(rows.times_for(len(given) if given is not None else int(num_steps or 0)))
+    if given is not None and [float(t) for t in given] != row:
+        raise ValueError(f"this student was trained for the times {row}, not for {list(given)}")
+    return row
+
+
+class FewStepLCMScheduler(LCMScheduler):
+    """Multistep consistency sampling at the trained times."""
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        original_inference_steps: int | None = None,
+        timesteps: list[int] | None = None,
+        strength: float = 1.0,
+    ) -> None:
+        """Set the trained times for a number of steps.
+
+        Raises:
+            ValueError: The student was not trained for this number of steps, or these times.
+        """
+        times = [int(t) for t in times_in(self.config, num_inference_steps, timesteps)]
+        super().set_timesteps(device=device, timesteps=times, strength=strength)
+
+
+class FewStepTCDScheduler(TCDScheduler):
+    """Strategic stochastic sampling at the trained times; ``eta = 0`` is deterministic DDIM."""
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        original_inference_steps: int | None = None,
+        timesteps: list[int] | None = None,
+        strength: float = 1.0,
+    ) -> None:
+        """Set the trained times for a number of steps.
+
+        Raises:
+            ValueError: The student was not trained for this number of steps, or these times.
+        """
+        times = [int(t) for t in times_in(self.config, num_inference_steps, timesteps)]
+        super().set_timesteps(device=device, timesteps=times, strength=strength)
+
+
+class FewStepFlowLCMScheduler(FlowMatchLCMScheduler):
+    """Multistep consistency sampling of a flow network at the trained times.
+
+    diffusers' SD3 and FLUX pipelines hand the scheduler no generator: its noise is that of torch's global one.
+    """
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
+        """Set the trained times; of ``sigmas``, which pipelines make up by themselves, only the number counts.
+
+        Raises:
+            ValueError: The student was not trained for this number of steps, or these times.
+        """
+        steps = num_inference_steps if sigmas is None else len(sigmas)
+        times = times_in(self.config, steps, timesteps)
+        super().set_timesteps(device=device, sigmas=[t / self.config.num_train_timesteps for t in times])
+
+
+class FewStepFlowEulerScheduler(FlowMatchEulerDiscreteScheduler):
+    """Deterministic sampling of a flow network at the trained times."""
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
+        """Set the trained times; of ``sigmas``, which pipelines make up by themselves, only the number counts.
+
+        Raises:
+            ValueError: The student was not trained for this number of steps, or these times.
+        """
+        steps = num_inference_steps if sigmas is None else len(sigmas)
+        times = times_in(self.config, steps, timesteps)
+        super().set_timesteps(device=device, sigmas=[t / self.config.num_train_timesteps for t in times])
+
+
+FewStepScheduler = FewStepLCMScheduler | FewStepTCDScheduler | FewStepFlowLCMScheduler | FewStepFlowEulerScheduler
+
+
+def few_step_scheduler(sampling: FewStepSampling, config: Mapping[str, Any]) -> FewStepScheduler:
+    """The scheduler that samples in a diffusers pipeline as ``sampling`` says.
+
+    Args:
+        sampling: Record of the student.
+        config: Configuration of the pipeline's scheduler, which gives the noise schedule.
+
+    Raises:
+        ValueError: diffusers has no scheduler for this kind of sampling, or needs whole times and they are not.
+    """
+    times = [list(steps) for steps in sampling.times]
+    if sampling.prediction == "flow":
+        return _flow_scheduler(sampling, config, times)
+    if any(t != int(t) for steps in times for t in steps):
+        raise ValueError(f"diffusers' schedulers need whole times, got {times}")
+    shared = {key: config[key] for key in _NOISE_KEYS if key in config}
+    shared["prediction_type"] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[sampling.prediction]
+    # With the original grid being all times, none of ours is off it.
+    shared |= {"original_inference_steps": shared.get("num_train_timesteps", 1000), "clip_sample": False}
+    scheduler: FewStepScheduler
+    if sampling.kind == "renoise":
+        scaling = 10.0 if sampling.boundary == "lcm" else NO_BOUNDARY
+        scheduler = FewStepLCMScheduler.from_config({**shared, "timestep_scaling": scaling})
+    else:
+        scheduler = FewStepTCDScheduler.from_config(shared)
+    scheduler.register_to_config(**{TIMES: times})
+    return scheduler
+
+
+_NOISE_KEYS = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+    "rescale_betas_zero_snr", "set_alpha_to_one", "steps_offset",
+)  # fmt: skip
+
+
+def _flow_scheduler(
+    sampling: FewStepSampling, config: Mapping[str, Any], times: list[list[float]]
+) -> FewStepFlowLCMScheduler | FewStepFlowEulerScheduler:
+    if sampling.kind == "tcd" or sampling.boundary != "none":
+        raise ValueError(f"diffusers has no flow scheduler for kind {sampling.kind!r}, boundary {sampling.boundary!r}")
+    # The times are the network's own: no shift is to be put on them.
+    shared = {"num_train_timesteps": config.get("num_train_timesteps", 1000), "shift": 1.0}
+    build = FewStepFlowLCMScheduler if sampling.kind == "renoise" else FewStepFlowEulerScheduler
+    scheduler: FewStepFlowLCMScheduler | FewStepFlowEulerScheduler = build.from_config(shared)
+    scheduler.register_to_config(**{TIMES: times})
+    return scheduler

@@ -1,0 +1,135 @@
+"""Pairs made by a pipeline when they are first asked for: the data of reflow, one-step distillation and HiPA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from distill.condition import Condition
+from distill.methods.pairs import DEFAULT_SOLVER, TeacherSolver
+from distill.models import denoiser_from_pipeline
+from layton.assets import resolve
+from layton.data.sources import SampleSource
+from layton.distillation.pair_files import require_same
+from layton.distillation.pairs import PairPlan, PairSource, generate_pairs
+from layton.ldm.cache import digest
+from layton.ldm.conditions import PromptEncoder, latent_shape_of
+from layton.ldm.teacher import open_pipeline
+
+_NETWORKS = ("unet", "transformer")
+
+
+class TeacherPairs(SampleSource):
+    """A source of pairs (noise, latent, caption), made by a pipeline when first asked for and then read from disk.
+
+    Samples are those of `layton.distillation.pairs.PairSource`. An interrupted run goes on with the part it was at.
+
+    Args:
+        prompts: Gives captions; pictures are ignored.
+        pipeline: Folder of the teacher. For k-rectified flow, the export of the run before.
+        folder: Where the pairs lie.
+        solver: How the teacher turns noise into latents.
+        num_pairs: How many; more than there are prompts gives each several noises. None: one for each prompt.
+        seed: Of all noises.
+        part_size: Pairs in a file.
+        batch_size: Pairs made at once.
+        latent_size: h = w; by default what the pipeline makes by default.
+        device: Where the teacher runs while pairs are made.
+
+    Raises:
+        CacheMismatchError: The folder holds pairs made by something else.
+    """
+
+    def __init__(
+        self,
+        prompts: SampleSource,
+        *,
+        pipeline: str,
+        folder: str,
+        solver: TeacherSolver = DEFAULT_SOLVER,
+        num_pairs: int | None = None,
+        seed: int = 0,
+        part_size: int = 1024,
+        batch_size: int = 32,
+        latent_size: int | None = None,
+        device: str = "cpu",
+    ) -> None:
+        count = len(prompts) if num_pairs is None else num_pairs
+        self._source = open_or_make(
+            prompts,
+            pipeline,
+            folder,
+            lambda shape: PairPlan(count, shape, solver, seed, part_size, batch_size),
+            latent_size=latent_size,
+            device=device,
+        )
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self._source)
+
+    def sample(self, index: int, *, seed: int) -> dict[str, Any]:
+        """One pair; the seed has no influence."""
+        return self._source.sample(index)
+
+
+def open_or_make(
+    prompts: SampleSource,
+    pipeline: str,
+    folder: str,
+    plan_of: Callable[[tuple[int, int, int]], PairPlan],
+    *,
+    latent_size: int | None = None,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> PairSource:
+    """Open a set of pairs, or make what is missing of it.
+
+    Args:
+        prompts: Gives captions.
+        pipeline: Folder of the teacher.
+        folder: Of the pairs.
+        plan_of: The plan for a latent shape (C, h, w).
+        latent_size: h = w; by default the pipeline's.
+        device: Where the teacher runs.
+        progress: See `layton.distillation.pairs.generate_pairs`.
+
+    Raises:
+        CacheMismatchError: The folder holds pairs made by something else.
+    """
+    pipe = open_pipeline(pipeline)
+    shape = latent_shape_of(pipe, latent_size)
+    plan = plan_of(shape)
+    teacher_id = teacher_digest(Path(pipeline) if Path(pipeline).is_dir() else resolve(pipeline, part="ldm"))
+    if (Path(folder) / "cache.json").is_file():
+        source = PairSource(folder)
+        wanted = plan.fingerprint(teacher=teacher_id, first_key=str(prompts.sample(0, seed=0)["key"]))
+        require_same(Path(folder), source.cache.fingerprint, wanted)
+        return source
+    encoder = PromptEncoder(pipe, latent_size=shape[1:])
+    teacher = denoiser_from_pipeline(pipe).eval().to(device)
+    null = encoder.null(device=device) if plan.solver.is_guided else None
+
+    def condition_of(batch: Mapping[str, Any]) -> Condition:
+        return encoder(batch["caption"], device=device)
+
+    made = generate_pairs(
+        teacher, prompts, condition_of, folder, plan, teacher_id=teacher_id, null=null, progress=progress
+    )
+    if made is None:  # cannot happen with one worker
+        raise RuntimeError(f"{folder}: parts are missing")
+    return made
+
+
+def teacher_digest(pipeline: Path) -> str:
+    """16 hex digits over the weights that decide a pair: network and text encoders.
+
+    Raises:
+        ValueError: The folder has neither.
+    """
+    parts = [pipeline / name for name in (*_NETWORKS, "text_encoder", "text_encoder_2", "text_encoder_3")]
+    found = [digest(part) for part in parts if part.is_dir()]
+    if not found:
+        raise ValueError(f"{pipeline} holds no network")
+    return "-".join(found)

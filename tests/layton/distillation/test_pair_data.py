@@ -1,0 +1,49 @@
+"""Pairs of a pipeline are what its own text and network give, and another pipeline's are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_flow import pipeline, tiny_tokenizer
+from torch.testing import assert_close
+
+from distill.condition import Condition
+from distill.methods.pairs import TeacherSolver
+from distill.models import denoiser_from_pipeline
+from layton.data.cache import CacheMismatchError
+from layton.data.prompts import SceneCaptions
+from layton.distillation.pair_data import TeacherPairs
+
+
+def test_pairs_of_a_pipeline_follow_its_prompts_and_guidance(tmp_path):
+    pipe = pipeline(tiny_tokenizer())
+    pipe.save_pretrained(tmp_path / "model")
+    solver = TeacherSolver("ddim", 3, guidance_scale=2.0)
+
+    def pairs(rule: TeacherSolver = solver) -> TeacherPairs:
+        return TeacherPairs(
+            SceneCaptions(length=3),
+            pipeline=str(tmp_path / "model"),
+            folder=str(tmp_path / "pairs"),
+            solver=rule,
+            batch_size=2,
+        )
+
+    source = pairs()
+    assert len(source) == 3
+    sample = source.sample(1, seed=0)
+    options = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    with torch.no_grad():
+        text, empty = pipe.encode_prompt([sample["caption"]], **options)
+    latent = solver.solve(
+        denoiser_from_pipeline(pipe), sample["noise"][None], Condition(embeds=text), Condition(embeds=empty)
+    )
+    assert_close(sample["latent"].float(), latent[0], rtol=5e-3, atol=5e-3)
+    assert_close(pairs().sample(1, seed=3)["latent"], sample["latent"], rtol=0, atol=0)  # read, not made
+    with pytest.raises(CacheMismatchError, match="guidance"):
+        pairs(TeacherSolver("ddim", 3, guidance_scale=3.0))
+    with torch.no_grad():
+        next(pipe.unet.parameters()).add_(1.0)
+    pipe.save_pretrained(tmp_path / "model")
+    with pytest.raises(CacheMismatchError, match="teacher"):
+        pairs()
