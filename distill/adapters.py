@@ -15,11 +15,13 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from distill.condition import Condition
 from distill.denoiser import Denoiser
+from distill.merged import MergedForward
 from distill.method import Networks
 
 TLCM_LORA_TARGETS = (
@@ -35,6 +37,12 @@ STUDENT, TARGET = "student", "target"
 ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, BaseTunerLayer)
 
 _structure_version = 0  # raised whenever a network gets new adapter layers, so that views look for them again
+
+
+class _Linear(MergedForward, lora.Linear): ...
+
+
+class _Conv2d(MergedForward, lora.Conv2d): ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +70,11 @@ class LoraSettings:
 
     def to_peft(self) -> LoraConfig:
         """The same as a ``peft.LoraConfig`` (B starts at zero: no effect before training)."""
-        return LoraConfig(
+        config = LoraConfig(
             r=self.rank, lora_alpha=cast(int, self.alpha), target_modules=list(self.targets), init_lora_weights=True
         )
+        config._register_custom_module({nn.Linear: _Linear, nn.Conv2d: _Conv2d})  # same weights and names
+        return config
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values."""

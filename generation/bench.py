@@ -1,8 +1,6 @@
 """Speed of decoding as ratios, side by side in one run.
 
-Times of another machine, or of another minute of this one, say little. So every round measures all contenders one after
-another, a ratio is formed in each round, and the median ratio is reported (with the ratio of the fastest times beside
-it). With one thread the clock is that of the thread's CPU time, which neighbours disturb less than the wall clock.
+How it is measured: `layton.bench.report`.
 
 Bars, with random weights and a head that is not zero: P2 floor kernel / step, where the floor kernel is the model's own
 linear layers alone, as ``nn.Linear`` computes them (the times tell of the packed ones, which decoding runs, as well);
@@ -13,17 +11,12 @@ P5 step at the last code / at the 8th; P6 step / step with int8 weights; P7 guid
 from __future__ import annotations
 
 import copy
-import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 
-import torch
-
 from generation.contenders import (
     BenchShape,
-    Clock,
     build,
     build_peer,
     captions,
@@ -35,6 +28,7 @@ from generation.contenders import (
 from generation.packing import packed
 from generation.quantization import quantize_int8
 from generation.transformer import LaytonGenTransformer
+from layton.bench.report import Bar, Clock, Protocol, Times, bench_clock, make_bar
 
 EARLY = 8
 """The code whose step is compared with the last one's."""
@@ -63,29 +57,6 @@ class BenchOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Bar:
-    """One ratio.
-
-    Attributes:
-        name: Such as "P2 38M".
-        text: What is divided by what.
-        ratio: Median over rounds of the ratio in a round.
-        ratio_of_fastest: The same from the fastest times of all rounds.
-        goal: What it should be.
-        at_least: Whether more is better.
-        passed: Whether the goal is met.
-    """
-
-    name: str
-    text: str
-    ratio: float
-    ratio_of_fastest: float
-    goal: float
-    at_least: bool
-    passed: bool
-
-
-@dataclass(frozen=True, slots=True)
 class BenchReport:
     """Ratios, times and protocol.
 
@@ -108,9 +79,6 @@ class BenchReport:
         return asdict(self)
 
 
-Times = dict[str, list[float]]
-
-
 def run_bench(shapes: Sequence[BenchShape] = SHAPES, options: BenchOptions | None = None) -> BenchReport:
     """Measure all bars with the number of threads that torch has.
 
@@ -119,12 +87,12 @@ def run_bench(shapes: Sequence[BenchShape] = SHAPES, options: BenchOptions | Non
         options: How much.
     """
     chosen = options or BenchOptions()
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    clock = bench_clock()
+    protocol = Protocol(clock)
     bars: list[Bar] = []
     milliseconds: dict[str, float] = {}
     equal: dict[str, bool] = {}
     size: dict[str, int] = {}
-    load = os.getloadavg()
     for shape in shapes:
         model = build(shape)
         times = measure(model, shape, chosen, clock)
@@ -132,16 +100,8 @@ def run_bench(shapes: Sequence[BenchShape] = SHAPES, options: BenchOptions | Non
         milliseconds |= {f"{shape.name} {name}": 1e3 * median(values) for name, values in times.items()}
         equal[shape.name] = decodes_like_a_full_pass(model, shape)
         size[shape.name] = 2 * 2 * len(model.blocks) * model.width * (shape.caption_length + shape.num_tokens - 1) * 4
-    protocol: dict[str, object] = {
-        "clock": "thread CPU time" if clock is time.thread_time else "wall",
-        "threads": torch.get_num_threads(),
-        "rounds": chosen.rounds,
-        "num_codes": chosen.num_codes,
-        "torch": torch.__version__,
-        "load_before": list(load),
-        "load_after": list(os.getloadavg()),
-    }
-    return BenchReport(tuple(bars), milliseconds, equal, size, protocol)
+    measured = protocol.as_json() | {"rounds": chosen.rounds, "num_codes": chosen.num_codes}
+    return BenchReport(tuple(bars), milliseconds, equal, size, measured)
 
 
 def measure(model: LaytonGenTransformer, shape: BenchShape, options: BenchOptions, clock: Clock) -> Times:
@@ -175,8 +135,8 @@ def measure(model: LaytonGenTransformer, shape: BenchShape, options: BenchOption
 def shape_bars(shape: BenchShape, times: Times, options: BenchOptions) -> list[Bar]:
     """All bars of one shape."""
     bars = [
-        _bar(f"P2 {shape.name}", "floor kernel / step", times["floor"], times["guided"], 0.75, at_least=True),
-        _bar(
+        make_bar(f"P2 {shape.name}", "floor kernel / step", times["floor"], times["guided"], 0.75, at_least=True),
+        make_bar(
             f"P4 {shape.name}",
             f"codes a second of {options.batch} images / of 1",
             times["guided"],
@@ -185,7 +145,7 @@ def shape_bars(shape: BenchShape, times: Times, options: BenchOptions) -> list[B
             at_least=True,
             factor=options.batch,
         ),
-        _bar(
+        make_bar(
             f"P5 {shape.name}",
             "step at the last code / at the 8th",
             times["late"],
@@ -193,18 +153,12 @@ def shape_bars(shape: BenchShape, times: Times, options: BenchOptions) -> list[B
             1.25,
             at_least=False,
         ),
-        _bar(f"P6 {shape.name}", "step / step with int8 weights", times["guided"], times["int8"], 1.7, at_least=True),
-        _bar(f"P7 {shape.name}", "guided step / plain step", times["guided"], times["plain"], 1.4, at_least=False),
+        make_bar(
+            f"P6 {shape.name}", "step / step with int8 weights", times["guided"], times["int8"], 1.7, at_least=True
+        ),
+        make_bar(f"P7 {shape.name}", "guided step / plain step", times["guided"], times["plain"], 1.4, at_least=False),
     ]
     if "peer" in times:
         text = "transformers generate / step"
-        bars.append(_bar(f"P3 {shape.name}", text, times["peer"], times["guided"], shape.peer_goal, at_least=True))
+        bars.append(make_bar(f"P3 {shape.name}", text, times["peer"], times["guided"], shape.peer_goal, at_least=True))
     return sorted(bars, key=lambda bar: bar.name)
-
-
-def _bar(
-    name: str, text: str, over: list[float], under: list[float], goal: float, *, at_least: bool, factor: float = 1.0
-) -> Bar:
-    ratio = factor * median(a / b for a, b in zip(over, under, strict=True))
-    fastest = factor * min(over) / min(under)
-    return Bar(name, text, ratio, fastest, goal, at_least, ratio >= goal if at_least else ratio <= goal)

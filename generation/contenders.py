@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,9 +14,7 @@ from generation.packing import PackedLinear
 from generation.sampling import GREEDY
 from generation.shapes import SIZES, CaptionShape
 from generation.transformer import LaytonGenTransformer
-
-Clock = Callable[[], float]
-"""Seconds, from anywhere."""
+from layton.bench.report import Clock
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from generation.token_shards import TokenHeader, TokenShard, differences, read_shard, shard_files
-from layton.data.randomness import mix
-from layton.data.sources import SampleSource
+from generation.stored_text import StoredText
+from generation.token_shards import TokenHeader, differences, read_shard, shard_files
+from layton.data.sources import SampleSource, say
 from layton.data.types import Split, check_split, split_of_key
+from layton.scenes import sample_scene
+from layton.scenes.splits import split_of_seed
 
 _SCENES = "scenes/"
 
 
 class TokenShards(SampleSource):
-    """A token dataset that `layton tokenize` wrote, in memory (2 bytes for a token).
+    """A token dataset that `layton tokenize` wrote: codes in memory (2 bytes for a token), text features on disk.
 
     A sample holds ``codes`` (N,) int64, ``caption`` and ``key``; with cached text features also ``text`` (L, D)
     float16, padded, and ``text_mask`` (L,) bool.
@@ -50,22 +55,17 @@ class TokenShards(SampleSource):
             raise ValueError(f"need shares in [0, 1] and length >= 1, got {chinese}, {reworded}, {length}")
         self.folder, self.split = Path(folder), check_split(split)
         self.chinese, self.reworded = chinese, reworded
-        headers, shards = zip(*(read_shard(path) for path in shard_files(self.folder)), strict=True)
-        self.header: TokenHeader = headers[0]
-        if any(header != self.header for header in headers):
-            raise ValueError(f"{folder}: shards were made by different things")
-        self._narrow = torch.uint16 if self.header.vocab_size <= 2**16 else torch.int32
-        self._texts = _TextTable(shards) if use_text and self.header.text_encoder else None
-        if self._texts is not None and (chinese or reworded):
-            raise ValueError("captions said anew have no cached features: pass use_text=False, or no shares")
-        keys = [key for shard in shards for key in shard.keys]
-        rows = [row for row, key in enumerate(keys) if self.split is None or split_of(key) == self.split][:length]
-        if not rows:
+        paths = shard_files(self.folder)
+        kept = _read_all(paths, self.split, length)
+        if not kept.keys:
             raise ValueError(f"split {split!r} of {folder} holds no samples")
-        captions = [caption for shard in shards for caption in shard.captions]
-        self._rows = rows
-        self._keys, self._captions = [keys[row] for row in rows], [captions[row] for row in rows]
-        self._codes = torch.cat([shard.codes for shard in shards])[rows].to(self._narrow)
+        self.header, self._keys, self._captions = kept.header, kept.keys, kept.captions
+        self._codes, self._places = kept.codes.numpy(), kept.places  # torch cannot pickle its uint16
+        self._texts: StoredText | None = None
+        if use_text and self.header.text_encoder:
+            if chinese or reworded:
+                raise ValueError("captions said anew have no cached features: pass use_text=False, or no shares")
+            self._texts = StoredText(paths, length=self.header.text_length, side=self.header.text_padding)
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -78,18 +78,19 @@ class TokenShards(SampleSource):
 
     def codes(self) -> Tensor:
         """Codes (n, N) int64 of all samples, in order."""
-        return self._codes.long()
+        return torch.from_numpy(self._codes.astype(np.int64))
 
     def sample(self, index: int, *, seed: int) -> dict[str, Any]:
         """One sample; the seed decides the wording of a scene's caption. See `SampleSource.sample`."""
         key = self._keys[index]
         sample: dict[str, Any] = {
-            "codes": self._codes[index].long(),
+            "codes": torch.from_numpy(self._codes[index].astype(np.int64)),
             "caption": self._caption(index, key, seed),
             "key": key,
         }
         if self._texts is not None:
-            text, mask = self._texts.padded(self._rows[index], self.header.text_length, self.header.text_padding)
+            shard, row = self._places[index].tolist()
+            text, mask = self._texts.padded(shard, row)
             sample |= {"text": text, "text_mask": mask}
         return sample
 
@@ -109,40 +110,55 @@ class TokenShards(SampleSource):
     def _caption(self, index: int, key: str, seed: int) -> str:
         if not (self.chinese or self.reworded) or not key.startswith(_SCENES):
             return self._captions[index]
-        from layton.scenes import caption, sample_scene
-
-        scene_seed = int(key.removeprefix(_SCENES))
-        language, wording, variant = (mix(seed, scene_seed, choice) for choice in range(3))
-        return caption(
-            sample_scene(scene_seed),
-            language="zh" if language < self.chinese * 2**63 else "en",
-            variant=variant if wording < self.reworded * 2**63 else None,
-        )
+        scene = sample_scene(int(key.removeprefix(_SCENES)))
+        return say(scene, seed, chinese=self.chinese, reworded=self.reworded)
 
 
 def split_of(key: str) -> Split:
     """Split of a sample: of a scene by its seed, of any other by its key."""
     name = key.removeprefix(_SCENES)
     if name != key and name.isascii() and name.isdigit():
-        from layton.scenes.splits import split_of_seed
-
         return split_of_seed(int(name))
     return split_of_key(key)
 
 
-class _TextTable:
-    """Cached features of all captions, without padding."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Kept:
+    """The samples that are kept: header, keys, captions, codes (n, N) as stored, and places (n, 2) int32.
 
-    def __init__(self, shards: tuple[TokenShard, ...]) -> None:
-        self._text = torch.cat([shard.text for shard in shards if shard.text is not None])
-        lengths = [torch.diff(s.text_ends, prepend=s.text_ends.new_zeros(1)) for s in shards if s.text_ends is not None]
-        self._ends = torch.cat(lengths).cumsum(0)
+    A place is the index of the shard and the row in it.
+    """
 
-    def padded(self, row: int, length: int, side: str) -> tuple[Tensor, Tensor]:
-        """Features (L, D) and mask (L,) of one caption."""
-        start = int(self._ends[row - 1]) if row else 0
-        found = self._text[start : int(self._ends[row])]
-        place = slice(length - len(found), None) if side == "left" else slice(0, len(found))
-        text, mask = found.new_zeros(length, found.shape[1]), torch.zeros(length, dtype=torch.bool)
-        text[place], mask[place] = found, True
-        return text, mask
+    header: TokenHeader
+    keys: list[str]
+    captions: list[str]
+    codes: Tensor
+    places: Tensor
+
+
+def _read_all(paths: Sequence[Path], split: Split | None, length: int | None) -> _Kept:
+    """The samples of a split; one shard is held at a time.
+
+    Raises:
+        ValueError: If there is no shard, one is damaged, or they were made by different things.
+    """
+    keys: list[str] = []
+    captions: list[str] = []
+    codes: list[Tensor] = []
+    places: list[Tensor] = []
+    headers: list[TokenHeader] = []
+    for number, path in enumerate(paths):
+        header, shard = read_shard(path, with_text=False)
+        headers.append(header)
+        if header != headers[0]:
+            raise ValueError(f"{path.parent}: shards were made by different things")
+        rows = [row for row, key in enumerate(shard.keys) if split is None or split_of(key) == split]
+        rows = rows if length is None else rows[: length - len(keys)]
+        keys += [shard.keys[row] for row in rows]
+        captions += [shard.captions[row] for row in rows]
+        chosen = torch.tensor(rows, dtype=torch.int64)
+        codes.append(shard.codes[chosen])
+        places.append(torch.stack([torch.full_like(chosen, number), chosen], dim=1).int())
+    if not headers:
+        raise ValueError("the token dataset has no shards")
+    return _Kept(headers[0], keys, captions, torch.cat(codes), torch.cat(places))

@@ -51,6 +51,7 @@ class LaytonGenDrawer:
         top_k: int | None = None,
         top_p: float | None = None,
         device: str | None = None,
+        allow: Sequence[str] = (),
     ) -> LaytonGenDrawer:
         """Load a model with the one decoder that is wanted.
 
@@ -62,7 +63,7 @@ class LaytonGenDrawer:
 
         beside = tokenizer if tokenizer is not None else str(find_tokenizer(name, find_generator(name)))
         chosen = decoder if decoder is not None else default_decoder(beside)
-        pipeline = LaytonGenPipeline.from_pretrained(name, tokenizer=beside, decoders=[chosen])
+        pipeline = LaytonGenPipeline.from_pretrained(name, tokenizer=beside, decoders=[chosen], allow=allow)
         pipeline.tokenizer.decoder(chosen).check_steps(num_steps)
         pipeline.options(guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
         placed = pipeline.to(choose_device(device))

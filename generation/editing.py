@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from generation.decoding import FREE
-from generation.pipeline import LaytonGenOutput, LaytonGenPipeline, OutputType
+from generation.pictures import OutputType
+from generation.pipeline import LaytonGenOutput, LaytonGenPipeline
 from generation.text_encoders import TextFeatures
 from layton.interface import Generators
 

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -143,7 +143,11 @@ def save_generator(folder: str | Path, generator: Generator, *, dtype: torch.dty
 
 
 def load_generator(
-    folder: str | Path, *, text_encoder: TextEncoder | None = None, dtype: torch.dtype = torch.float32
+    folder: str | Path,
+    *,
+    text_encoder: TextEncoder | None = None,
+    dtype: torch.dtype = torch.float32,
+    allow: Sequence[str] = (),
 ) -> Generator:
     """Read what `save_generator` wrote.
 
@@ -151,6 +155,7 @@ def load_generator(
         folder: Where it is.
         text_encoder: Taken instead of the one in the folder; must have the same fingerprint.
         dtype: Of the transformer's weights in memory.
+        allow: Prefixes of class names that may be loaded beside ``layton.`` and ``generation.``.
 
     Raises:
         ValueError: If something is missing, damaged, or is not what the card says.
@@ -159,7 +164,7 @@ def load_generator(
     config = load_config(root, expected_class=CLASS_NAME)
     card = _card(config, root)
     if text_encoder is None:
-        kind = resolve_class(str(config.get("text_encoder_class")), TextEncoder)
+        kind = resolve_class(str(config.get("text_encoder_class")), TextEncoder, allow)
         text_encoder = cast(TextEncoder, kind.from_pretrained(root / "text_encoder"))
     card.require_text_encoder(text_encoder)
     transformer = LaytonGenTransformer.from_pretrained(root / "transformer", dtype=dtype)

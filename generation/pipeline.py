@@ -9,16 +9,12 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-import numpy as np
 import torch
 from diffusers.utils import BaseOutput
-from einops import rearrange
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from generation.decoding import generate_codes
@@ -32,16 +28,14 @@ from generation.generator import (
     save_generator,
 )
 from generation.guidance import Guidance
+from generation.pictures import OUTPUT_TYPES, OutputType, Pictures, finish, join
 from generation.sampling import SamplingOptions
 from generation.seeding import child_generator, image_generators
 from generation.text_encoders import TextCut, TextEncoder, TextFeatures
 from layton import assets
-from layton.data.images import to_image
 from layton.interface import Generators
 from layton.tokenizer import LDM_FOLDER, LaytonTokenizer
 
-OutputType = Literal["pil", "np", "pt", "codes"]
-OUTPUT_TYPES: tuple[OutputType, ...] = ("pil", "np", "pt", "codes")
 MAX_IMAGES = 10_000
 StepEnd = Callable[["LaytonGenPipeline", int, int, dict[str, Any]], object]
 
@@ -61,7 +55,7 @@ class LaytonGenOutput(BaseOutput):
         cut: Prompts that were longer than the text encoder reads.
     """
 
-    images: list[Image.Image] | NDArray[np.float32] | Tensor
+    images: Pictures
     codes: Tensor
     cut: tuple[TextCut, ...] = ()
 
@@ -94,6 +88,7 @@ class LaytonGenPipeline:
         decoders: Sequence[str] | None = None,
         text_encoder: TextEncoder | None = None,
         torch_dtype: torch.dtype = torch.float32,
+        allow: Sequence[str] = (),
     ) -> Self:
         """Load a pipeline without network.
 
@@ -103,16 +98,17 @@ class LaytonGenPipeline:
             decoders: Names of the decoders to load; all by default.
             text_encoder: Taken instead of the saved one; must be the same.
             torch_dtype: Of the transformer's weights.
+            allow: Prefixes of class names that may be loaded beside ``layton.`` and ``generation.``.
 
         Raises:
             ValueError: If something is missing, damaged, or the tokenizer is not the one trained with.
         """
         folder = find_generator(name)
+        generator = load_generator(folder, text_encoder=text_encoder, dtype=torch_dtype, allow=allow)
         if isinstance(tokenizer, LaytonTokenizer):
-            return cls(load_generator(folder, text_encoder=text_encoder, dtype=torch_dtype), tokenizer)
+            return cls(generator, tokenizer)
         place = assets.resolve(tokenizer) if tokenizer is not None else find_tokenizer(name, folder)
-        loaded = LaytonTokenizer.from_pretrained(place, decoders=decoders)
-        pipeline = cls(load_generator(folder, text_encoder=text_encoder, dtype=torch_dtype), loaded)
+        pipeline = cls(generator, LaytonTokenizer.from_pretrained(place, decoders=decoders, allow=allow))
         pipeline._ldm = place / LDM_FOLDER if (place / LDM_FOLDER).is_dir() else None
         return pipeline
 
@@ -178,7 +174,7 @@ class LaytonGenPipeline:
             callback_on_step_end: Called with the pipeline, the index of the code, the same again (diffusers' time
                 step), and a dictionary with ``codes`` (B, N) so far, -1 where none is yet.
             known_codes: (B, N) codes that are given, -1 where one is to be drawn.
-            batch_size: Images drawn at once.
+            batch_size: Images encoded, drawn and decoded at once; what more images take is their codes and pictures.
 
         Raises:
             ValueError: If an argument is out of range or the prompt is no text.
@@ -191,31 +187,48 @@ class LaytonGenPipeline:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         if output_type != "codes":
             self.tokenizer.decoder(decoder).check_steps(num_inference_steps)
-        text = self.encode_prompt(prompts)
-        chosen = [row for row in range(len(prompts)) for _ in range(num_images_per_prompt)]
+        if not all(isinstance(each, str) for each in prompts):
+            raise ValueError(f"prompts must be texts, got {str(prompts)[:80]}")
         generators = image_generators(generator, total)
         noise = [child_generator(each) for each in generators]
         sampling, guidance = self.options(guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
         codes: list[Tensor] = []
-        pictures: list[Tensor] = []
+        cuts: dict[int, TextCut] = {}
+        pictures: list[Any] = []
         for start in range(0, total, batch_size):
             part = slice(start, min(start + batch_size, total))
-            rows = torch.tensor(chosen[part], device=text.mask.device)
+            text = self._text_of(prompts, range(part.start, part.stop), num_images_per_prompt, cuts)
             drawn = self.draw_codes(
-                TextFeatures(text.features[rows], text.mask[rows]),
+                text,
                 generators=generators[part],
                 sampling=sampling,
                 guidance=guidance,
                 known=None if known_codes is None else known_codes[part],
                 callback=callback_on_step_end,
             )
-            codes.append(drawn)
+            codes.append(drawn.cpu())
             if output_type != "codes":
                 decoded = self.tokenizer.decode(
                     drawn, decoder=decoder, num_steps=num_inference_steps, generator=noise[part]
                 )
-                pictures.append(decoded.float().cpu())
-        return LaytonGenOutput(images=_finish(pictures, output_type), codes=torch.cat(codes).cpu(), cut=text.cut)
+                pictures.append(finish(decoded.float().cpu(), output_type))
+        return LaytonGenOutput(images=join(pictures, output_type), codes=torch.cat(codes), cut=tuple(cuts.values()))
+
+    def _text_of(
+        self, prompts: Sequence[str], images: range, images_per_prompt: int, cuts: dict[int, TextCut]
+    ) -> TextFeatures:
+        """Text features of some images, of whose prompts each is encoded once; new cuts are told and added."""
+        rows = torch.tensor([index // images_per_prompt for index in images])
+        first, last = int(rows[0]), int(rows[-1])
+        with torch.no_grad():
+            text = self.text_encoder.encode(prompts[first : last + 1])
+        for found in text.cut:
+            cut = replace(found, index=first + found.index)
+            if cut.index not in cuts:  # the images of one prompt may lie in several batches
+                warnings.warn(str(cut), PromptCutWarning, stacklevel=3)
+                cuts[cut.index] = cut
+        rows = (rows - first).to(text.mask.device)
+        return TextFeatures(text.features[rows], text.mask[rows])
 
     def encode_prompt(self, prompts: Sequence[str]) -> TextFeatures:
         """Text features of prompts; a prompt that is cut is told by a `PromptCutWarning`."""
@@ -275,13 +288,3 @@ class LaytonGenPipeline:
             default.top_p if top_p is None else top_p,
         )
         return sampling, scale if isinstance(scale, Guidance) else Guidance(scale)
-
-
-def _finish(pictures: Sequence[Tensor], output_type: OutputType) -> list[Image.Image] | NDArray[np.float32] | Tensor:
-    if output_type == "codes":
-        return []
-    images = torch.cat(list(pictures))
-    if output_type == "pil":
-        return [to_image(image) for image in images]
-    scaled = (images.clamp(-1, 1) + 1) / 2
-    return scaled if output_type == "pt" else rearrange(scaled, "b c h w -> b h w c").numpy()

@@ -6,6 +6,7 @@ Decoding reads every weight once for each code and does little with it, so that 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,25 +23,25 @@ class Int8Linear(nn.Module):
     """A linear layer with 8-bit weights and inputs, both symmetric: one scale for each output and for each row.
 
     Rows have scales of their own, and sums of integers are exact, so that a row's result does not depend on what other
-    rows are in the batch. For inference on a CPU.
+    rows are in the batch. For inference on a CPU. Its state is ``weight`` (out, in) int8, ``scale`` (out,) float32 and,
+    where there is one, ``bias`` (out,) float32.
 
     Args:
-        linear: The layer to replace; its weights must be finite.
+        linear: The layer to replace; its weights must be finite. One on the meta device gives a layer that only waits
+            for its state.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        weight = linear.weight.detach().float()
-        scale = (weight.abs().amax(dim=1) / INT8_MAX).clamp_min(1e-12)
-        zero_points = torch.zeros(len(scale), dtype=torch.int64)
-        with warnings.catch_warnings():
-            # torch 2.14 means to drop quantized tensors some day, and has no other way into its int8 product yet
-            warnings.simplefilter("ignore", UserWarning)
-            quantized = torch.quantize_per_channel(weight, scale.double(), zero_points, axis=0, dtype=torch.qint8)
-            self._packed: Any = torch.ops.quantized.linear_prepack(quantized, None)
-        self._product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias: Tensor | None = None if linear.bias is None else linear.bias.detach().float()
+        self.bias: Tensor | None
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
+        self._product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+        self._packed: Any = None
+        weight = linear.weight.detach().float()
+        if not weight.is_meta:
+            scale = (weight.abs().amax(dim=1) / INT8_MAX).clamp_min(1e-12)
+            self._pack(torch.quantize_per_channel, weight, scale, dtype=torch.qint8)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features) float32."""
@@ -49,25 +50,64 @@ class Int8Linear(nn.Module):
         result = result * largest
         return result if self.bias is None else result + self.bias
 
+    def _pack(self, quantize: Callable[..., Tensor], weight: Tensor, scale: Tensor, **options: Any) -> None:
+        zero_points = torch.zeros(len(scale), dtype=torch.int64)
+        with warnings.catch_warnings():
+            # torch 2.14 means to drop quantized tensors some day, and has no other way into its int8 product yet
+            warnings.simplefilter("ignore", UserWarning)
+            self._packed = torch.ops.quantized.linear_prepack(
+                quantize(weight, scale.double(), zero_points, axis=0, **options), None
+            )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._packed is None:
+            weight = torch.empty(self.out_features, self.in_features, dtype=torch.int8, device="meta")
+            scale = torch.empty(self.out_features, device="meta")
+        else:
+            quantized, _ = torch.ops.quantized.linear_unpack(self._packed)
+            weight, scale = quantized.int_repr(), quantized.q_per_channel_scales().float()
+        destination[f"{prefix}weight"], destination[f"{prefix}scale"] = weight, scale
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        weight, scale = (state_dict.pop(f"{prefix}{name}", None) for name in ("weight", "scale"))
+        if weight is None or scale is None:
+            raise ValueError(f"{prefix} has no int8 weight and scale")
+        if weight.dtype != torch.int8 or weight.shape != (self.out_features, self.in_features):
+            raise ValueError(f"{prefix}weight is {weight.dtype} {tuple(weight.shape)}, expected int8")
+        self._pack(torch._make_per_channel_quantized_tensor, weight, scale)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
 
 def quantize_int8(model: LaytonGenTransformer) -> LaytonGenTransformer:
     """Replace the linear layers of all blocks, and a full head, by `Int8Linear`, in place.
 
     Embeddings, norms and the low-rank layers of a factored vocabulary stay as they are. The model can then only infer,
-    on a CPU; save it before, and quantize after loading.
+    on a CPU. Saved, it loads as the same int8 model, from a file of about a quarter of the size.
 
     Args:
-        model: On the CPU.
+        model: On the CPU, in float32.
 
     Returns:
         The same model, in eval mode.
 
     Raises:
-        ValueError: If weights are not on the CPU.
+        ValueError: If weights are not float32 on the CPU.
     """
-    device = next(model.parameters()).device
-    if device.type != "cpu":
-        raise ValueError(f"int8 weights run on a CPU only, the model is on {device}")
+    weight = next(model.parameters())
+    if weight.device.type != "cpu":
+        raise ValueError(f"int8 weights run on a CPU only, the model is on {weight.device}")
+    if weight.dtype != torch.float32:
+        raise ValueError(f"int8 weights are made from float32 ones, the model is {weight.dtype}")
+    return replace_linears(model).eval()
+
+
+def replace_linears(model: LaytonGenTransformer) -> LaytonGenTransformer:
+    """Put an `Int8Linear` in place of every linear layer of which `quantize_int8` speaks.
+
+    Args:
+        model: Changed in place; its ``config`` says so from then on. On the meta device, the layers wait for state.
+    """
     for block in model.blocks:
         for part in (block.attention, block.ffn):
             for name, layer in list(part.named_children()):  # type: ignore[union-attr]
@@ -75,4 +115,5 @@ def quantize_int8(model: LaytonGenTransformer) -> LaytonGenTransformer:
                     setattr(part, name, Int8Linear(layer))
     if isinstance(model.vocabulary, FullVocabulary) and isinstance(model.vocabulary.head, nn.Linear):
         model.vocabulary.head = Int8Linear(model.vocabulary.head)
-    return model.eval()
+    model.config["int8"] = True
+    return model

@@ -25,11 +25,11 @@ CaptionRotary = Literal["identity", "zero"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rotation:
-    """Factors of `rotate` for T positions.
+    """Factors of `rotate` for T positions, the same for all images or each image's own.
 
     Attributes:
-        cos: (T, head_dim) float32.
-        sin: (T, head_dim) float32, its first half negated.
+        cos: (T, head_dim) or (B, T, head_dim) float32.
+        sin: As ``cos``, its first half negated.
     """
 
     cos: Tensor
@@ -37,7 +37,11 @@ class Rotation:
 
     def at(self, start: int, stop: int) -> Rotation:
         """The factors of positions start to stop - 1."""
-        return Rotation(self.cos[start:stop], self.sin[start:stop])
+        return Rotation(self.cos[..., start:stop, :], self.sin[..., start:stop, :])
+
+    def pick(self, positions: Tensor) -> Rotation:
+        """The factors of chosen positions (B, T) int64 of a table for all images."""
+        return Rotation(self.cos[positions], self.sin[positions])
 
 
 def rotation_table(
@@ -84,5 +88,5 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
     Element i of a head's first half and element i of its second half are one plane.
     """
-    cos, sin = rotation.cos[:, None], rotation.sin[:, None]
+    cos, sin = rotation.cos.unsqueeze(-2), rotation.sin.unsqueeze(-2)
     return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)

@@ -34,7 +34,8 @@ class LaytonGenTask(LaytonTask):
 
     Batches hold ``caption`` and either ``codes`` (B, N) (`generation.data.TokenShards`) or ``image`` (B, 3, H, W);
     optionally ``text`` and ``text_mask`` (cached features) and ``valid`` (B,), false for missing samples, which then
-    count nothing. An empty caption trains the unconditional model. Images must not be mirrored: captions say "left".
+    count nothing; with ``positions`` (B, n) the codes are windows (`layton.data.windows.ObjectWindows`). An empty
+    caption trains the unconditional model. Images must not be mirrored: captions say "left".
 
     Args:
         transformer: The generator.
@@ -158,6 +159,13 @@ class LaytonGenTask(LaytonTask):
         with torch.autocast(self.device.type, enabled=False):
             return self.tokenizer.encode(batch["image"].float())
 
+    def _whole(self, batch: dict[str, Any]) -> Tensor:
+        """Codes (B, N) for a preview; around windows stands code 0."""
+        codes, positions = self.codes_of(batch), batch.get("positions")
+        if positions is None:
+            return codes
+        return codes.new_zeros(len(codes), self.facts.num_tokens).scatter(1, positions, codes)
+
     def text_of(self, batch: dict[str, Any]) -> TextFeatures:
         """Text features of a batch: cached ones, or made now. Captions that are cut are told once."""
         if "text" in batch:
@@ -187,7 +195,7 @@ class LaytonGenTask(LaytonTask):
         """Validation images through their tokens, over images generated from their captions."""
         few = {name: value[:_PREVIEWS] for name, value in batch.items()}
         with torch.autocast(self.device.type, enabled=False):
-            tokens = self.tokenizer.decode(self.codes_of(few))
+            tokens = self.tokenizer.decode(self._whole(few))
             text = self.text_of(few)
         return {"tokens": tokens, "generated": self.generate(text, list(range(len(tokens))))}
 
@@ -217,7 +225,7 @@ class LaytonGenTask(LaytonTask):
         text = self.text_of(batch)
         untold = torch.tensor([not caption for caption in batch["caption"]])
         condition = self.transformer.drop_condition(text.features, (dropped | untold).to(codes.device))
-        return self.transformer(codes, condition, text.mask)
+        return self.transformer(codes, condition, text.mask, positions=batch.get("positions"))
 
     def _check_parts(self) -> None:
         transformer, encoder, facts = self.transformer, self._text_encoder[0], self.facts

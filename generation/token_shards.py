@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +29,7 @@ from layton.folder import write_atomically
 FORMAT = "layton tokens 1"
 PLAN_NAME, MANIFEST_NAME = "plan.json", "manifest.json"
 _UINT16_CODES = 2**16
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class TokenHeader:
         text_encoder: Fingerprint of the text encoder whose features are cached, empty without them.
         text_length: L, to which they are padded when they are read.
         text_padding: On which side.
+        precision: In which the encoder computed: bf16 gives some images other codes than fp32.
     """
 
     fingerprint: str
@@ -56,16 +58,22 @@ class TokenHeader:
     text_encoder: str = ""
     text_length: int = 0
     text_padding: str = "left"
+    precision: Precision = "fp32"
+
+    @property
+    def codes_dtype(self) -> torch.dtype:
+        """The narrowest type that shards keep codes in."""
+        return torch.uint16 if self.vocab_size <= _UINT16_CODES else torch.int32
 
     @classmethod
     def from_values(cls, values: object, *, source: Path) -> Self:
-        """Read what ``asdict`` gave.
+        """Read what ``asdict`` gave; datasets older than the choice of a precision are of fp32.
 
         Raises:
             ValueError: If something is missing or makes no sense.
         """
         names = cls.__dataclass_fields__
-        if not isinstance(values, dict) or values.keys() != names.keys():
+        if not isinstance(values, dict) or values.keys() | {"precision"} != names.keys():
             raise ValueError(f"{source}: damaged header ({str(values)[:120]})")
         header = cls(**values)
         sizes = (header.vocab_size, header.num_tokens, header.image_size)
@@ -79,11 +87,11 @@ class TokenShard:
     """The samples of one shard.
 
     Attributes:
-        codes: (n, N) int64.
+        codes: (n, N) integers; of a shard that was read, the stored type (`TokenHeader.codes_dtype`).
         keys: n unique names.
         captions: n texts.
         skipped: "key: reason" of the images that were passed over.
-        text: (rows, D) float16 features of all captions, None where they are not cached.
+        text: (rows, D) float16 features of all captions, None where they are not cached or not read.
         text_ends: (n,) int64, where the features of each caption end.
     """
 
@@ -112,12 +120,11 @@ def write_shard(path: Path, header: TokenHeader, shard: TokenShard) -> None:
     """
     if not len(shard.codes) == len(shard.keys) == len(shard.captions) or shard.codes.shape[1:] != (header.num_tokens,):
         raise ValueError(f"{path}: {tuple(shard.codes.shape)} codes, {len(shard.keys)} keys do not fit together")
-    if len(shard) and not 0 <= int(shard.codes.min()) <= int(shard.codes.max()) < header.vocab_size:
-        raise ValueError(f"{path}: codes are not in [0, {header.vocab_size})")
+    _check_codes(shard.codes, header, path)
     texts = {"key": list(shard.keys), "caption": list(shard.captions), "skipped": list(shard.skipped)}
     content = json.dumps(texts, ensure_ascii=False).encode("utf-8", "replace")
     tensors = {
-        "codes": shard.codes.to(torch.uint16 if header.vocab_size <= _UINT16_CODES else torch.int32).contiguous(),
+        "codes": shard.codes.to(header.codes_dtype).contiguous(),
         "texts": torch.frombuffer(bytearray(content), dtype=torch.uint8),
     }
     if shard.text is not None and shard.text_ends is not None:
@@ -128,21 +135,12 @@ def write_shard(path: Path, header: TokenHeader, shard: TokenShard) -> None:
     write_atomically(path, partial(save_file, tensors, metadata=metadata))
 
 
-def read_header(path: Path) -> TokenHeader:
-    """Header of a shard.
-
-    Raises:
-        ValueError: If it is missing, cut off, damaged, or something else.
-    """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return _header_of(file, path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-
-
-def read_shard(path: Path) -> tuple[TokenHeader, TokenShard]:
+def read_shard(path: Path, *, with_text: bool = True) -> tuple[TokenHeader, TokenShard]:
     """Read and check one shard.
+
+    Args:
+        path: The file.
+        with_text: Whether cached text features are read; if not, only where they end.
 
     Raises:
         ValueError: If it is missing, cut off, damaged, something else, or holds codes out of range.
@@ -150,22 +148,22 @@ def read_shard(path: Path) -> tuple[TokenHeader, TokenShard]:
     try:
         with safe_open(str(path), framework="pt") as file:
             header = _header_of(file, path)
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = set(file.keys())
+            if not {"codes", "texts"} <= names:
+                raise ValueError(f"{path} has only {', '.join(sorted(names))}")
+            codes: Tensor = file.get_tensor("codes")
+            texts = _read_texts(file.get_tensor("texts"), path)
+            ends = _text_ends(file, header, path)
+            text = file.get_tensor("text") if with_text and ends is not None else None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    if not {"codes", "texts"} <= tensors.keys():
-        raise ValueError(f"{path} has only {', '.join(sorted(tensors))}")
-    texts = _read_texts(tensors["texts"], path)
-    codes = tensors["codes"].long()
-    if codes.shape != (len(texts["key"]), header.num_tokens) or len(texts["caption"]) != len(texts["key"]):
+    counts = {len(texts["key"]), len(texts["caption"]), len(texts["key"] if ends is None else ends)}
+    if codes.shape != (len(texts["key"]), header.num_tokens) or len(counts) > 1:
         raise ValueError(f"{path}: {tuple(codes.shape)} codes, {len(texts['key'])} keys do not fit together")
-    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < header.vocab_size:
-        raise ValueError(f"{path}: codes are not in [0, {header.vocab_size})")
-    shard = TokenShard(
-        codes, texts["key"], texts["caption"], texts["skipped"], tensors.get("text"), tensors.get("text_ends")
-    )
-    _check_text(shard, path)
-    return header, shard
+    if codes.dtype != header.codes_dtype:
+        raise ValueError(f"{path}: codes are {codes.dtype}, expected {header.codes_dtype}")
+    _check_codes(codes, header, path)
+    return header, TokenShard(codes, texts["key"], texts["caption"], texts["skipped"], text, ends)
 
 
 def sha256_of(path: Path) -> str:
@@ -273,10 +271,22 @@ def _read_texts(content: Tensor, path: Path) -> dict[str, list[str]]:
     return lists
 
 
-def _check_text(shard: TokenShard, path: Path) -> None:
-    text, ends = shard.text, shard.text_ends
-    if text is None and ends is None:
-        return
-    whole = text is not None and ends is not None and text.ndim == 2 and ends.shape == (len(shard),)
-    if not whole or (ends is not None and len(ends) and (int(ends[-1]) != len(text) or bool((ends.diff() < 0).any()))):  # type: ignore[arg-type]
-        raise ValueError(f"{path}: damaged text features")
+def _check_codes(codes: Tensor, header: TokenHeader, path: Path) -> None:
+    values = codes.cpu().numpy()  # torch finds no extremes of uint16
+    if values.size and not 0 <= int(values.min()) <= int(values.max()) < header.vocab_size:
+        raise ValueError(f"{path}: codes are not in [0, {header.vocab_size})")
+
+
+def _text_ends(file: Any, header: TokenHeader, path: Path) -> Tensor | None:
+    """Where the features of each caption end; None where none are cached. The features themselves are not read."""
+    names = set(file.keys())
+    if not names & {"text", "text_ends"} and not header.text_encoder:
+        return None
+    if names >= {"text", "text_ends"}:
+        shape, ends = file.get_slice("text").get_shape(), file.get_tensor("text_ends")
+        if len(shape) == 2 and ends.ndim == 1 and ends.dtype == torch.int64:
+            lengths = torch.diff(ends, prepend=ends.new_zeros(1))
+            fits = not len(ends) or 0 <= int(lengths.min()) <= int(lengths.max()) <= header.text_length
+            if fits and int(lengths.sum()) == shape[0]:
+                return ends
+    raise ValueError(f"{path}: damaged text features")

@@ -140,13 +140,17 @@ class LaytonGenTransformer(nn.Module):
             zero_head=zero_head,
         )
 
-    def forward(self, codes: Tensor, condition: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, codes: Tensor, condition: Tensor, mask: Tensor | None = None, *, positions: Tensor | None = None
+    ) -> Tensor:
         """Logits of every code, given the condition and all codes before it (teacher forcing).
 
         Args:
             codes: (B, N) int64; the last code is not looked at. Fewer than N columns give logits for those.
             condition: Text features (B, L, dim), padded on the left, or labels (B,).
             mask: (B, L), true where a caption token is real; None when all are.
+            positions: (B, N) int64 places of the codes on the image grid, row-major, for codes that are a part of an
+                image; None when they are its first N.
 
         Returns:
             (B, N, V).
@@ -157,7 +161,13 @@ class LaytonGenTransformer(nn.Module):
         if self.training:
             x = F.dropout(x, self.dropout.token)
         bias = attention_bias(mask, queries=x.shape[1], keys=x.shape[1], device=x.device, dtype=x.dtype)
-        hidden = self.run(x, self.rotations(length, device=x.device).at(0, x.shape[1]), bias)
+        table = self.rotations(length, device=x.device)
+        if positions is None:
+            rotation = table.at(0, x.shape[1])
+        else:
+            caption = torch.arange(length, device=x.device).expand(len(x), length)
+            rotation = table.pick(torch.cat([caption, length + positions[:, :-1]], dim=1))
+        hidden = self.run(x, rotation, bias)
         return self.vocabulary.logits(hidden[:, length - 1 :])
 
     def run(self, x: Tensor, rotation: Rotation, bias: Tensor | None) -> Tensor:
@@ -197,7 +207,13 @@ class LaytonGenTransformer(nn.Module):
         self.vocabulary.set_codebook(codebook)
 
     def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
-        """Write ``config.json`` and ``model.safetensors``; ``dtype`` is what weights are stored as."""
+        """Write ``config.json`` and ``model.safetensors``; ``dtype`` is what weights are stored as.
+
+        Raises:
+            ValueError: If int8 weights should be stored as another type.
+        """
+        if self.config.get("int8") and dtype not in (None, torch.float32):
+            raise ValueError(f"an int8 model is saved as it is: give no dtype, got {dtype}")
         save_pretrained(self, self.config, folder, dtype=dtype)
 
     @classmethod
@@ -206,21 +222,30 @@ class LaytonGenTransformer(nn.Module):
 
         Args:
             folder: Where it is.
-            dtype: Type of the weights in memory.
+            dtype: Type of the weights in memory; of a model that was saved quantized, only float32.
 
         Raises:
             ValueError: If the folder holds something else, or tensors are missing, unknown or mis-shaped.
         """
         config = load_config(Path(folder), expected_class=class_name(cls))
         del config["class"]
+        int8 = bool(config.pop("int8", False))
+        if int8 and dtype != torch.float32:
+            raise ValueError(f"{folder} holds an int8 model, which computes in float32: it cannot be {dtype}")
         try:
             with torch.device("meta"):  # no random numbers and no second copy of the weights
                 model = cls(**_arguments(config))
         except TypeError as error:
             raise ValueError(f"{folder}: config does not fit {cls.__name__}: {error}") from error
+        if int8:
+            from generation.quantization import replace_linears
+
+            replace_linears(model)
         tensors = load_tensors(Path(folder) / WEIGHTS_NAME)
         require_match(model.state_dict(), tensors, source=folder, target=cls.__name__)
-        model.load_state_dict({name: value.to(dtype, copy=True) for name, value in tensors.items()}, assign=True)
+        kinds = {name: dtype if value.is_floating_point() else value.dtype for name, value in tensors.items()}
+        ready = {name: value.to(kinds[name], copy=True) for name, value in tensors.items()}
+        model.load_state_dict(ready, assign=True)
         return model.eval()
 
 

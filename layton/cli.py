@@ -63,7 +63,7 @@ def _dispatch(words: list[str], allowed: list[str]) -> int:
     for length in (2, 1):  # "evaluate reconstruction" before "evaluate"
         command = COMMANDS.get(" ".join(words[:length]))
         if command is not None:
-            return _call(" ".join(words[:length]), command, words[length:])
+            return _call(" ".join(words[:length]), command, words[length:], allowed)
     group = [full for full in COMMANDS if full.startswith(f"{name} ")]
     if group:
         wanted = ", ".join(full.split(" ", 1)[1] for full in group)
@@ -107,10 +107,10 @@ def _config_folders() -> tuple[Path, ...]:
     return Path("configs"), Path(__file__).resolve().parent.parent / "configs", *installed
 
 
-def _call(name: str, command: Command, rest: list[str]) -> int:
+def _call(name: str, command: Command, rest: list[str], allowed: list[str]) -> int:
     from layton.commands.calling import call_function
 
-    return call_function(name, command, rest)
+    return call_function(name, command, [*rest, "--allow", *allowed] if allowed else rest)
 
 
 def _help() -> str:
@@ -121,7 +121,7 @@ def _help() -> str:
         "An image becomes 256 tokens and comes back; text becomes an image.\n\ncommands:\n"
         + "\n".join(lines)
         + "\n\n`layton COMMAND --help` explains one. Exit status: 0 success, 1 failure, 2 wrong usage.\n"
-        "--debug shows where a failure came from; --allow MODULE lets run files name your own modules.\n"
+        "--debug shows where a failure came from; --allow MODULE lets run files and saved parts name your modules.\n"
     )
 
 

@@ -91,6 +91,14 @@ def distance(
     return per_sample.mean() if weight is None else (weight.to(per_sample) * per_sample).mean()
 
 
+def forget_casts() -> None:
+    """Drop what autocast remembers of weights that were cast without gradient, before the student is evaluated.
+
+    Older versions of torch (before pytorch #165068) hand such casts to the next evaluation, which then has no gradient.
+    """
+    torch.clear_autocast_cache()
+
+
 def grid(schedule: NoiseSchedule, num_points: int = 50) -> Tensor:
     """Equally spaced training times, ascending, the last one noisiest; before a flow schedule's shift.
 
@@ -281,9 +289,11 @@ class ConsistencyMethod(DistillationMethod):
             generator=generator,
         )
         condition = with_guidance(batch.condition, scale, x_0) if settings.condition_on_guidance else batch.condition
-        found = ConsistencyFunction(networks.student, settings.boundary)(x_t, t, condition)
+        # The student comes last: what it keeps for the backward pass then never lies beside another evaluation.
         with torch.no_grad():
             wanted = ConsistencyFunction(networks.target, settings.boundary)(x_s, s, condition)
+        forget_casts()
+        found = ConsistencyFunction(networks.student, settings.boundary)(x_t, t, condition)
         return Agreement(t, found, wanted)
 
     def _check_schedule(self, schedule: NoiseSchedule) -> None:

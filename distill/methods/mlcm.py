@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from distill.denoiser import Denoiser
 from distill.method import DistillationMethod, DistillBatch, MethodOutput, Networks
 from distill.methods.adversarial import Adversarial
-from distill.methods.consistency import HUBER_C, DistanceKind, distance
+from distill.methods.consistency import HUBER_C, DistanceKind, distance, forget_casts
 from distill.methods.discriminator import Discriminator
 from distill.methods.extra_terms import ExtraTerm, StudentOutput
 from distill.methods.latent_perceptual import LatentPerceptualDistance
 from distill.methods.mlcm_settings import Progression, Refinement
-from distill.methods.mlcm_states import GuidedTeacher, denoised_states, forget_casts, jump, student_samples
+from distill.methods.mlcm_states import GuidedTeacher, denoised_states, jump, student_samples
 from distill.methods.segments import (
     GRID_SEGMENTS,
     INFERENCE_INDICES,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distill.denoiser import Condition, Denoiser, Prediction
+from distill.methods.consistency import forget_casts
 from distill.methods.segments import from_clock, to_clock
 from distill.moves import guide, move
 from distill.schedules import NoiseSchedule, working_dtype
@@ -117,11 +118,3 @@ def student_samples(student: Denoiser, eps: Tensor, times: Sequence[float] | Ten
         x_0 = student.predict(x_t, t, condition).x_0
     forget_casts()
     return x_0
-
-
-def forget_casts() -> None:
-    """Drop what autocast remembers of weights that were cast without gradient.
-
-    Older versions of torch (before pytorch #165068) hand such casts to the next evaluation, which then has no gradient.
-    """
-    torch.clear_autocast_cache()

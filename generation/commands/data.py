@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from generation.commands.tokenize import SCENES, SplitOrAll, open_source
 from layton.commands.calling import progress
 
 
@@ -27,14 +28,13 @@ def verify(folder: Path) -> int:
     return 0
 
 
-def check(sources: list[str], *, split: str = "all") -> int:
+def check(sources: list[str], *, split: SplitOrAll = "all") -> int:
     """Decode every image of a dataset; every broken one is named, exit status 1 if there is one.
 
     Args:
         sources: tar shards (files or patterns), or one folder of shards or of images.
         split: train, validation, test, or all.
     """
-    from generation.commands.tokenize import SCENES, open_source
     from layton.data.images import ImageError
     from layton.data.sources import StoredSource
     from layton.errors import UsageError

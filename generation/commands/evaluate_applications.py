@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from generation.commands.options import require_least, require_shares
 from layton.commands.calling import progress
 from layton.commands.reports import write_json
 from layton.data.types import Split
@@ -59,8 +60,9 @@ def evaluate_applications(
     from generation.applications_check import TaskSettings, score_editing, score_enlargement, score_inpainting
     from layton.metrics.protocol import library_versions
 
-    if count < 1:
-        raise ValueError(f"count must be >= 1, got {count}")
+    require_least(1, {"count": count, "batch_size": batch_size, "scale": scale})
+    require_least(0, {"edit_softness": edit_softness})
+    require_shares({"edit_threshold": edit_threshold, "enlarge_strength": enlarge_strength})
     settings = TaskSettings(
         edit_t=edit_time,
         edit_threshold=edit_threshold,

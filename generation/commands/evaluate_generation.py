@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from generation.commands.models import Kind, load_drawer
+from generation.commands.options import require_least
 from layton.commands.calling import progress
 from layton.commands.reports import write_json
 from layton.data.types import Split
@@ -38,6 +39,7 @@ def evaluate_generation(
     seed: int = 0,
     batch_size: int = 8,
     device: str | None = None,
+    allow: list[str] | None = None,
     json: Path | None = None,
 ) -> None:
     """Draw an image for each caption of a data set: FD-effnet against its images; FID and CLIP score where possible.
@@ -63,12 +65,15 @@ def evaluate_generation(
         seed: of the first image; the following images count up from it.
         batch_size: images at once.
         device: where to run; the accelerator if there is one.
+        allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
         json: write figures and protocol to this file as well.
     """
     from generation.evaluation import evaluate_generation as evaluate
     from layton.commands.evaluation_data import open_images
     from layton.metrics.external import ExternalSources
 
+    require_least(1, {"count": count, "size": size, "batch_size": batch_size})
+    require_least(0, {"seed": seed, "resamples": resamples})
     images = open_images(data, split=split, count=count, size=size, batch_size=batch_size)
     loaded = load_drawer(
         kind,
@@ -81,6 +86,7 @@ def evaluate_generation(
         top_k=top_k,
         top_p=top_p,
         device=device,
+        allow=allow,
     )
     facts = {"dataset": images.name, "split": split, "preprocessing": images.preprocessing, "size": size}
     with progress(images.count, "draw") as bar:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from generation.commands.models import Kind, load_drawer
+from generation.commands.options import require_least
 from layton.commands.calling import progress
 from layton.commands.reports import write_json
 from layton.errors import UsageError
@@ -33,6 +34,7 @@ def evaluate_geneval(
     images_per_prompt: int = 4,
     seed: int = 42,
     device: str | None = None,
+    allow: list[str] | None = None,
     json: Path | None = None,
 ) -> None:
     """Draw the images that GenEval's official scorer reads, or sum up the results file that it wrote.
@@ -56,12 +58,15 @@ def evaluate_geneval(
         images_per_prompt: images for each prompt; published scores have 4.
         seed: of the first image of every prompt.
         device: where to run; the accelerator if there is one.
+        allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
         json: write settings, or scores, to this file as well.
     """
     from generation.geneval import read_prompts, run_geneval, summarise_results
 
     if (prompts is None) != (out is None) or (prompts is None and results is None):
         raise UsageError("give --prompts with --out to draw images, or --results to sum up, or all three")
+    require_least(1, {"images_per_prompt": images_per_prompt})
+    require_least(0, {"seed": seed})
     figures: dict[str, Any] = {}
     if prompts is not None and out is not None:
         lines = read_prompts(prompts)
@@ -76,6 +81,7 @@ def evaluate_geneval(
             top_k=top_k,
             top_p=top_p,
             device=device,
+            allow=allow,
         )
         settings = {**loaded.settings, "prompts_sha256": hashlib.sha256(prompts.read_bytes()).hexdigest()}
         with progress(len(lines) * images_per_prompt, "draw") as bar:

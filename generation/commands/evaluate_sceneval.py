@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from generation.commands.models import Kind, load_drawer
+from generation.commands.options import require_least
 from layton.commands.calling import progress
 from layton.commands.evaluate_sceneval import evaluate_sceneval as evaluate_diffusion
 from layton.commands.evaluate_sceneval import table
@@ -33,6 +34,7 @@ def evaluate_sceneval(
     batch_size: int = 16,
     out: Path | None = None,
     device: str | None = None,
+    allow: list[str] | None = None,
     json: Path | None = None,
 ) -> None:
     """Score a text-to-image model on the Scenes prompts, in GenEval's form and on a scale of its own.
@@ -54,11 +56,14 @@ def evaluate_sceneval(
         batch_size: images drawn at once; the score does not depend on it.
         out: folder for the images in GenEval's layout; must be new or empty.
         device: where to run; the accelerator if there is one.
+        allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
         json: write scores and protocol to this file as well.
     """
+    require_least(1, {"per_task": per_task, "images_per_prompt": images_per_prompt, "batch_size": batch_size})
+    require_least(0, {"seed": seed})
     if kind == "diffusion":
-        if any(value is not None for value in (tokenizer, decoder, temperature, top_k, top_p)):
-            raise UsageError("tokenizer, decoder, temperature, top_k and top_p need --kind laytongen")
+        if any(value is not None for value in (tokenizer, decoder, temperature, top_k, top_p, allow)):
+            raise UsageError("tokenizer, decoder, temperature, top_k, top_p and allow need --kind laytongen")
         evaluate_diffusion(
             pipeline=pipeline,
             prompts=prompts,
@@ -90,6 +95,7 @@ def evaluate_sceneval(
         top_k=top_k,
         top_p=top_p,
         device=device,
+        allow=allow,
     )
     with progress(len(specs) * images_per_prompt, "draw") as bar:
         report = run_sceneval(

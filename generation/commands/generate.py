@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from pathlib import Path
 
+from generation.commands.options import require_least, require_sampling
 from layton.commands.calling import progress
 from layton.commands.reports import write_json
 from layton.errors import UsageError
+
+_SLUG_LENGTH = 60
 
 
 def generate(
@@ -26,10 +30,14 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     batch_size: int = 16,
+    overwrite: bool = False,
     device: str | None = None,
+    allow: list[str] | None = None,
     json: Path | None = None,
 ) -> None:
     """Draw images from a prompt; the same prompt and seed give the same picture.
+
+    Files are named by number, prompt and seed, such as 0000-a_red_circle-5.png.
 
     Args:
         prompt: what to draw.
@@ -44,20 +52,28 @@ def generate(
         temperature: 0 takes the likeliest code each time; the model's own by default.
         top_k: number of likeliest codes to draw among; 0 for all.
         top_p: share of the likeliest codes to draw among; 1 for all.
-        batch_size: images drawn at once.
+        batch_size: images drawn at once; memory does not grow with their number.
+        overwrite: replace pictures of the same names; without it they are an error, before anything is drawn.
         device: where to run; the accelerator if there is one.
+        allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
         json: write settings, times and files to this file as well.
     """
     import torch
 
     from generation.drawing import LaytonGenDrawer
     from generation.pipeline import MAX_IMAGES
-    from layton.commands.staging import safe_stem, staged
+    from layton.commands.staging import staged
 
-    if not 1 <= num_images <= MAX_IMAGES or seed < 0 or batch_size < 1:
-        raise UsageError(
-            f"need num_images in [1, {MAX_IMAGES}], batch_size >= 1, seed >= 0; got {num_images}, {batch_size}, {seed}"
-        )
+    require_least(1, {"num_images": num_images, "batch_size": batch_size, "steps": steps})
+    require_least(0, {"seed": seed})
+    require_sampling(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+    if num_images > MAX_IMAGES:
+        raise UsageError(f"--num-images must be at most {MAX_IMAGES}, got {num_images}")
+    seeds = range(seed, seed + num_images)
+    names = [picture_name(number, prompt, each) for number, each in enumerate(seeds)]
+    there = [name for name in names if (out / name).exists()]
+    if there and not overwrite:
+        raise UsageError(f"{out / there[0]} exists already: take another --out, or say --overwrite")
     started = time.perf_counter()
     draw = LaytonGenDrawer.load(
         model,
@@ -69,29 +85,48 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         device=device,
+        allow=allow or (),
     )
     loaded = time.perf_counter()
     batches = -(-num_images // batch_size)
     with staged(out) as folder, progress(batches * draw.pipeline.num_tokens, "generate") as bar:
-        result = draw.pipeline(
-            prompt,
-            num_images_per_prompt=num_images,
-            guidance_scale=guidance_scale,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            num_inference_steps=steps,
-            decoder=draw.decoder,
-            generator=[torch.Generator().manual_seed(seed + number) for number in range(num_images)],
-            callback_on_step_end=lambda *_: bar.update(1),
-            batch_size=batch_size,
-        )
-        names = [f"{safe_stem(f'{prompt}.png')}-{seed + number}.png" for number in range(num_images)]
-        for name, image in zip(names, result.images, strict=True):
-            image.save(folder / name)
+        for start in range(0, num_images, batch_size):
+            part = seeds[start : start + batch_size]
+            result = draw.pipeline(
+                prompt,
+                num_images_per_prompt=len(part),
+                guidance_scale=guidance_scale,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                num_inference_steps=steps,
+                decoder=draw.decoder,
+                generator=[torch.Generator().manual_seed(each) for each in part],
+                callback_on_step_end=lambda *_: bar.update(1),
+                batch_size=batch_size,
+            )
+            for name, image in zip(names[start:], result.images, strict=False):
+                image.save(folder / name)
     seconds = time.perf_counter() - loaded
     sys.stdout.write(f"{out}: {', '.join(names[:4])}{' ...' * (num_images > 4)} in {seconds:.1f} s\n")
     if json is not None:
         times = {"loading": loaded - started, "drawing": seconds}
         settings = {**draw.settings(), "prompt": prompt, "seed": seed}
         write_json(json, {"settings": settings, "seconds": times, "files": names})
+
+
+def picture_name(number: int, prompt: str, seed: int) -> str:
+    """File name of a picture: the same for the same three, and another one for any others.
+
+    Args:
+        number: Of the picture in its run.
+        prompt: What was drawn; told in harmless characters, and by a hash too where these do not tell all of it.
+        seed: Of the picture.
+    """
+    from layton.commands.staging import safe_stem
+
+    flat = prompt.replace("/", "_").replace("\\", "_")[:_SLUG_LENGTH]
+    slug = safe_stem(f"{flat or 'empty'}.png")
+    if "_" in prompt or slug != prompt.replace(" ", "_"):
+        slug = f"{slug}-{hashlib.sha256(prompt.encode('utf-8', 'replace')).hexdigest()[:8]}"
+    return f"{number:04d}-{slug}-{seed}.png"

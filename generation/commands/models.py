@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from generation.commands.options import require_least, require_sampling
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -45,6 +47,7 @@ def load_drawer(
     top_k: int | None = None,
     top_p: float | None = None,
     device: str | None = None,
+    allow: Sequence[str] | None = None,
 ) -> Drawer:
     """Load a model of either kind.
 
@@ -59,13 +62,16 @@ def load_drawer(
         top_k: Of LaytonGen.
         top_p: Of LaytonGen.
         device: Where to run.
+        allow: Prefixes of class names of LaytonGen's parts that may be loaded beside this library's.
 
     Raises:
-        UsageError: If an option of LaytonGen is given for a diffusion model.
+        UsageError: If an option of LaytonGen is given for a diffusion model, or one is out of range.
         ValueError: If the model does not exist or is damaged.
     """
     from layton.errors import UsageError
 
+    require_least(1, {"steps": steps})
+    require_sampling(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
     if kind == "laytongen":
         from generation.drawing import LaytonGenDrawer
 
@@ -79,10 +85,12 @@ def load_drawer(
             top_k=top_k,
             top_p=top_p,
             device=device,
+            allow=allow or (),
         )
         return Drawer(draw, draw.settings())
-    if any(value is not None for value in (tokenizer, decoder, temperature, top_k, top_p)):
-        raise UsageError("tokenizer, decoder, temperature, top_k and top_p are LaytonGen's, not a diffusion model's")
+    if any(value is not None for value in (tokenizer, decoder, temperature, top_k, top_p, allow)):
+        options = "tokenizer, decoder, temperature, top_k, top_p and allow"
+        raise UsageError(f"{options} are LaytonGen's, not a diffusion model's")
     from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS, TextToImage, find_pipeline
 
     other = TextToImage.load(

@@ -21,7 +21,7 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
-    "bench": Command("generation.commands.bench", "bench", "speeds of decoding, as ratios against peers and limits"),
+    "bench": Command("generation.commands.bench", "bench", "speeds of decoding and distillation, as ratios"),
     "convert": Command("layton.commands.convert", "convert", "a released checkpoint into a tokenizer folder"),
     "convert gpt": Command("generation.commands.convert", "convert_gpt", "a released GPT into a model folder"),
     "data check": Command("generation.commands.data", "check", "is every image of a dataset readable?"),

@@ -41,6 +41,7 @@ class CodesHeader:
         num_tokens: N.
         image_size: Side in pixels of the squares that were encoded.
         policy: How images became square.
+        precision: In which the encoder computed: fp32 or bf16; files that do not say it are of fp32.
     """
 
     fingerprint: str
@@ -48,6 +49,7 @@ class CodesHeader:
     num_tokens: int
     image_size: int
     policy: FitPolicy
+    precision: str = "fp32"
 
     def to_metadata(self) -> dict[str, str]:
         """Strings, as safetensors wants them."""
@@ -67,11 +69,16 @@ class CodesHeader:
                 int(values[name]) for name in ("vocab_size", "num_tokens", "image_size")
             )
             fingerprint, policy = values["fingerprint"], values["policy"]
+            precision = values.get("precision", "fp32")
         except (KeyError, ValueError) as error:
             raise ValueError(f"{source}: damaged metadata ({error})") from error
-        if policy not in FIT_POLICIES or min(vocab_size, num_tokens, image_size) < 1:
+        if (
+            policy not in FIT_POLICIES
+            or precision not in ("fp32", "bf16")
+            or min(vocab_size, num_tokens, image_size) < 1
+        ):
             raise ValueError(f"{source}: damaged metadata ({dict(values)})")
-        return cls(fingerprint, vocab_size, num_tokens, image_size, policy)
+        return cls(fingerprint, vocab_size, num_tokens, image_size, policy, precision)
 
 
 class CodesWriter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from layton.commands.calling import progress
 from layton.commands.reports import write_json
@@ -24,7 +24,9 @@ def encode(
     policy: FitPolicy = "crop",
     batch_size: int = 16,
     max_bad: int = 0,
+    precision: Literal["fp32", "bf16"] = "fp32",
     device: str | None = None,
+    allow: list[str] | None = None,
     json: Path | None = None,
 ) -> None:
     """Encode image files to one file of codes.
@@ -36,21 +38,28 @@ def encode(
         policy: how images become square: crop (the central square), pad (white borders) or resize.
         batch_size: images encoded at once.
         max_bad: unreadable images that are passed over and named; one more is an error.
+        precision: of the encoder; bf16 is quicker on GPUs, changes about 3 % of the codes, and is recorded with them.
         device: where to run; the accelerator if there is one.
+        allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
         json: write figures to this file as well.
     """
+    import torch
+
     from layton.commands.codes_file import CodesWriter
     from layton.commands.images import FittedImages, ImageFiles, batched
     from layton.commands.models import load_tokenizer
     from layton.commands.reconstruction import stack
 
     files = ImageFiles(images)
-    model = load_tokenizer(tokenizer, decoders=[], device=device)
+    model = load_tokenizer(tokenizer, decoders=[], device=device, allow=allow)
     fitted = FittedImages(files, model.image_size, policy=policy, max_bad=max_bad)
     started = time.perf_counter()
-    with CodesWriter(out, codes_header(model, policy)) as writer, progress(len(files), "encode") as bar:
+    rough = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    header = codes_header(model, policy, precision)
+    with CodesWriter(out, header) as writer, progress(len(files), "encode") as bar:
         for batch in batched(fitted, batch_size):
-            codes = model.encode(stack([item.square for item in batch]))
+            with rough:  # the search for codes stays in float32
+                codes = model.encode(stack([item.square for item in batch]))
             writer.add(codes, [item.name for item in batch], [item.geometry for item in batch])
             bar.update(len(batch))
         writer.finish()
@@ -79,6 +88,7 @@ def decode(
     seed: int = 0,
     batch_size: int = 8,
     device: str | None = None,
+    allow: list[str] | None = None,
 ) -> None:
     """Decode a file of codes to PNG files of the original sizes.
 
@@ -94,6 +104,7 @@ def decode(
         seed: of the noise that decoders begin with, the same for every image.
         batch_size: images decoded at once.
         device: where to run; the accelerator if there is one.
+        allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
     """
     from layton.commands.codes_file import CodesFile
     from layton.commands.models import load_with_decoder, same_noise
@@ -101,7 +112,7 @@ def decode(
     from layton.tokenizer import EncodedImages
 
     file = CodesFile(codes)
-    model, decoder = load_with_decoder(tokenizer, decoder, num_steps=steps, device=device)
+    model, decoder = load_with_decoder(tokenizer, decoder, num_steps=steps, device=device, allow=allow)
     require_codes_of(model, file)
     names = SafeNames()
     with staged(out) as folder, progress(len(file), "decode") as bar:
@@ -119,11 +130,11 @@ def decode(
     sys.stdout.write(f"{out}: {len(file)} images\n")
 
 
-def codes_header(model: LaytonTokenizer, policy: FitPolicy) -> CodesHeader:
+def codes_header(model: LaytonTokenizer, policy: FitPolicy, precision: str = "fp32") -> CodesHeader:
     """What a codes file of this tokenizer says about itself."""
     from layton.commands.codes_file import CodesHeader
 
-    return CodesHeader(model.fingerprint(), model.vocab_size, model.num_tokens, model.image_size, policy)
+    return CodesHeader(model.fingerprint(), model.vocab_size, model.num_tokens, model.image_size, policy, precision)
 
 
 def require_codes_of(model: LaytonTokenizer, file: CodesFile) -> None:
@@ -132,7 +143,7 @@ def require_codes_of(model: LaytonTokenizer, file: CodesFile) -> None:
     Raises:
         ValueError: With both fingerprints, or the place of the first wrong code.
     """
-    ours = codes_header(model, file.header.policy)
+    ours = codes_header(model, file.header.policy, file.header.precision)
     if file.header.fingerprint != ours.fingerprint:
         raise ValueError(
             f"{file.path} was made by another tokenizer: its codes have fingerprint {file.header.fingerprint}, "

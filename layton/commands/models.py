@@ -12,24 +12,36 @@ if TYPE_CHECKING:
     from layton.tokenizer import LaytonTokenizer
 
 
-def load_tokenizer(name: str, *, decoders: Sequence[str] | None = None, device: str | None = None) -> LaytonTokenizer:
+def load_tokenizer(
+    name: str,
+    *,
+    decoders: Sequence[str] | None = None,
+    device: str | None = None,
+    allow: Sequence[str] | None = None,
+) -> LaytonTokenizer:
     """A tokenizer ready to work.
 
     Args:
         name: Embedded model or folder.
         decoders: Those to load; all by default, none for encoding alone.
         device: Where to run; by default the accelerator if there is one.
+        allow: Prefixes of class names that may be loaded beside this library's.
 
     Raises:
         ValueError: If it does not exist or is damaged, or there is no decoder of a name.
     """
     from layton.tokenizer import LaytonTokenizer
 
-    return LaytonTokenizer.from_pretrained(name, decoders=decoders).to(choose_device(device))
+    return LaytonTokenizer.from_pretrained(name, decoders=decoders, allow=allow or ()).to(choose_device(device))
 
 
 def load_with_decoder(
-    name: str, decoder: str | None, *, num_steps: int | None, device: str | None = None
+    name: str,
+    decoder: str | None,
+    *,
+    num_steps: int | None,
+    device: str | None = None,
+    allow: Sequence[str] | None = None,
 ) -> tuple[LaytonTokenizer, str]:
     """A tokenizer with one decoder, and the decoder's name.
 
@@ -38,12 +50,13 @@ def load_with_decoder(
         decoder: Its name; the tokenizer's default by default.
         num_steps: Checked against what the decoder was trained for.
         device: Where to run.
+        allow: As `load_tokenizer`.
 
     Raises:
         ValueError: As `load_tokenizer`, or for a number of steps the decoder was not trained for.
     """
     chosen = decoder if decoder is not None else default_decoder(name)
-    tokenizer = load_tokenizer(name, decoders=[chosen], device=device)
+    tokenizer = load_tokenizer(name, decoders=[chosen], device=device, allow=allow)
     tokenizer.decoder(chosen).check_steps(num_steps)
     return tokenizer, chosen
 

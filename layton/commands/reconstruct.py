@@ -51,6 +51,7 @@ def reconstruct(
     batch_size: int = 4,
     max_bad: int = 0,
     device: str | None = None,
+    allow: list[str] | None = None,
     json: Path | None = None,
 ) -> None:
     """Reconstruct image files: pictures of original and result side by side, PSNR, SSIM and EPD.
@@ -70,6 +71,7 @@ def reconstruct(
         batch_size: images reconstructed at once.
         max_bad: unreadable images that are passed over and named; one more is an error.
         device: where to run; the accelerator if there is one.
+        allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
         json: write figures and how they were taken to this file as well.
     """
     from layton.commands.images import FittedImages, ImageFiles
@@ -79,7 +81,7 @@ def reconstruct(
     from layton.commands.staging import staged
 
     files = ImageFiles(images)
-    model, decoder = load_with_decoder(tokenizer, decoder, num_steps=steps, device=device)
+    model, decoder = load_with_decoder(tokenizer, decoder, num_steps=steps, device=device, allow=allow)
     fitted = FittedImages(files, model.image_size, policy=policy, max_bad=max_bad, keep_original=True)
     one = Reconstructor(model, decoder, ImageMeasures(), steps, condition_scale, seed)
     with staged(out) as folder, progress(len(files), "reconstruct") as bar:

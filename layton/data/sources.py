@@ -17,8 +17,8 @@ from layton.data.images import ImageError
 from layton.data.randomness import mix, permute
 from layton.data.transforms import Fit, SampleTransform
 from layton.data.types import ImageSample, Split, check_split
+from layton.scenes import Scene, render, sample_scene, split_seeds
 from layton.scenes import caption as scene_caption
-from layton.scenes import render, sample_scene, split_seeds
 
 _MAX_REPLACEMENTS = 20
 
@@ -178,10 +178,22 @@ class ScenesSource(ImageSource):
         else:
             tensor = rearrange(torch.from_numpy(pixels), "h w c -> c h w").contiguous().to(torch.float32)
             image = tensor.div_(127.5).sub_(1.0)
-        language, wording, variant = (mix(seed, scene_seed, choice) for choice in range(3))
-        text = scene_caption(
-            scene,
-            language="zh" if language < self.chinese * 2**63 else "en",
-            variant=variant if wording < self.reworded * 2**63 else None,
-        )
+        text = say(scene, seed, chinese=self.chinese, reworded=self.reworded)
         return ImageSample(image=image, caption=text, key=f"scenes/{scene_seed}")
+
+
+def say(scene: Scene, seed: int, *, chinese: float = 0.0, reworded: float = 0.0) -> str:
+    """A true caption of a scene; a sample's seed chooses language and wording.
+
+    Args:
+        scene: What is said.
+        seed: The sample's.
+        chinese: Share of captions in Chinese, in [0, 1].
+        reworded: Share of captions said in another true way than the canonical one, in [0, 1].
+    """
+    language, wording, variant = (mix(seed, scene.seed, choice) for choice in range(3))
+    return scene_caption(
+        scene,
+        language="zh" if language < chinese * 2**63 else "en",
+        variant=variant if wording < reworded * 2**63 else None,
+    )

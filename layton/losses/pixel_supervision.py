@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.denoiser import Condition, Denoiser
-from distill.methods.mlcm_states import forget_casts
+from distill.methods.consistency import forget_casts
 from distill.noise import Generators, gaussian_like
 from distill.samplers import renoise_sample
 from layton.ldm.autoencoder import Autoencoder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import ReduceLROnPlateau as MonitoredPlateau
@@ -19,6 +19,7 @@ from distill.few_step import FewStepSampling
 from distill.method import DistillationMethod, DistillBatch, MethodOutput, Networks
 from distill.methods.consistency import ConsistencyMethod
 from distill.models import FlowTransformerDenoiser, UNetDenoiser, denoiser_from_pipeline
+from distill.recompute import Recompute, set_recompute
 from distill.schedules import NoiseSchedule
 from layton.distillation.distilled import network_of, save_distilled
 from layton.ldm.autoencoder import Autoencoder
@@ -31,6 +32,7 @@ from layton.tasks.critics import CriticSettings, attach_networks
 from layton.tasks.previews import Previews
 
 PREVIEW_IMAGES = 8
+RECOMPUTE: dict[bool | Literal["cheap"], Recompute] = {False: "nothing", "cheap": "cheap", True: "blocks"}
 _FORWARDS = "distill_forwards"
 
 
@@ -58,7 +60,9 @@ class DistillTask(LaytonTask):
         negative_prompt: What the teacher is guided away from; None is the pipeline's own default.
         latent_size: h = w; by default what the pipeline makes by default.
         gradient_clip: Largest gradient norm of either optimizer; 0 does not clip.
-        gradient_checkpointing: Trade time for memory in the network.
+        gradient_checkpointing: What backward passes of the network compute again instead of keeping
+            (`distill.recompute`): ``cheap`` all but products and convolutions, which takes little time; true whole
+            blocks, for the price of a forward pass; false nothing.
         preview_steps: Numbers of steps of grids and score, as far as the method trains for them.
         reference_steps: Steps of the teacher's pictures that students are compared with.
         reference_guidance: Guidance scale of those.
@@ -82,7 +86,7 @@ class DistillTask(LaytonTask):
         negative_prompt: str | None = None,
         latent_size: int | None = None,
         gradient_clip: float = 1.0,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | Literal["cheap"] = False,
         preview_steps: tuple[int, ...] = (1, 2, 4, 8),
         reference_steps: int = 25,
         reference_guidance: float = 5.0,
@@ -99,8 +103,7 @@ class DistillTask(LaytonTask):
         denoiser = denoiser_from_pipeline(pipe)
         if getattr(method, "reading", "exact") != "exact" and denoiser.prediction_type != "flow":
             raise ValueError("reading 'reinterpret' makes what diffusers' pipelines cannot sample: use 'exact'")
-        if gradient_checkpointing:
-            cast(Any, network_of(denoiser)).enable_gradient_checkpointing()
+        set_recompute(network_of(denoiser), RECOMPUTE[gradient_checkpointing])
         networks = networks_for(denoiser, adapter, target_decay=method.target_decay)
         self._take(networks, method, critic or CriticSettings())
         boundary = method.settings.boundary if isinstance(method, ConsistencyMethod) else "none"
@@ -204,6 +207,7 @@ class DistillTask(LaytonTask):
         optimizer.zero_grad()
         self.manual_backward(loss)
         optimizer.step()
+        optimizer.zero_grad()  # no gradient lies beside what the next forward pass keeps
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip, after `StepGuard` has looked at the gradients and a scaler has unscaled them."""

@@ -10,6 +10,9 @@ from generation import bench, contenders
 from generation.bench import BenchOptions, run_bench
 from generation.commands import bench as command
 from generation.contenders import BenchShape
+from layton.bench import distillation
+from layton.bench.distillation import DistillationReport
+from layton.bench.report import make_bar
 
 TINY = BenchShape("tiny", "tiny", 1.4, caption_length=3, caption_dim=8, vocab_size=64, num_tokens=16)
 
@@ -23,12 +26,6 @@ def test_every_bar_is_measured_and_decoding_is_checked_in_the_same_run() -> None
     json.dumps(report.as_json(), allow_nan=False)
 
 
-def test_a_ratio_is_formed_within_each_round() -> None:
-    bar = bench._bar("P", "", [2.0, 40.0, 6.0], [1.0, 10.0, 2.0], 2.5, at_least=True)
-    assert (bar.ratio, bar.ratio_of_fastest, bar.passed) == (3.0, 2.0, True)
-    assert not bench._bar("P", "", [2.0], [1.0], 1.5, at_least=False).passed
-
-
 def test_the_floor_is_every_linear_layer_of_a_step() -> None:
     model = contenders.build(TINY)
     assert len(contenders.linear_layers(model)) == 4 * len(model.blocks) + 2
@@ -40,10 +37,22 @@ def test_the_command_prints_and_writes(
     monkeypatch.setattr(bench, "SHAPES", (TINY,))
     monkeypatch.setattr(bench, "BenchOptions", lambda **_: BenchOptions(rounds=1, num_codes=6, peer=False, batch=2))
     threads = torch.get_num_threads()
+    bar = make_bar("P15 scott", "", [1.0], [1.0], 1.1, at_least=False)
+    steps = DistillationReport((bar,), {}, {}, {}, {}, 0.0, {"clock": "thread CPU time"})
+    monkeypatch.setattr(distillation, "run_distillation_bench", lambda *_: steps)
     command.bench(json=tmp_path / "bench.json", quick=True)
     assert torch.get_num_threads() == threads
-    assert "P7 tiny" in capsys.readouterr().out
-    assert json.loads((tmp_path / "bench.json").read_text())["protocol"]["clock"] == "thread CPU time"
+    told = capsys.readouterr().out
+    assert "P7 tiny" in told and "P15 scott" in told
+    figures = json.loads((tmp_path / "bench.json").read_text())
+    assert [report["protocol"]["clock"] for report in figures.values()] == ["thread CPU time"] * 2
+
+
+def test_a_part_is_measured_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(bench, "SHAPES", (TINY,))
+    monkeypatch.setattr(bench, "BenchOptions", lambda **_: BenchOptions(rounds=1, num_codes=6, peer=False, batch=2))
+    command.bench(what="decoding", quick=True)
+    assert "P15" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

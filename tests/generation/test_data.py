@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from laytongen_parts import CODES, LENGTH, TOKENS, tiny_text_encoder, tiny_tokenizer
 
 from generation.data import TokenShards, split_of
+from generation.token_shards import read_shard, shard_files, write_shard
 from generation.tokenizing import TokenizeJob, tokenize_dataset
 from layton.data.loader import collate
 from layton.data.sources import ScenesSource
@@ -72,3 +78,39 @@ def test_tokens_of_another_tokenizer_are_refused(folder: str) -> None:
     tokens.require_tokenizer(tiny_tokenizer().fingerprint())
     with pytest.raises(ValueError, match=r"another tokenizer \(fingerprint: stored '\w{16}', wanted '\w{16}'\)"):
         tokens.require_tokenizer(tiny_tokenizer(seed=1).fingerprint())
+
+
+def test_codes_are_kept_narrow_and_features_on_disk(folder: str) -> None:
+    tokens = TokenShards(folder)
+    assert tokens._codes.dtype == np.uint16  # 2 bytes for each
+    parts = [value for part in (tokens, tokens._texts) for value in vars(part).values()]
+    held = [value for value in parts if isinstance(value, torch.Tensor | np.ndarray)]
+    assert sum(value.nbytes for value in held) == 10 * (2 * TOKENS + 8)  # codes and places, no features
+    assert tokens.codes().dtype == torch.int64
+    assert tokens.codes().equal(torch.stack([tokens.sample(index, seed=0)["codes"] for index in range(10)]))
+
+
+def test_every_process_and_split_finds_its_own_features(folder: str) -> None:
+    tokens = TokenShards(folder)
+    alone = [tokens.sample(index, seed=0) for index in range(10)]
+    spawned = pickle.loads(pickle.dumps(tokens))  # noqa: S301  # what a spawned worker gets
+    tokens._texts._process = -1  # what a forked worker finds
+    for other in (tokens, spawned, TokenShards(folder, split="train", length=7)):
+        for index in (6, 0, 4, 3):  # shards of four
+            sample = other.sample(index, seed=0)
+            assert sample["text"].equal(alone[index]["text"])
+            assert sample["text_mask"].equal(alone[index]["text_mask"])
+    loader = torch.utils.data.DataLoader(tokens, batch_size=5, num_workers=1, collate_fn=collate)
+    assert torch.cat([batch["text"] for batch in loader]).equal(torch.stack([sample["text"] for sample in alone]))
+
+
+def test_features_that_do_not_fit_their_captions_are_found(folder: str, tmp_path: Path) -> None:
+    header, shard = read_shard(shard_files(Path(folder))[0])
+    path = tmp_path / "s.safetensors"
+    for ends in (shard.text_ends + 1, shard.text_ends.flip(0), shard.text_ends[:-1]):
+        write_shard(path, header, replace(shard, text_ends=ends))
+        with pytest.raises(ValueError, match=r"damaged text features|do not fit together"):
+            read_shard(path, with_text=False)
+    write_shard(path, header, replace(shard, text=None, text_ends=None))
+    with pytest.raises(ValueError, match="damaged text features"):
+        read_shard(path)

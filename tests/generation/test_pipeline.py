@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,36 @@ def test_another_tokenizer_or_text_encoder_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="another text encoder"):
         load_generator(model / "laytongen", text_encoder=tiny_text_encoder(seed=5))
+
+
+def test_no_part_sees_more_than_a_batch(pipe: LaytonGenPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: dict[str, list[int]] = {"encode": [], "decode": []}
+    encode, decode = pipe.text_encoder.encode, pipe.tokenizer.decode
+
+    def counted_encode(prompts: Sequence[str]) -> Any:
+        sizes["encode"].append(len(prompts))
+        return encode(prompts)
+
+    def counted_decode(codes: torch.Tensor, **options: Any) -> torch.Tensor:
+        sizes["decode"].append(len(codes))
+        return decode(codes, **options)
+
+    prompts = PROMPTS + PROMPTS[:3]
+    whole = pipe(prompts, num_images_per_prompt=2, generator=seeds(*range(14)), output_type="np", batch_size=14)
+    monkeypatch.setattr(pipe.text_encoder, "encode", counted_encode)
+    monkeypatch.setattr(pipe.tokenizer, "decode", counted_decode)
+    for size in (1, 3, 4):
+        sizes["encode"].clear(), sizes["decode"].clear()
+        made = pipe(prompts, num_images_per_prompt=2, generator=seeds(*range(14)), output_type="np", batch_size=size)
+        assert made.codes.equal(whole.codes)
+        assert np.abs(made.images - whole.images).max() < 1e-4
+        assert max(sizes["encode"]) <= size and max(sizes["decode"]) <= size
+        assert sum(sizes["decode"]) == 14
+
+
+def test_a_cut_prompt_is_told_once_and_by_its_own_number(pipe: LaytonGenPipeline) -> None:
+    with pytest.warns(PromptCutWarning) as told:
+        result = pipe(["a", "b", "x" * 99], num_images_per_prompt=3, output_type="codes", batch_size=2)
+    assert [cut.index for cut in result.cut] == [2]
+    assert len([each for each in told if each.category is PromptCutWarning]) == 1
+    assert "prompt 2 was cut" in str(told[0].message)

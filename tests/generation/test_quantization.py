@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_transformers import CODES, TOKENS, captions, codes, tiny_model
 from torch import nn
 from torch.testing import assert_close
@@ -12,6 +14,7 @@ from generation.decoding import generate_codes
 from generation.quantization import Int8Linear, quantize_int8
 from generation.sampling import SamplingOptions, seeded_generators
 from generation.shapes import Factors
+from generation.transformer import LaytonGenTransformer
 
 
 def test_int8_products_are_close_and_every_row_has_its_own_scale() -> None:
@@ -61,3 +64,39 @@ def test_bfloat16_models_decode() -> None:
 def test_int8_is_for_a_cpu() -> None:
     with pytest.raises(ValueError, match="meta"):
         quantize_int8(tiny_model().to("meta"))
+
+
+@pytest.mark.parametrize("factors", [None, Factors(4, 4)])
+def test_a_saved_int8_model_is_the_same_int8_model(factors: Factors | None, tmp_path: Path) -> None:
+    model, given, features = quantize_int8(tiny_model(factors=factors)), codes(3), captions(3)
+    model.save_pretrained(tmp_path)
+    loaded = LaytonGenTransformer.from_pretrained(tmp_path)
+    layers = [sum(isinstance(layer, Int8Linear) for layer in each.modules()) for each in (model, loaded)]
+    assert layers[0] == layers[1] > 0
+    with torch.no_grad():
+        assert loaded(given, features).equal(model(given, features))
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored["blocks.0.ffn.down.weight"].dtype == torch.int8
+    assert stored["blocks.0.ffn.down.scale"].dtype == torch.float32
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+
+
+def test_int8_models_are_not_saved_or_loaded_as_another_type(tmp_path: Path) -> None:
+    model = quantize_int8(tiny_model())
+    with pytest.raises(ValueError, match="saved as it is"):
+        model.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    model.save_pretrained(tmp_path / "int8")
+    with pytest.raises(ValueError, match="computes in float32"):
+        LaytonGenTransformer.from_pretrained(tmp_path / "int8", dtype=torch.bfloat16)
+    path = tmp_path / "int8" / "model.safetensors"
+    stored = load_file(path)
+    save_file({**stored, "blocks.0.ffn.down.weight": stored["blocks.0.ffn.down.weight"].float()}, path)
+    with pytest.raises(ValueError, match="expected int8"):
+        LaytonGenTransformer.from_pretrained(tmp_path / "int8")
+    del stored["blocks.1.attention.qkv.scale"]
+    save_file(stored, path)
+    with pytest.raises(ValueError, match=r"missing blocks.1.attention.qkv.scale"):
+        LaytonGenTransformer.from_pretrained(tmp_path / "int8")
+    with pytest.raises(ValueError, match="bfloat16"):
+        quantize_int8(tiny_model().to(torch.bfloat16))

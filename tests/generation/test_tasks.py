@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from laytongen_parts import CODES, SIZE, TOKENS, tiny_text_encoder, tiny_tokeniz
 from torch.optim import AdamW
 
 from generation.data import TokenShards
-from generation.generator import load_generator
+from generation.generator import TokenizerFacts, load_generator
 from generation.tasks import LaytonGenTask
 from generation.tokenizing import TokenizeJob, tokenize_dataset
 from layton.data.loader import collate
@@ -133,3 +134,27 @@ def test_parts_that_do_not_fit_are_refused(place: Path) -> None:
     task.require_shards(TokenShards(str(place / "tokens"), use_text=False))
     with pytest.raises(ValueError, match="another tokenizer"):
         task_other.require_shards(TokenShards(str(place / "tokens")))
+
+
+def test_a_checkpoint_names_its_tokenizer_and_another_one_is_refused(place: Path, tmp_path: Path) -> None:
+    task = task_of(place)
+    checkpoint: dict[str, Any] = {"state_dict": task.state_dict()}
+    task.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "c.ckpt")
+    stored = torch.load(tmp_path / "c.ckpt", weights_only=True)  # plain values alone
+    assert stored["tokenizer_facts"] == asdict(TokenizerFacts.of(tiny_tokenizer()))
+    task_of(place).on_load_checkpoint(stored)
+
+    tiny_tokenizer(seed=1).save_pretrained(tmp_path / "other")
+    other = LaytonGenTask(tiny_transformer(), tiny_text_encoder(), optimizer=AdamW, tokenizer=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"another tokenizer \(fingerprint: stored '\w{16}', wanted '\w{16}'\)"):
+        other.on_load_checkpoint(stored)
+    for name, value in stored["tokenizer_facts"].items():
+        changed = {**stored["tokenizer_facts"], name: "0" * 16 if isinstance(value, str) else value + 1}
+        with pytest.raises(ValueError, match=f"another tokenizer \\({name}: stored"):
+            task_of(place).on_load_checkpoint({**stored, "tokenizer_facts": changed})
+
+
+def test_a_checkpoint_that_names_no_tokenizer_is_refused(place: Path) -> None:
+    with pytest.raises(ValueError, match="fingerprint: stored None, wanted"):
+        task_of(place).on_load_checkpoint({"state_dict": {}})

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ from PIL import Image
 from generation.data import TokenShards
 from generation.token_shards import (
     MANIFEST_NAME,
+    PLAN_NAME,
     TokenHeader,
     TokenShard,
     read_json,
     read_shard,
     shard_files,
     verify,
+    write_json,
     write_shard,
 )
 from generation.tokenizing import TokenizeJob, tokenize_dataset
@@ -68,7 +71,8 @@ def test_a_shard_survives_a_trip_to_disk(tmp_path: Path) -> None:
     first = (tmp_path / "s.safetensors").read_bytes()
     header, found = read_shard(tmp_path / "s.safetensors")
     assert header == HEADER
-    assert found.codes.equal(codes)
+    assert found.codes.dtype == torch.uint16
+    assert found.codes.long().equal(codes)
     assert (found.keys, found.captions, found.skipped) == (shard.keys, shard.captions, shard.skipped)
     write_shard(tmp_path / "s.safetensors", HEADER, shard)
     assert (tmp_path / "s.safetensors").read_bytes() == first
@@ -150,3 +154,29 @@ def test_an_image_folder(tokenizer: LaytonTokenizer, tmp_path: Path) -> None:
     tokens = TokenShards(str(tmp_path / "out"))
     assert [tokens.sample(i, seed=0)["caption"] for i in range(3)] == ["", "two hearts", ""]
     assert tokens.header.policy == "pad"
+
+
+def test_the_precision_is_recorded_and_another_one_refused(tokenizer: LaytonTokenizer, tmp_path: Path) -> None:
+    plain, rough = scenes_job(tokenizer, count=4), replace(scenes_job(tokenizer, count=4), precision="bf16")
+    tokenize_dataset(plain, tmp_path / "plain")
+    tokenize_dataset(rough, tmp_path / "rough")
+    first, second = (TokenShards(str(tmp_path / name)) for name in ("plain", "rough"))
+    assert (first.header.precision, second.header.precision) == ("fp32", "bf16")
+    share = (first.codes() == second.codes()).float().mean()
+    assert 0.5 < share < 1.0  # the encoder did compute otherwise
+    with pytest.raises(ValueError, match="precision: stored 'fp32', wanted 'bf16'"):
+        tokenize_dataset(rough, tmp_path / "plain")
+    with pytest.raises(ValueError, match="precision: stored 'bf16', wanted 'fp32'"):
+        tokenize_dataset(plain, tmp_path / "rough")
+
+
+def test_datasets_that_name_no_precision_are_of_fp32(tokenizer: LaytonTokenizer, tmp_path: Path) -> None:
+    tokenize_dataset(scenes_job(tokenizer, count=4), tmp_path)
+    for name in (PLAN_NAME, MANIFEST_NAME):
+        values = read_json(tmp_path / name)
+        del values["header"]["precision"]
+        write_json(tmp_path / name, values)
+    assert verify(tmp_path) == []
+    assert tokenize_dataset(scenes_job(tokenizer, count=4), tmp_path).reused == 1
+    with pytest.raises(ValueError, match="precision: stored 'fp32'"):
+        tokenize_dataset(replace(scenes_job(tokenizer, count=4), precision="bf16"), tmp_path)

@@ -11,6 +11,7 @@ from layton.cli import main
 CONFIGS = Path(__file__).parents[3] / "configs"
 RUNS = [
     (CONFIGS / "mini" / "laytongen.yaml", "scenes_tokens"),
+    (CONFIGS / "mini" / "laytongen_windows.yaml", "scenes_token_windows"),
     *((path, "tokens") for path in sorted((CONFIGS / "laytongen").glob("*.yaml"))),
 ]
 

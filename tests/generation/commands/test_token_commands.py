@@ -82,18 +82,24 @@ def test_tokenize_fit_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert weights[0] == weights[1]
 
     shutil.copytree(whole / "export", tmp_path / "tokenizer" / "laytongen")
+    tiny_tokenizer(seed=1).save_pretrained(tmp_path / "tokenizer")  # the same run with another tokenizer
+    assert main([*words[:5], str(tmp_path / "others"), *words[6:]]) == 0
+    other = run_file(tmp_path, tmp_path / "others", 6)
     capsys.readouterr()
+    assert main(["fit", "--config", str(other), "--run_dir", str(parts), "--resume", "auto"]) == 1
+    assert "the checkpoint was trained with another tokenizer (fingerprint: stored" in capsys.readouterr().err
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
     figures = tmp_path / "figures.json"
     command = ["generate", "a red circle", "--model", place, "--out", str(tmp_path / "out"), "--num-images", "2"]
     assert main([*command, "--seed", "5", "--json", str(figures)]) == 0
     files = sorted(path for path in (tmp_path / "out").iterdir())
-    assert [path.name for path in files] == ["a_red_circle-5.png", "a_red_circle-6.png"]
+    assert [path.name for path in files] == ["0000-a_red_circle-5.png", "0001-a_red_circle-6.png"]
     for path in files:
         with Image.open(path) as image:
             assert image.size == (SIZE, SIZE)
     assert json.loads(figures.read_text())["settings"]["decoder"] == "light"
     assert LaytonGenPipeline.from_pretrained(place).text_encoder.name == "small-16x1"
-    assert main([*command, "--steps", "9"]) == 1
+    assert main([*command, "--steps", "9", "--overwrite"]) == 1
     assert "was trained for 1 steps, not for 9" in capsys.readouterr().err
 
 

@@ -1,0 +1,25 @@
+"""Trained parts as a starting point of another run, as `layton.pretrained` has them for the tokenizer.
+
+    transformer: {class_path: generation.pretrained.laytongen_transformer, init_args: {folder: runs/a/transformer}}
+
+For a text encoder see `generation.text_encoders.text_encoder`.
+"""
+
+from __future__ import annotations
+
+from generation.transformer import LaytonGenTransformer
+
+
+def laytongen_transformer(folder: str) -> LaytonGenTransformer:
+    """A saved `LaytonGenTransformer` that goes on learning.
+
+    Args:
+        folder: What its ``save_pretrained`` wrote.
+
+    Raises:
+        ValueError: If the folder holds something else, or a quantized model, which cannot learn.
+    """
+    transformer = LaytonGenTransformer.from_pretrained(folder)
+    if transformer.config.get("int8"):
+        raise ValueError(f"{folder} holds an int8 model, which cannot learn")
+    return transformer.train()

@@ -1,0 +1,86 @@
+"""`layton generate`: its files, and parts of the user's own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from laytongen_parts import tiny_generator, tiny_tokenizer, write_model
+
+from generation.commands.generate import picture_name
+from generation.generator import save_generator
+from generation.pipeline import LaytonGenPipeline
+from layton.cli import main
+from layton.encoder import ViTEncoder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_model(tmp_path_factory.mktemp("model") / "tiny"))
+
+
+def test_names_are_plain_and_no_two_alike() -> None:
+    long = "a red circle left of a blue star and " * 4
+    prompts = ["a red circle", "a_red circle", "A red circle", "a red circle.", "a red circle..", long, long + "x"]
+    prompts += ["", "empty", " ", "-", "cats/dogs", "birds/dogs", "../../up", "a\0b", "写真", "😀"]
+    names = [picture_name(number, prompt, seed) for prompt in prompts for number in (0, 1) for seed in (0, 7)]
+    assert len(set(names)) == len(names)
+    assert names[0] == "0000-a_red_circle-0.png"
+    for name in names:
+        assert Path(name).name == name
+        assert len(name.encode()) < 150
+        assert picture_name(0, prompts[0], 0) == names[0]
+
+
+def test_pictures_are_not_replaced_unless_told(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, figures = tmp_path / "out", tmp_path / "f.json"
+    words = ["generate", "a red circle", "--model", model, "--out", str(out), "--num-images", "3", "--batch-size", "2"]
+    assert main([*words, "--seed", "4", "--json", str(figures)]) == 0
+    first = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert sorted(first) == json.loads(figures.read_text())["files"]
+    assert len(set(first.values())) == 3
+    capsys.readouterr()
+    assert main([*words, "--seed", "4", "--temperature", "0.5"]) == 2
+    error = capsys.readouterr().err
+    assert "0000-a_red_circle-4.png exists already" in error and error.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == first
+    assert main([*words, "--seed", "5"]) == 0  # other pictures, other names
+    assert len(list(out.iterdir())) == 6
+    assert main([*words, "--seed", "4", "--temperature", "0", "--overwrite"]) == 0
+    assert (out / "0000-a_red_circle-4.png").read_bytes() != first["0000-a_red_circle-4.png"]
+    pipe = LaytonGenPipeline.from_pretrained(model)
+    wanted = pipe("a red circle", num_images_per_prompt=3, temperature=0.0, batch_size=3, output_type="pil")
+    wanted.images[0].save(tmp_path / "wanted.png")
+    assert (out / "0000-a_red_circle-4.png").read_bytes() == (tmp_path / "wanted.png").read_bytes()
+
+
+class OwnEncoder(ViTEncoder):
+    """A part of the user's own."""
+
+
+def test_parts_of_ones_own_load_when_they_are_allowed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("own_parts")
+    module.OwnEncoder = OwnEncoder  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "own_parts", module)
+    monkeypatch.setattr(OwnEncoder, "__module__", "own_parts")
+    tokenizer, folder = tiny_tokenizer(), tmp_path / "own"
+    tokenizer.encoder.__class__ = OwnEncoder
+    tokenizer.save_pretrained(folder)
+    save_generator(folder / "laytongen", tiny_generator(tokenizer))
+    with pytest.raises(ValueError, match=r"'own_parts\.OwnEncoder' is not allowed"):
+        LaytonGenPipeline.from_pretrained(folder)
+    pipe = LaytonGenPipeline.from_pretrained(folder, allow=["own_parts."])
+    images = torch.zeros(1, 3, 32, 32)
+    assert pipe.tokenizer.encode(images).equal(tiny_tokenizer().encode(images))
+    words = ["generate", "a", "--model", str(folder), "--out", str(tmp_path / "out")]
+    tokenize = ["tokenize", "scenes", "--count", "2", "--tokenizer", str(folder), "--out", str(tmp_path / "t")]
+    for command in (words, tokenize):
+        assert main(command) == 1
+        assert "is not allowed" in capsys.readouterr().err
+        assert main([*command, "--allow=own_parts."]) == 0
