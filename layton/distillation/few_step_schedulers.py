@@ -9,7 +9,7 @@ their plain base classes take the same configuration.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, LCMScheduler, TCDScheduler
@@ -38,89 +38,69 @@ def times_in(config: Mapping[str, Any], num_steps: int | None, given: Sequence[f
     return row
 
 
-class FewStepLCMScheduler(LCMScheduler):
+class _TrainedTimes:
+    """For schedulers of networks on a table of whole times; goes before diffusers' class."""
+
+    config: Any
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        original_inference_steps: int | None = None,
+        timesteps: list[int] | None = None,
+        strength: float = 1.0,
+    ) -> None:
+        """Set the trained times for a number of steps.
+
+        Raises:
+            ValueError: The student was not trained for this number of steps, or these times.
+        """
+        times = [int(t) for t in times_in(self.config, num_inference_steps, timesteps)]
+        cast(Any, super()).set_timesteps(device=device, timesteps=times, strength=strength)
+
+
+class FewStepLCMScheduler(_TrainedTimes, LCMScheduler):
     """Multistep consistency sampling at the trained times."""
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        original_inference_steps: int | None = None,
-        timesteps: list[int] | None = None,
-        strength: float = 1.0,
-    ) -> None:
-        """Set the trained times for a number of steps.
 
-        Raises:
-            ValueError: The student was not trained for this number of steps, or these times.
-        """
-        times = [int(t) for t in times_in(self.config, num_inference_steps, timesteps)]
-        super().set_timesteps(device=device, timesteps=times, strength=strength)
-
-
-class FewStepTCDScheduler(TCDScheduler):
+class FewStepTCDScheduler(_TrainedTimes, TCDScheduler):
     """Strategic stochastic sampling at the trained times; ``eta = 0`` is deterministic DDIM."""
 
+
+class _TrainedFlowTimes:
+    """For schedulers of flow networks; goes before diffusers' class."""
+
+    config: Any
+
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
-        original_inference_steps: int | None = None,
-        timesteps: list[int] | None = None,
-        strength: float = 1.0,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
     ) -> None:
-        """Set the trained times for a number of steps.
+        """Set the trained times; of ``sigmas``, which pipelines make up by themselves, only the number counts.
 
         Raises:
             ValueError: The student was not trained for this number of steps, or these times.
         """
-        times = [int(t) for t in times_in(self.config, num_inference_steps, timesteps)]
-        super().set_timesteps(device=device, timesteps=times, strength=strength)
+        steps = num_inference_steps if sigmas is None else len(sigmas)
+        times = times_in(self.config, steps, timesteps)
+        sigmas = [t / self.config.num_train_timesteps for t in times]
+        cast(Any, super()).set_timesteps(device=device, sigmas=sigmas)
 
 
-class FewStepFlowLCMScheduler(FlowMatchLCMScheduler):
+class FewStepFlowLCMScheduler(_TrainedFlowTimes, FlowMatchLCMScheduler):
     """Multistep consistency sampling of a flow network at the trained times.
 
     diffusers' SD3 and FLUX pipelines hand the scheduler no generator: its noise is that of torch's global one.
     """
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        sigmas: list[float] | None = None,
-        mu: float | None = None,
-        timesteps: list[float] | None = None,
-    ) -> None:
-        """Set the trained times; of ``sigmas``, which pipelines make up by themselves, only the number counts.
 
-        Raises:
-            ValueError: The student was not trained for this number of steps, or these times.
-        """
-        steps = num_inference_steps if sigmas is None else len(sigmas)
-        times = times_in(self.config, steps, timesteps)
-        super().set_timesteps(device=device, sigmas=[t / self.config.num_train_timesteps for t in times])
-
-
-class FewStepFlowEulerScheduler(FlowMatchEulerDiscreteScheduler):
+class FewStepFlowEulerScheduler(_TrainedFlowTimes, FlowMatchEulerDiscreteScheduler):
     """Deterministic sampling of a flow network at the trained times."""
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        sigmas: list[float] | None = None,
-        mu: float | None = None,
-        timesteps: list[float] | None = None,
-    ) -> None:
-        """Set the trained times; of ``sigmas``, which pipelines make up by themselves, only the number counts.
-
-        Raises:
-            ValueError: The student was not trained for this number of steps, or these times.
-        """
-        steps = num_inference_steps if sigmas is None else len(sigmas)
-        times = times_in(self.config, steps, timesteps)
-        super().set_timesteps(device=device, sigmas=[t / self.config.num_train_timesteps for t in times])
 
 
 FewStepScheduler = FewStepLCMScheduler | FewStepTCDScheduler | FewStepFlowLCMScheduler | FewStepFlowEulerScheduler

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from layton.commands.codes_file import CodesFile
+from layton.cli import main
+from layton.commands.codes_file import CodesFile, CodesHeader
 from layton.data.images import load_image
 from layton.tokenizer import LaytonTokenizer
 
@@ -45,6 +47,39 @@ def test_any_safetensors_reader_can_read_the_file(run: Run, tokenizer: Path, pho
     assert json.loads(bytes(tensors["names"].numpy()))[0] == "a.png"
     with safe_open(tmp_path / "codes.safetensors", "pt") as file:
         assert file.metadata()["vocab_size"] == str(CODES)
+
+
+def test_precision_is_recorded_and_files_without_it_are_of_fp32(
+    run: Run, tokenizer: Path, photos: Path, tmp_path: Path
+) -> None:
+    exact = encode(run, tokenizer, tmp_path / "fp32.safetensors", photos)
+    run("encode", photos, "--out", tmp_path / "bf16.safetensors", "--tokenizer", tokenizer, "--precision", "bf16")
+    rough = CodesFile(tmp_path / "bf16.safetensors")
+    assert (exact.header.precision, rough.header.precision) == ("fp32", "bf16")
+    assert 0.5 < (exact.codes(0, 5) == rough.codes(0, 5)).float().mean() < 1.0
+    run("decode", tmp_path / "bf16.safetensors", "--out", tmp_path / "out", "--tokenizer", tokenizer)
+    values = exact.header.to_metadata()
+    del values["precision"]
+    assert CodesHeader.from_metadata(values, source=tmp_path) == exact.header
+    with pytest.raises(ValueError, match="damaged metadata"):
+        CodesHeader.from_metadata({**values, "precision": "fp8"}, source=tmp_path)
+
+
+def test_names_of_own_classes_reach_the_tokenizer(
+    tokenizer: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+    load = LaytonTokenizer.from_pretrained
+
+    def note(name: str, **options: Any) -> LaytonTokenizer:
+        given.append(tuple(options["allow"]))
+        return load(name, **options)
+
+    monkeypatch.setattr(LaytonTokenizer, "from_pretrained", note)
+    words = ["encode", str(photos), "--tokenizer", str(tokenizer)]
+    assert main([*words, "--out", str(tmp_path / "1"), "--allow", "own_parts."]) == 0
+    assert main([*words, "--out", str(tmp_path / "2")]) == 0
+    assert given == [("own_parts.",), ()]
 
 
 def test_codes_do_not_depend_on_batch_or_order(run: Run, tokenizer: Path, photos: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from layton.cli import main
 from layton.encoder import ViTEncoder
@@ -16,6 +17,7 @@ from layton.ldm.autoencoder import Autoencoder, build_autoencoder
 from layton.ldm.cache import load_code_parts
 from layton.pixel_decoder import PixelDecoder
 from layton.quantizer import CosineVQ
+from layton.tasks.text_to_image import TextToImageTask, draw
 from layton.tasks.tokenizer import TokenizerTask
 
 STEPS = 2
@@ -233,6 +235,14 @@ def test_text_to_image_run_then_stage_1_on_its_export(tmp_path: Path) -> None:
     )
     ldm = fit(tmp_path, "t2i", run)
     assert {path.name for path in ldm.iterdir()} >= {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+    optimizer = run["model"]["init_args"]["optimizer"]
+    further = {"autoencoder": "ae/export", "pretrained": str(ldm), "time_shift": 1.5, "preview_steps": 2}
+    run["model"]["init_args"] = {**further, "optimizer": optimizer}
+    after = fit(tmp_path, "t2i_on", run)
+    weights = [load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in (ldm, after)]
+    assert {k: v.shape for k, v in weights[0].items()} == {k: v.shape for k, v in weights[1].items()}
+    change = max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
+    assert 0 < change < 0.1  # went on from there, not anew
     decoder = {
         "class_path": "layton.tasks.decoder.DecoderTask",
         "init_args": {
@@ -250,6 +260,17 @@ def test_text_to_image_run_then_stage_1_on_its_export(tmp_path: Path) -> None:
     decoder["init_args"]["train_tokenizer"] = True
     export = fit(tmp_path, "joint", run_file(decoder, source("train", 8), source("validation", 4)))
     assert (export / "encoder" / "model.safetensors").is_file()
+
+
+def test_times_are_stratified_and_a_shift_draws_noisier_ones() -> None:
+    x_0 = torch.zeros(1000, 1, 1, 1)
+    even = draw(x_0, torch.Generator().manual_seed(0))[0].sort().values
+    assert (even - torch.arange(1000)).abs().max() <= 1 and int(even.max()) <= 999
+    shifted = draw(x_0, torch.Generator().manual_seed(0), shift=3.0)[0].sort().values
+    u = torch.arange(1000) / 1000
+    torch.testing.assert_close(shifted.float(), 1000 * 3 * u / (1 + 2 * u), rtol=0, atol=4.0)
+    with pytest.raises(ValueError, match="time_shift"):
+        TextToImageTask("anywhere", optimizer=torch.optim.AdamW, time_shift=0.0)
 
 
 def test_tokenizer_overfits_one_batch() -> None:
