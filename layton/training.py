@@ -25,6 +25,7 @@ from layton.callbacks import (
     ExportWeights,
     GracefulStop,
     LineProgress,
+    LossSpikes,
     SafeCheckpoint,
     SafeCheckpointIO,
     newest_good_checkpoint,
@@ -259,7 +260,7 @@ def _resume_path(resume: str, checkpoints: Path) -> str | None:
 
 
 def _missing(configured: list[Callback], config: dict[str, Any], *, checkpointing: bool) -> list[Callback]:
-    added: list[Callback] = [GracefulStop(), ExportWeights()]
+    added: list[Callback] = [GracefulStop(), ExportWeights(), LossSpikes()]
     if checkpointing and not any(isinstance(c, Checkpoint) for c in configured):
         added.append(SafeCheckpoint(every_minutes=10.0))
     if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in configured):

@@ -6,6 +6,7 @@ from layton.callbacks.ema import EMA, averaged_weights
 from layton.callbacks.export import ExportWeights, export_atomically
 from layton.callbacks.grid import PictureGrid
 from layton.callbacks.progress import LineProgress
+from layton.callbacks.spikes import LossSpikes
 from layton.callbacks.stop import GracefulStop, TimeLimit
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "ExportWeights",
     "GracefulStop",
     "LineProgress",
+    "LossSpikes",
     "PictureGrid",
     "SafeCheckpoint",
     "SafeCheckpointIO",

@@ -116,6 +116,10 @@ class LaytonTask(LightningModule, ABC):
         """Steps skipped so far because loss or gradients were not finite."""
         return self._guard.skipped
 
+    def reject_step(self, reason: str) -> None:
+        """Have the current optimizer step skipped, as if its loss were not finite; see `StepGuard`."""
+        self._guard.reject(reason)
+
     def log_losses(
         self,
         terms: Mapping[str, Tensor],

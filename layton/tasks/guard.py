@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 
 class NonFiniteError(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is NaN or infinite."""
+    """Too many steps in a row had a loss or gradient that is NaN or infinite, or were rejected."""
 
 
 class StepGuard(Callback):
@@ -41,7 +41,7 @@ class StepGuard(Callback):
         self.skipped = 0
         self.in_a_row = 0
         self.skipped_now = False
-        self._bad_loss: float | None = None
+        self._rejected: str | None = None
         self._reasons: deque[str] = deque(maxlen=max_in_a_row)
         self._buffers: list[tuple[Tensor, Tensor]] = []
 
@@ -67,13 +67,21 @@ class StepGuard(Callback):
         """Note a loss that is not finite: it need not show in the gradients."""
         value = loss.detach()
         if not bool(torch.isfinite(value).all()):
-            self._bad_loss = float(value.float().sum())
+            self.reject(f"loss {float(value.float().sum())}")
+
+    def reject(self, reason: str) -> None:
+        """Have the current step skipped, for a reason of the caller's.
+
+        Args:
+            reason: For the message of a run that stops.
+        """
+        self._rejected = reason
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Take the gradients away when loss or gradients are bad: an optimizer skips parameters without gradient."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        reason = f"loss {self._bad_loss}" if self._bad_loss is not None else _bad_gradient(pl_module, parameters)
-        self._bad_loss = None
+        reason = self._rejected or _bad_gradient(pl_module, parameters)
+        self._rejected = None
         if trainer.strategy.reduce_boolean_decision(reason is None, all=True):
             return
         for parameter in parameters:
@@ -100,7 +108,7 @@ class StepGuard(Callback):
         pl_module.log("train/skipped_steps", float(self.skipped))
         if self.in_a_row >= self.max_in_a_row:
             raise NonFiniteError(
-                f"{self.in_a_row} steps in a row had a loss or gradient that is not finite; the weights are those of "
+                f"{self.in_a_row} steps in a row had a loss or gradient that is not finite or stands out; the weights are those of "
                 "the last good step. " + "; ".join(self._reasons)
             )
 

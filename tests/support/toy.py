@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from layton.data.module import ImageDataModule
@@ -82,6 +83,17 @@ class ToySource(SampleSource):
         if index in self.bad:
             image[0, 0, 0] = float("nan")
         return {"image": image, "caption": f"seed {seed}", "key": f"{self.split}/{index}"}
+
+
+class RecordKeys(Callback):
+    """Appends the keys of every training batch to a file of its own for each rank."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_batch_end(self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, *args: Any) -> None:
+        with (self.folder / f"{trainer.world_size}-{trainer.global_rank}.txt").open("a") as file:
+            file.write("".join(f"{key}\n" for key in batch["key"]))
 
 
 def toy_data(*, workers: int = 0, length: int = 10, bad: list[int] | None = None) -> ImageDataModule:

@@ -1,0 +1,66 @@
+"""A run stopped on some ranks goes on with another number of them, and of workers: no sample twice, none lost (R7)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from toy import write_run
+
+LENGTH, BATCH = 24, 2
+DRIVER = "import sys; from layton.cli import main; sys.exit(main(sys.argv[1:], allow=['toy']))"
+
+
+def fit(run: Path, *, ranks: int, workers: int, steps: int) -> None:
+    """Go on until `steps`, in processes of their own, over gloo where there are two ranks."""
+    record = f"{{'class_path': 'toy.RecordKeys', 'init_args': {{'folder': '{run.parent}'}}}}"
+    driver = run.parent / "driver.py"
+    driver.write_text(DRIVER)
+    command = [sys.executable, str(driver), "fit", "--config", str(run), "--run_dir", str(run.parent / "run")]
+    command += ["--resume", "auto", f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0"]
+    command += [f"--trainer.callbacks+={record}", f"--data.init_args.num_workers={workers}"]
+    command += [f"--data.init_args.train.init_args.length={LENGTH}"]
+    if ranks > 1:
+        command += [f"--trainer.devices={ranks}", "--trainer.strategy=ddp"]
+    support = Path(__file__).parents[2] / "support"
+    environment = {**os.environ, "PYTHONPATH": str(support), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "workers"),
+    [
+        (2, 1, (0, 0)),
+        *(
+            pytest.param(before, after, workers, marks=pytest.mark.slow)
+            for before, after, workers in [
+                (1, 2, (0, 0)),
+                (2, 2, (0, 1)),
+                (2, 1, (1, 2)),
+                (1, 2, (2, 1)),
+                (1, 1, (2, 0)),
+            ]
+        ),
+    ],
+)
+def test_the_rest_of_an_epoch_is_each_sample_once(
+    tmp_path: Path, before: int, after: int, workers: tuple[int, int]
+) -> None:
+    run = write_run(tmp_path)
+    stop = 2
+    fit(run, ranks=before, workers=workers[0], steps=stop)
+    left = LENGTH - stop * before * BATCH
+    assert left % (after * BATCH) == 0  # the epoch's end is a step's end on both sides
+    last = stop + left // (after * BATCH)
+    fit(run, ranks=after, workers=workers[1], steps=last)
+    files = sorted(tmp_path.glob("?-?.txt"))
+    assert {path.name for path in files} == {f"{n}-{rank}.txt" for n in (before, after) for rank in range(n)}
+    seen = [key for path in files for key in path.read_text().split()]
+    assert sorted(seen) == sorted(f"train/{index}" for index in range(LENGTH))
+    saved = torch.load(tmp_path / "run" / "checkpoints" / f"step={last:08d}.ckpt", weights_only=True)
+    assert saved["global_step"] == last
