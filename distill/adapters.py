@@ -347,6 +347,7 @@ def networks_for(
     settings: LoraSettings | None = None,
     *,
     target_decay: float | None = None,
+    student: Denoiser | None = None,
 ) -> Networks:
     """Student, teacher and target for one run.
 
@@ -357,14 +358,20 @@ def networks_for(
         denoiser: The network to distil; it becomes part of the student and is changed by training.
         settings: The adapter; None trains all weights.
         target_decay: Not None: the target is an average of the student, see ``update_target``. None: it is the student.
+        student: A network of another shape that learns in the denoiser's place, such as ``models.hear_guidance`` makes;
+            trains all its weights.
 
     Raises:
-        ValueError: No layer matches a target of the settings, or the denoiser has been given out before.
+        ValueError: No layer matches a target of the settings, the denoiser has been given out before, or a student of
+            another shape is to have an adapter.
     """
     if settings is None:
-        teacher = copy.deepcopy(denoiser).requires_grad_(False).eval()
-        target = denoiser if target_decay is None else copy.deepcopy(denoiser).requires_grad_(False).eval()
-        return Networks(student=denoiser.requires_grad_(True), teacher=teacher, target=target)
+        learner = denoiser if student is None else student
+        teacher = (copy.deepcopy(denoiser) if student is None else denoiser).requires_grad_(False).eval()
+        target = learner if target_decay is None else copy.deepcopy(learner).requires_grad_(False).eval()
+        return Networks(student=learner.requires_grad_(True), teacher=teacher, target=target)
+    if student is not None:
+        raise ValueError("a student of another shape than its teacher cannot be an adapter on it: train all weights")
     base = active_adapters(denoiser)
     for parameter in denoiser.parameters():
         parameter.requires_grad_(False)

@@ -122,6 +122,32 @@ class UNetDenoiser(Denoiser):
         }
 
 
+def hear_guidance(denoiser: Denoiser, width: int = 256, *, generator: torch.Generator | None = None) -> UNetDenoiser:
+    """A copy of a UNet with an input for the guidance scale beside that for the time (LCM, arXiv 2310.04378).
+
+    The new layer is bias-free and adds to the time embedding; all other weights are the denoiser's.
+
+    Args:
+        denoiser: A `UNetDenoiser` without such an input; left as it is.
+        width: Of the scale's embedding, see `embed_guidance`; 256 in the published networks.
+        generator: Draws the new layer's weights, uniform within ``1 / sqrt(width)``; seeded with 0 by default.
+
+    Raises:
+        ValueError: The denoiser is no plain UNet, hears the scale already, or the width is too small.
+    """
+    if not isinstance(denoiser, UNetDenoiser):
+        raise ValueError(f"only a UNet can be given an input for the guidance scale, not {type(denoiser).__name__}")
+    old = denoiser.unet
+    if old.config.time_cond_proj_dim is not None or width < 4:
+        raise ValueError(f"need a UNet that does not hear the scale yet and a width >= 4, got {width}")
+    unet = UNet2DConditionModel.from_config(old.config, time_cond_proj_dim=width)
+    unet.to(next(old.parameters()).device, _dtype_of(old)).train(old.training)
+    new = "time_embedding.cond_proj.weight"
+    drawn = torch.rand(unet.get_parameter(new).shape, generator=generator or torch.Generator().manual_seed(0))
+    unet.load_state_dict({**old.state_dict(), new: (2.0 * drawn - 1.0) / math.sqrt(width)})
+    return UNetDenoiser(unet, denoiser.schedule, denoiser.prediction_type)
+
+
 class FlowTransformerDenoiser(Denoiser):
     """A rectified-flow transformer: SD3 or FLUX. Predicts ``eps - x_0`` on the clock 0..1000.
 

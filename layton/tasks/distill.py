@@ -18,7 +18,7 @@ from distill.condition import Condition
 from distill.few_step import FewStepSampling
 from distill.method import DistillationMethod, DistillBatch, MethodOutput, Networks
 from distill.methods.consistency import ConsistencyMethod
-from distill.models import FlowTransformerDenoiser, UNetDenoiser, denoiser_from_pipeline
+from distill.models import FlowTransformerDenoiser, UNetDenoiser, denoiser_from_pipeline, hear_guidance
 from distill.recompute import Recompute, set_recompute
 from distill.schedules import NoiseSchedule
 from layton.distillation.distilled import network_of, save_distilled
@@ -55,7 +55,8 @@ class DistillTask(LaytonTask):
         optimizer: Makes the student's optimizer.
         lr_scheduler: Makes its learning-rate schedule.
         critic_optimizer: Makes the optimizer of the method's own networks; by default as the student's.
-        adapter: Shape of the student's LoRA; None trains all weights.
+        adapter: Shape of the student's LoRA; None trains all weights, as a student that is told the guidance scale
+            (``condition_on_guidance`` of LCM and SCott) must.
         critic: What discriminators and fake score networks are made of; LoRAs of rank 64 when None.
         negative_prompt: What the teacher is guided away from; None is the pipeline's own default.
         latent_size: h = w; by default what the pipeline makes by default.
@@ -103,11 +104,18 @@ class DistillTask(LaytonTask):
         denoiser = denoiser_from_pipeline(pipe)
         if getattr(method, "reading", "exact") != "exact" and denoiser.prediction_type != "flow":
             raise ValueError("reading 'reinterpret' makes what diffusers' pipelines cannot sample: use 'exact'")
-        set_recompute(network_of(denoiser), RECOMPUTE[gradient_checkpointing])
-        networks = networks_for(denoiser, adapter, target_decay=method.target_decay)
+        settings = method.settings if isinstance(method, ConsistencyMethod) else None
+        told = settings is not None and settings.condition_on_guidance
+        student = hear_guidance(denoiser) if told else None
+        networks = networks_for(denoiser, adapter, target_decay=method.target_decay, student=student)
+        set_recompute(network_of(networks.student), RECOMPUTE[gradient_checkpointing])
         self._take(networks, method, critic or CriticSettings())
-        boundary = method.settings.boundary if isinstance(method, ConsistencyMethod) else "none"
-        self.sampling = FewStepSampling.from_method(method, denoiser.prediction_type, boundary=boundary)
+        self.sampling = FewStepSampling.from_method(
+            method,
+            denoiser.prediction_type,
+            boundary="none" if settings is None else settings.boundary,
+            guidance=sum(settings.guidance_range) / 2 if settings is not None and told else None,
+        )
         self.budget = Budget()
         self.negative_prompt, self.gradient_clip = negative_prompt, gradient_clip
         self.previews = Previews(
@@ -137,7 +145,7 @@ class DistillTask(LaytonTask):
         """Pick the attention that is quick on this device."""
         # Checkpoints are meant to hold the weights after the step.
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
-        for network in (self.student, self.teacher):
+        for network in (self.student, self.teacher, self.networks.target):
             inner = network.denoiser if isinstance(network, AdapterView) else network
             if isinstance(inner, UNetDenoiser):
                 use_fast_attention(inner.unet, self.device)

@@ -21,6 +21,7 @@ from distill.moves import SolverSettings
 from layton.callbacks import SafeCheckpoint
 from layton.data.module import ImageDataModule
 from layton.data.sources import SampleSource
+from layton.distillation.distilled import load_distilled, pipeline_arguments
 from layton.ldm.prompt_cache import CachedPrompts
 from layton.tasks.distill import DistillTask
 from layton.tasks.guard import NonFiniteError
@@ -102,6 +103,38 @@ def test_forwards_are_counted_and_checkpoints_hold_only_what_is_learnt(folder: P
     other = make(folder, LCM(target_decay=None))
     with pytest.raises(ValueError, match="other weights"):
         other.on_load_checkpoint(saved)
+
+
+def test_a_student_that_hears_the_guidance_scale(folder: Path, tmp_path: Path) -> None:
+    method = LCM(condition_on_guidance=True, guidance_range=(3.0, 7.0), target_decay=0.9)
+    with pytest.raises(ValueError, match="train all weights"):
+        make(folder, method)
+    task = make(folder, method, adapter=None)
+    teacher = {name: value.clone() for name, value in task.teacher.state_dict().items()}
+    trainer = fit(task, 2, tmp_path)
+    assert same(teacher, task.teacher.state_dict())
+    assert task.budget.total == 2 * 2 * 6 and trainer.global_step == 2
+    task.export(tmp_path / "export")
+    pipe = tiny.build("sd")
+    sampling = load_distilled(pipe, tmp_path / "export")
+    assert sampling.guidance == 5.0 and pipe.unet.config.time_cond_proj_dim == 256
+    inputs = task.distill_batch({"caption": ["a red star"], "latent": torch.zeros(1, 4, tiny.SIZE, tiny.SIZE)})
+    x_T = torch.randn(1, 4, tiny.SIZE, tiny.SIZE, generator=torch.Generator().manual_seed(3))
+    arguments = pipeline_arguments(sampling, 1)
+    drawn = {
+        scale: pipe(
+            prompt_embeds=inputs.condition.embeds,
+            negative_prompt_embeds=inputs.null.embeds,
+            latents=x_T.clone(),
+            output_type="latent",
+            **(arguments | {"guidance_scale": scale}),
+        ).images
+        for scale in (5.0, 3.0)
+    }
+    with torch.no_grad():
+        own = sampling.sample(task.student.eval(), x_T, inputs.condition, num_steps=1, generator=torch.Generator())
+    assert torch.allclose(drawn[5.0], own, atol=1e-5)
+    assert not torch.allclose(drawn[3.0], own, atol=1e-4)
 
 
 def test_one_copy_with_an_adapter_and_more_without(folder: Path) -> None:
