@@ -39,7 +39,14 @@ def has_generator(name: str) -> bool:
     return True
 
 
-def draw_samples(name: str, prompts: Sequence[str], few: Sequence[int], *, device: str | None = None) -> Demonstration:
+def draw_samples(
+    name: str,
+    prompts: Sequence[str],
+    few: Sequence[int],
+    *,
+    device: str | None = None,
+    allow: Sequence[str] | None = None,
+) -> Demonstration:
     """Draw prompts once and show them: all of them by the default decoder, a few by each of the others.
 
     Args:
@@ -47,8 +54,9 @@ def draw_samples(name: str, prompts: Sequence[str], few: Sequence[int], *, devic
         prompts: Texts; the picture of prompt i has the seed i.
         few: Numbers of the prompts that every decoder shows.
         device: Where to run; the accelerator if there is one.
+        allow: Prefixes of class names that may be loaded beside this library's.
     """
-    pipeline = LaytonGenPipeline.from_pretrained(name).to(choose_device(device))
+    pipeline = LaytonGenPipeline.from_pretrained(name, allow=allow or ()).to(choose_device(device))
     tokenizer = pipeline.tokenizer
     codes = pipeline(list(prompts), output_type="codes").codes
     default = tokenizer.default_decoder

@@ -28,9 +28,9 @@ def orthogonalise(matrices: Tensor, *, steps: int = 5) -> Tensor:
         steps: Newton-Schulz iterations.
 
     Returns:
-        (n, rows, columns) bfloat16.
+        (n, rows, columns); bfloat16 where that multiplies faster, else float32.
     """
-    x = matrices.bfloat16()
+    x = matrices.to(_quick_dtype(matrices.device))
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
@@ -147,6 +147,11 @@ class MuonAdamW(Optimizer):
         if name not in state:
             state[name] = torch.zeros_like(parameter)
         return cast(Tensor, state[name])
+
+
+def _quick_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16, but not on CPUs that multiply it vector by vector: there float32 products are up to twice as fast."""
+    return torch.float32 if device.type == "cpu" and not torch.cpu._is_amx_tile_supported() else torch.bfloat16
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:

@@ -36,7 +36,13 @@ IMAGES_BY_EVERY_DECODER = 2  # of them
 _GENERATOR = "generation.demonstration"  # resolved when it is needed: this package does not import that one
 
 
-def demo(*, out: Path = Path("demo"), tokenizer: str = "mini", device: str | None = None) -> None:
+def demo(
+    *,
+    out: Path = Path("demo"),
+    tokenizer: str = "mini",
+    device: str | None = None,
+    allow: list[str] | None = None,
+) -> None:
     """Reconstruct sample images with every decoder and draw images from prompts; pictures and figures to a folder.
 
     Writes reconstructions.png, report.json and, if there is a LaytonGen or another text-to-image model beside the
@@ -46,19 +52,20 @@ def demo(*, out: Path = Path("demo"), tokenizer: str = "mini", device: str | Non
         out: folder to write; made if needed.
         tokenizer: embedded tokenizer or folder.
         device: where to run; the accelerator if there is one.
+        allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
     """
     from layton.commands.models import load_tokenizer
     from layton.commands.pictures import sheet
     from layton.commands.staging import staged
 
     started = time.perf_counter()
-    model = load_tokenizer(tokenizer, device=device)
+    model = load_tokenizer(tokenizer, device=device, allow=allow)
     report: dict[str, Any] = {"tokenizer": tokenizer, "tokens_per_image": model.num_tokens}
     with staged(out) as folder:
         rows, report["reconstructions"] = reconstruct_samples(model, tokenizer)
         title = f"Scenes as {model.num_tokens} tokens, and what each decoder makes of them"
         sheet(rows, title=title).save(folder / "reconstructions.png")
-        rows, report["generations"] = generate_samples(tokenizer, device)
+        rows, report["generations"] = generate_samples(tokenizer, device, allow)
         if rows:
             title = "Drawn from text, one row for each task; the checker's verdict under each picture"
             sheet(rows, title=title).save(folder / "generations.png")
@@ -115,17 +122,21 @@ def reconstruct_samples(model: LaytonTokenizer, name: str) -> tuple[list[Row], d
     return rows, figures
 
 
-def generate_samples(name: str, device: str | None) -> tuple[list[Row], dict[str, Any]]:
+def generate_samples(
+    name: str, device: str | None, allow: Sequence[str] | None = None
+) -> tuple[list[Row], dict[str, Any]]:
     """Rows of pictures by task, and the checker's verdicts: of LaytonGen, or else of the diffusion model.
 
     No rows where there is neither.
     """
     if import_module(_GENERATOR).has_generator(name):
-        return generate_by_laytongen(name, device)
+        return generate_by_laytongen(name, device, allow)
     return generate_by_diffusion(name, device)
 
 
-def generate_by_laytongen(name: str, device: str | None) -> tuple[list[Row], dict[str, Any]]:
+def generate_by_laytongen(
+    name: str, device: str | None, allow: Sequence[str] | None = None
+) -> tuple[list[Row], dict[str, Any]]:
     """Prompts of every task as tokens, shown by every decoder; the report counts those of the default decoder."""
     from layton.commands.pictures import Row
     from layton.sceneval import make_prompts
@@ -134,7 +145,9 @@ def generate_by_laytongen(name: str, device: str | None) -> tuple[list[Row], dic
     specs = make_prompts(IMAGES_PER_TASK)
     few = [number for number in range(len(specs)) if number % IMAGES_PER_TASK < IMAGES_BY_EVERY_DECODER]
     with progress(len(specs), "generate") as bar:
-        drawn = import_module(_GENERATOR).draw_samples(name, [spec.prompt for spec in specs], few, device=device)
+        drawn = import_module(_GENERATOR).draw_samples(
+            name, [spec.prompt for spec in specs], few, device=device, allow=allow
+        )
         bar.update(len(specs))
     rows: list[Row] = []
     figures: dict[str, Any] = {}

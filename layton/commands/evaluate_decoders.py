@@ -106,6 +106,7 @@ def evaluate_decoders(
     seed: int = 0,
     batch_size: int = 8,
     device: str | None = None,
+    allow: list[str] | None = None,
     json: Path | None = None,
 ) -> None:
     """Measure every decoder in every number of steps that it was trained for: PSNR, EPD, FD-effnet, time.
@@ -125,6 +126,7 @@ def evaluate_decoders(
         seed: of the noise that decoders begin with, the same for every image.
         batch_size: images at once.
         device: where to run; the accelerator if there is one.
+        allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
         json: write figures and protocol to this file as well.
     """
     from layton.commands.evaluation_data import open_images
@@ -133,7 +135,7 @@ def evaluate_decoders(
 
     if repeats < 1:
         raise ValueError(f"repeats must be >= 1, got {repeats}")
-    model = load_tokenizer(tokenizer, decoders=decoders, device=device)
+    model = load_tokenizer(tokenizer, decoders=decoders, device=device, allow=allow)
     variants = variants_of(model, any_steps, seed=seed)
     images = open_images(data, split=split, count=count, size=size, batch_size=batch_size)
     times = seconds_per_image(variants, model.encode(next(iter(images))), repeats=repeats)

@@ -55,6 +55,7 @@ def evaluate_reconstruction(
     seed: int = 0,
     batch_size: int = 8,
     device: str | None = None,
+    allow: list[str] | None = None,
     json: Path | None = None,
 ) -> None:
     """Measure reconstructions: PSNR, SSIM, EPD, FD-effnet and use of the codebook, beside two references.
@@ -76,6 +77,7 @@ def evaluate_reconstruction(
         seed: of the noise that decoders begin with, the same for every image.
         batch_size: images at once.
         device: where to run; the accelerator if there is one.
+        allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
         json: write figures and protocol to this file as well.
     """
     from layton.commands.evaluation_data import open_images
@@ -84,7 +86,7 @@ def evaluate_reconstruction(
     if autoencoder is not None:
         subject = autoencoder_alone(autoencoder, device)
     else:
-        subject = tokenizer_with(tokenizer, decoder, steps, condition_scale, seed, device)
+        subject = tokenizer_with(tokenizer, decoder, steps, condition_scale, seed, device, allow)
     images = open_images(data, split=split, count=count, size=size, batch_size=batch_size)
     report = measure(subject, images)
     figures = report.to_dict()
@@ -127,7 +129,13 @@ def measure(subject: Subject, images: EvaluationImages) -> ReconstructionReport:
 
 
 def tokenizer_with(
-    name: str, decoder: str | None, steps: int | None, scale: float | None, seed: int, device: str | None
+    name: str,
+    decoder: str | None,
+    steps: int | None,
+    scale: float | None,
+    seed: int,
+    device: str | None,
+    allow: list[str] | None = None,
 ) -> Subject:
     """A tokenizer with one of its decoders.
 
@@ -136,7 +144,7 @@ def tokenizer_with(
     """
     from layton.commands.models import load_with_decoder, same_noise
 
-    model, chosen = load_with_decoder(name, decoder, num_steps=steps, device=device)
+    model, chosen = load_with_decoder(name, decoder, num_steps=steps, device=device, allow=allow)
 
     def reconstruct(images: Tensor) -> Tensor:
         noise = same_noise(seed, len(images))

@@ -108,8 +108,8 @@ class StepGuard(Callback):
         pl_module.log("train/skipped_steps", float(self.skipped))
         if self.in_a_row >= self.max_in_a_row:
             raise NonFiniteError(
-                f"{self.in_a_row} steps in a row had a loss or gradient that is not finite or stands out; the weights are those of "
-                "the last good step. " + "; ".join(self._reasons)
+                f"{self.in_a_row} steps in a row had a loss or gradient that is not finite or stands out; the weights "
+                "are those of the last good step. " + "; ".join(self._reasons)
             )
 
 
