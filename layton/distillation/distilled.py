@@ -8,6 +8,9 @@ attention layers of the usual target list, and without the header alpha is guess
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import uuid
 import warnings
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -137,6 +140,47 @@ def save_network(network: Network, folder: str | Path, *, dtype: torch.dtype | N
     """Write the whole network so that its class's ``from_pretrained`` reads it; adapters are left out."""
     save_tensors(Path(folder) / NETWORK_NAME, base_state_dict(network), dtype=dtype)
     save_config(Path(folder), json.loads(network.to_json_string()))
+
+
+def student_pipeline(teacher: Path, export: Path, folder: Path) -> Path:
+    """A pipeline folder like the teacher's with a student in place of its network: the teacher of a next student.
+
+    Files that stay the same are hard links where the disk allows it, so that they take no space twice.
+
+    Args:
+        teacher: Diffusers pipeline folder.
+        export: What `save_distilled` wrote of a whole network.
+        folder: Where to; left alone when it is there already.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: The export holds no whole network.
+    """
+    if (folder / "model_index.json").is_file():
+        return folder
+    if not (export / NETWORK_NAME).is_file():
+        raise ValueError(f"{export} holds no whole network: only such a student can be a teacher")
+    name = "unet" if (teacher / "unet").is_dir() else "transformer"
+    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.part")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        shutil.copytree(teacher, part, ignore=shutil.ignore_patterns(name), copy_function=_link)
+        (part / name).mkdir()
+        for file in (CONFIG_NAME, NETWORK_NAME):
+            _link(str(export / file), str(part / name / file))
+        part.replace(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def load_distilled(

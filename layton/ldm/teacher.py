@@ -47,7 +47,7 @@ def open_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> 
         UsageError: There is no such folder.
         ValueError: It holds no such pipeline, or a part is missing or damaged.
     """
-    root = _find(folder)
+    root = find_teacher(folder)
     index = _read_index(root)
     classes = {kind.__name__: kind for kind in PIPELINES}
     name = index.get("_class_name")
@@ -83,7 +83,12 @@ def _load(kind: type[DiffusionPipeline], root: Path, left_out: dict[str, Any], d
     return pipe
 
 
-def _find(folder: str | Path) -> Path:
+def find_teacher(folder: str | Path) -> Path:
+    """The pipeline folder that a path or the name of an embedded model means.
+
+    Raises:
+        UsageError: There is none.
+    """
     root = Path(folder).expanduser()
     if (root / INDEX).is_file():
         return root

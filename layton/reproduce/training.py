@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from layton.distillation.distilled import student_pipeline
 from layton.reproduce.claim import QUICK_OVERLAY, Arm, Context, Stage
 from layton.reproduce.run_files import assign, batch_size_of, read_run, set_scene_size, write_run
 from layton.run_files import moved
@@ -127,38 +126,6 @@ def resolved_run(
     stop = {"class_path": _CALLBACK, "init_args": {"forwards": budget, "prepaid": prepaid}}
     trainer["callbacks"] = [*trainer.get("callbacks", []), stop]
     return run
-
-
-def student_pipeline(teacher: Path, export: Path, folder: Path) -> Path:
-    """A pipeline folder like the teacher's with a student in place of its UNet.
-
-    Args:
-        teacher: Diffusers pipeline folder.
-        export: What `layton.distillation.distilled.save_distilled` wrote of a whole network.
-        folder: Where to; left alone when it is there already.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: The export holds no whole network.
-    """
-    if (folder / "model_index.json").is_file():
-        return folder
-    weights = export / "diffusion_pytorch_model.safetensors"
-    if not weights.is_file():
-        raise ValueError(f"{export} holds no whole network: only such a student can be a teacher")
-    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.part")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        shutil.copytree(teacher, part, ignore=shutil.ignore_patterns("unet"))
-        (part / "unet").mkdir()
-        shutil.copyfile(export / "config.json", part / "unet" / "config.json")
-        shutil.copyfile(weights, part / "unet" / weights.name)
-        part.replace(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return folder
 
 
 def claim_out(context: Context, *, claim: str, teacher: str) -> None:

@@ -21,11 +21,11 @@ from distill.methods.consistency import ConsistencyMethod
 from distill.models import FlowTransformerDenoiser, UNetDenoiser, denoiser_from_pipeline, hear_guidance
 from distill.recompute import Recompute, set_recompute
 from distill.schedules import NoiseSchedule
-from layton.distillation.distilled import network_of, save_distilled
+from layton.distillation.distilled import network_of, save_distilled, student_pipeline
 from layton.ldm.autoencoder import Autoencoder
 from layton.ldm.conditions import PromptEncoder, latent_shape_of
 from layton.ldm.prompt_cache import condition_of_batch
-from layton.ldm.teacher import open_pipeline
+from layton.ldm.teacher import find_teacher, open_pipeline
 from layton.ldm.unet import use_fast_attention
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
 from layton.tasks.critics import CriticSettings, attach_networks
@@ -67,6 +67,8 @@ class DistillTask(LaytonTask):
         preview_steps: Numbers of steps of grids and score, as far as the method trains for them.
         reference_steps: Steps of the teacher's pictures that students are compared with.
         reference_guidance: Guidance scale of those.
+        export_pipeline: Beside the student, which must train all weights, also export ``pipeline/``: the teacher's
+            folder with the student in it, as the teacher of a next run.
         max_bad_steps: The run stops after this many steps in a row with a loss or gradient that is not finite.
 
     Raises:
@@ -91,12 +93,16 @@ class DistillTask(LaytonTask):
         preview_steps: tuple[int, ...] = (1, 2, 4, 8),
         reference_steps: int = 25,
         reference_guidance: float = 5.0,
+        export_pipeline: bool = False,
         max_bad_steps: int = 10,
     ) -> None:
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler, max_bad_steps=max_bad_steps)
         if gradient_clip < 0:
             raise ValueError(f"gradient_clip must be >= 0, got {gradient_clip}")
+        if export_pipeline and adapter is not None:
+            raise ValueError("export_pipeline needs a student that trains all weights: adapter=null")
         self.automatic_optimization = False
+        self._pipeline_folder = find_teacher(pipeline) if export_pipeline else None
         pipe = open_pipeline(pipeline)
         self.latent_shape = latent_shape_of(pipe, latent_size)
         self.prompts = PromptEncoder(pipe, latent_size=self.latent_shape[1:])
@@ -283,8 +289,10 @@ class DistillTask(LaytonTask):
         return {name: self.autoencoder.decode(latents).float().clamp(-1, 1) for name, latents in rows.items()}
 
     def export(self, folder: Path) -> None:
-        """Write the LoRA, or the whole network, in diffusers' format, and ``few_step.json``."""
+        """Write the LoRA, or the whole network, in diffusers' format, ``few_step.json``, and ``pipeline/`` if asked."""
         save_distilled(self.student, folder, self.sampling)
+        if self._pipeline_folder is not None:
+            student_pipeline(self._pipeline_folder, folder, folder / "pipeline")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is learnt: the pipeline folder has the rest."""

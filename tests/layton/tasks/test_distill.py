@@ -23,6 +23,7 @@ from layton.data.module import ImageDataModule
 from layton.data.sources import SampleSource
 from layton.distillation.distilled import load_distilled, pipeline_arguments
 from layton.ldm.prompt_cache import CachedPrompts
+from layton.ldm.teacher import open_pipeline
 from layton.tasks.distill import DistillTask
 from layton.tasks.guard import NonFiniteError
 from layton.tasks.latent_score import sliced_wasserstein
@@ -135,6 +136,21 @@ def test_a_student_that_hears_the_guidance_scale(folder: Path, tmp_path: Path) -
         own = sampling.sample(task.student.eval(), x_T, inputs.condition, num_steps=1, generator=torch.Generator())
     assert torch.allclose(drawn[5.0], own, atol=1e-5)
     assert not torch.allclose(drawn[3.0], own, atol=1e-4)
+
+
+def test_a_student_of_all_weights_becomes_the_next_teacher(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="adapter=null"):
+        make(folder, LCM(target_decay=None), export_pipeline=True)
+    task = make(folder, LCM(target_decay=None), adapter=None, export_pipeline=True)
+    fit(task, 1, tmp_path)
+    task.export(tmp_path / "export")
+    assert {path.name for path in (tmp_path / "export" / "pipeline").iterdir()} == {p.name for p in folder.iterdir()}
+    following = make(tmp_path / "export" / "pipeline", LCM(target_decay=None))
+    own, teacher = task.student.state_dict(), tiny.build("sd").unet.state_dict()
+    learnt = {name.removeprefix("unet."): value for name, value in own.items() if name.startswith("unet.")}
+    network = open_pipeline(tmp_path / "export" / "pipeline").unet.state_dict()
+    assert same(learnt, network) and not same(network, teacher)
+    assert following.latent_shape == task.latent_shape
 
 
 def test_one_copy_with_an_adapter_and_more_without(folder: Path) -> None:
