@@ -17,7 +17,8 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 def test_trainer_files_parse(tmp_path: Path, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--config", str(write_run(tmp_path)), "--trainer", str(path), "--print_config"]
     assert main(["fit", *arguments], allow=["toy"]) == 0
-    assert path.read_text().splitlines()[1] in capsys.readouterr().out
+    settings = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    assert f"\n  {settings[0]}\n" in capsys.readouterr().out
 
 
 def test_files_named_in_a_run_file_are_found_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
