@@ -12,6 +12,7 @@ from torch import Tensor
 from distill.denoiser import Condition
 from layton.control import SMALL_CHANNELS, encode_null_caption
 from layton.decoders import DiffusionDecoder
+from layton.folder import WEIGHTS_NAME, load_tensors
 from layton.ladd import LADD
 from layton.ldm.autoencoder import Autoencoder
 from layton.ldm.cache import load_code_parts
@@ -36,6 +37,7 @@ class DecoderTask(LaytonTask):
         train_tokenizer: Train encoder and codebook jointly.
         embedding_channels: Widths of the code embedding.
         conditioning_scale: Factor on the control branch's residuals.
+        start: Finished ``decoder/`` to go on from, of equal shape; it may have learnt on an earlier state of the LDM.
         preview_steps: Sampling steps of the pictures made while training.
     """
 
@@ -49,6 +51,7 @@ class DecoderTask(LaytonTask):
         train_tokenizer: bool = False,
         embedding_channels: tuple[int, ...] = SMALL_CHANNELS,
         conditioning_scale: float = 1.0,
+        start: str | None = None,
         preview_steps: int = 25,
     ) -> None:
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
@@ -66,6 +69,11 @@ class DecoderTask(LaytonTask):
             conditioning_scale=conditioning_scale,
             null_embeds=encode_null_caption(ldm) if (Path(ldm) / "text_encoder").is_dir() else None,
         )
+        if start is not None:
+            weights = Path(start) / WEIGHTS_NAME
+            # The null caption is this LDM's own: it may have learnt on since.
+            state = load_tensors(weights) | {"null_embeds": self.ladd.null_embeds}
+            self.ladd.load_branch_state_dict(state, source=weights)
         self._autoencoder = [Autoencoder.from_pretrained(Path(ldm) / "vae").requires_grad_(False).eval()]
         self.preview_steps = preview_steps
 

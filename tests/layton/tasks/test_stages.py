@@ -17,6 +17,7 @@ from layton.ldm.autoencoder import Autoencoder, build_autoencoder
 from layton.ldm.cache import load_code_parts
 from layton.pixel_decoder import PixelDecoder
 from layton.quantizer import CosineVQ
+from layton.tasks.decoder import DecoderTask
 from layton.tasks.text_to_image import TextToImageTask, draw
 from layton.tasks.tokenizer import TokenizerTask
 
@@ -256,7 +257,16 @@ def test_text_to_image_run_then_stage_1_on_its_export(tmp_path: Path) -> None:
         decoder, cached("train", 8, "train_codes", codes=True), cached("validation", 4, "val_codes", codes=True)
     )
     export = fit(tmp_path, "stage1", run)
-    assert (export / "decoder" / "model.safetensors").is_file()
+    saved = load_file(export / "decoder" / "model.safetensors")
+    following = DecoderTask(
+        str(ldm),
+        "tok/export",
+        optimizer=torch.optim.AdamW,
+        embedding_channels=(8,),
+        start=str(export / "decoder"),
+    )
+    state = following.ladd.branch_state_dict()
+    assert state.keys() == saved.keys() and all(torch.equal(state[name], saved[name]) for name in saved)
     decoder["init_args"]["train_tokenizer"] = True
     export = fit(tmp_path, "joint", run_file(decoder, source("train", 8), source("validation", 4)))
     assert (export / "encoder" / "model.safetensors").is_file()
