@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="tokenizer folder to write")
     parser.add_argument("--ldm", type=Path, help="export of the text-to-image run, a diffusers pipeline folder")
     parser.add_argument("--decoder", type=Path, help="decoder of the stage-1 run; needs --ldm")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the noise the stage-1 decoder begins with")
     parser.add_argument("--consistency", type=Path, help="decoder of the stage-2 run; needs --decoder")
     parser.add_argument("--instaflow", type=Path, help="decoder of the InstaFlow run; needs --decoder")
     parser.add_argument("--hipa", type=Path, help="decoder of the HiPA run; needs --decoder")
@@ -55,7 +56,8 @@ def main() -> None:
 
         unet = UNet2DConditionModel.from_pretrained(arguments.ldm / "unet")
         network = LADD.from_pretrained(arguments.decoder, unet=unet)
-        decoders["diffusion"] = DiffusionDecoder(network, Autoencoder.from_pretrained(arguments.ldm / "vae"))
+        autoencoder = Autoencoder.from_pretrained(arguments.ldm / "vae")
+        decoders["diffusion"] = DiffusionDecoder(network, autoencoder, temperature=arguments.temperature)
     for name, kind in DISTILLED.items():
         folder: Path | None = getattr(arguments, name)
         if folder is None:

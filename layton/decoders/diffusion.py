@@ -14,21 +14,42 @@ from distill.timesteps import timesteps
 from layton.decoders.latent import SAMPLING_FOLDER, LatentDecoder, read_network
 from layton.folder import JsonValue, class_name, load_config, save_config
 from layton.interface import Generators
+from layton.ladd import LADD
+from layton.ldm.autoencoder import Autoencoder
 
 
 class DiffusionDecoder(LatentDecoder):
     """Plain LADD: a diffusion model conditioned on codes, sampled in any number of steps, then the VAE decoder.
 
     Times are spaced from pure noise (``trailing``), the solver is second order (DPM-Solver++ 2M, arXiv 2211.01095).
-    Arguments are `LatentDecoder`'s.
+
+    Args:
+        network: As for `LatentDecoder`.
+        autoencoder: As for `LatentDecoder`.
+        latents_per_token: As for `LatentDecoder`.
+        temperature: Factor on the noise that sampling begins with. 1 draws from the model: one of the images that have
+            these codes, as far from the original as two of them are from one another. Below 1 it comes closer to their
+            middle, and so to the original.
+
+    Raises:
+        ValueError: ``temperature`` is negative or not finite.
     """
 
     __module__ = "layton.decoders"  # what files say
     default_steps = 25
 
+    def __init__(
+        self, network: LADD, autoencoder: Autoencoder, *, latents_per_token: int = 1, temperature: float = 1.0
+    ) -> None:
+        super().__init__(network, autoencoder, latents_per_token=latents_per_token)
+        if not 0.0 <= temperature < float("inf"):
+            raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
+        self.temperature = temperature
+
     def sample(self, x_T: Tensor, embeddings: Tensor, *, num_steps: int, generator: Generators) -> Tensor:
         """Solve the probability flow; no noise is drawn on the way."""
         times = timesteps(self.network.schedule, num_steps, "trailing").to(embeddings.device)
+        x_T = x_T * self.temperature
         return sample(self.network, x_T, times, Condition(spatial=embeddings), solver=dpmpp_2m)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -37,6 +58,7 @@ class DiffusionDecoder(LatentDecoder):
         sampling: dict[str, JsonValue] = {
             "class": class_name(DiffusionDecoder),
             "latents_per_token": self.latents_per_token,
+            "temperature": self.temperature,
         }
         save_config(Path(folder) / SAMPLING_FOLDER, sampling)
 
@@ -53,4 +75,9 @@ class DiffusionDecoder(LatentDecoder):
         """
         network, autoencoder = read_network(Path(folder), ldm)
         sampling = load_config(Path(folder) / SAMPLING_FOLDER, expected_class=class_name(DiffusionDecoder))
-        return cls(network, autoencoder, latents_per_token=cast(int, sampling["latents_per_token"])).eval()
+        return cls(
+            network,
+            autoencoder,
+            latents_per_token=cast(int, sampling["latents_per_token"]),
+            temperature=cast(float, sampling["temperature"]),
+        ).eval()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.denoiser import Condition
-from layton.control import SMALL_CHANNELS, encode_null_caption
+from layton.control import SMALL_CHANNELS, LoraSettings, encode_null_caption
 from layton.decoders import DiffusionDecoder
 from layton.folder import WEIGHTS_NAME, load_tensors
 from layton.ladd import LADD
@@ -37,7 +37,11 @@ class DecoderTask(LaytonTask):
         train_tokenizer: Train encoder and codebook jointly.
         embedding_channels: Widths of the code embedding.
         conditioning_scale: Factor on the control branch's residuals.
-        start: Finished ``decoder/`` to go on from, of equal shape; it may have learnt on an earlier state of the LDM.
+        lora: Adaptors on the UNet that learn with the branch, as the released decoder has them; None for none.
+        time_shift: Of the times trained at, see `layton.tasks.text_to_image.draw`. With little noise the UNet needs no
+            codes, so what they say is learnt at noisy times.
+        start: Finished ``decoder/`` to go on from, of equal shape; it may have learnt on an earlier state of the LDM,
+            and without adaptors.
         preview_steps: Sampling steps of the pictures made while training.
     """
 
@@ -51,6 +55,8 @@ class DecoderTask(LaytonTask):
         train_tokenizer: bool = False,
         embedding_channels: tuple[int, ...] = SMALL_CHANNELS,
         conditioning_scale: float = 1.0,
+        lora: LoraSettings | None = None,
+        time_shift: float = 1.0,
         start: str | None = None,
         preview_steps: int = 25,
     ) -> None:
@@ -68,14 +74,15 @@ class DecoderTask(LaytonTask):
             embedding_channels=embedding_channels,
             conditioning_scale=conditioning_scale,
             null_embeds=encode_null_caption(ldm) if (Path(ldm) / "text_encoder").is_dir() else None,
+            lora=lora,
         )
         if start is not None:
             weights = Path(start) / WEIGHTS_NAME
             # The null caption is this LDM's own: it may have learnt on since.
-            state = load_tensors(weights) | {"null_embeds": self.ladd.null_embeds}
+            state = self.ladd.branch_state_dict() | load_tensors(weights) | {"null_embeds": self.ladd.null_embeds}
             self.ladd.load_branch_state_dict(state, source=weights)
         self._autoencoder = [Autoencoder.from_pretrained(Path(ldm) / "vae").requires_grad_(False).eval()]
-        self.preview_steps = preview_steps
+        self.preview_steps, self.time_shift = preview_steps, time_shift
 
     def setup(self, stage: str) -> None:
         """Pick the attention that is quick on this device."""
@@ -97,7 +104,7 @@ class DecoderTask(LaytonTask):
         return self.log_losses({"diffusion": loss}, batch_size=len(x_0))
 
     def _diffusion(self, x_0: Tensor, embeddings: Tensor, generator: torch.Generator) -> Tensor:
-        t, eps = draw(x_0, generator)
+        t, eps = draw(x_0, generator, shift=self.time_shift)
         prediction = self.ladd(self.ladd.schedule.add_noise(x_0, eps, t), t, Condition(spatial=embeddings))
         return F.mse_loss(prediction.float(), self.ladd.target(x_0, eps, t).float())
 

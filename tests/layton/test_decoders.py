@@ -282,3 +282,19 @@ def test_the_best_decoder_there_is() -> None:
     assert best_decoder(["other", "light"]) == "light"
     assert best_decoder(["other"]) == "other"
     assert best_decoder([]) == ""
+
+
+def test_temperature_scales_the_first_noise_and_is_saved(ldm: Path, tmp_path: Path) -> None:
+    plain = make_diffusion(ldm)
+    with pytest.raises(ValueError, match="-1"):
+        DiffusionDecoder(plain.network, plain.autoencoder, temperature=-1.0)
+    still = DiffusionDecoder(plain.network, plain.autoencoder, latents_per_token=2, temperature=0.0)
+    drawn = [still.decode(codes(1), num_steps=3, generator=seeds(number)) for number in (1, 2)]
+    assert torch.equal(*drawn)  # nothing is left of the noise
+    cool = DiffusionDecoder(plain.network, plain.autoencoder, latents_per_token=2, temperature=0.5)
+    cool.save_pretrained(tmp_path)
+    again = DiffusionDecoder.from_pretrained(tmp_path, ldm=ldm)
+    assert again.temperature == 0.5
+    pictures = [each.decode(codes(1), num_steps=3, generator=seeds(1)) for each in (cool, again, plain)]
+    torch.testing.assert_close(pictures[0], pictures[1])
+    assert not torch.allclose(pictures[0], pictures[2], atol=1e-3)
