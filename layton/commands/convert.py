@@ -159,7 +159,7 @@ def write_released(
     from layton.control import save_unet
     from layton.convert.released import SDXL_SCHEDULER
     from layton.decoders import SAMPLING_FOLDER, DiffusionDecoder
-    from layton.folder import class_name, save_config
+    from layton.folder import save_config
     from layton.ldm.autoencoder import Autoencoder
     from layton.tokenizer import LDM_FOLDER, LaytonTokenizer
 
@@ -171,9 +171,8 @@ def write_released(
     decoder = DiffusionDecoder(parts.decoder, autoencoder, latents_per_token=scale)
     model = LaytonTokenizer(parts.encoder, parts.quantizer, {"diffusion": decoder}, image_size=image_size)
     model.save_pretrained(folder)
-    sampling = {"class": class_name(DiffusionDecoder), "latents_per_token": scale}
     place = folder / "decoders" / "diffusion" / SAMPLING_FOLDER
-    save_config(place, {**sampling, "trained_timesteps": list(parts.timesteps)})
+    save_config(place, {**decoder.sampling_record(), "trained_timesteps": list(parts.timesteps)})
     ldm = folder / LDM_FOLDER
     save_unet(parts.decoder.unet, ldm / "unet")
     autoencoder.model.save_pretrained(str(ldm / "vae"), safe_serialization=True)

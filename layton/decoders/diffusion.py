@@ -55,12 +55,15 @@ class DiffusionDecoder(LatentDecoder):
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write the control branch and how it is sampled; UNet and autoencoder belong to the latent diffusion model."""
         self.network.save_pretrained(folder, dtype=dtype)
-        sampling: dict[str, JsonValue] = {
+        save_config(Path(folder) / SAMPLING_FOLDER, self.sampling_record())
+
+    def sampling_record(self) -> dict[str, JsonValue]:
+        """What ``sampling/config.json`` says."""
+        return {
             "class": class_name(DiffusionDecoder),
             "latents_per_token": self.latents_per_token,
             "temperature": self.temperature,
         }
-        save_config(Path(folder) / SAMPLING_FOLDER, sampling)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, ldm: str | Path | None = None) -> Self:
@@ -79,5 +82,5 @@ class DiffusionDecoder(LatentDecoder):
             network,
             autoencoder,
             latents_per_token=cast(int, sampling["latents_per_token"]),
-            temperature=cast(float, sampling["temperature"]),
+            temperature=cast(float, sampling.get("temperature", 1.0)),  # folders of before hold none
         ).eval()

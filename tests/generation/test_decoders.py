@@ -226,7 +226,7 @@ def test_training_reduces_its_loss_and_exports_its_decoder(kind: str, world: Pat
     handle = task._teacher[0].unet.register_forward_pre_hook(lambda *_: calls.append(1))
     optimizer = torch.optim.Adam(task.trainable_parameters(), lr=1e-2)
     losses = []
-    for _ in range(8):
+    for _ in range(16):
         loss = _loss(task, batch)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
