@@ -48,7 +48,7 @@ class CodeEmbedding(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
         # torch's own start would shrink codes of unit length to a two-hundredth before the zero convolution, which then
-        # learns to pass on the biases first: after 500 steps pictures did not depend on their codes.
+        # learns to pass on the biases first: after 300 steps pictures did not depend on their codes.
         for conv in (self.conv_in, *blocks):
             nn.init.kaiming_normal_(cast(Tensor, conv.weight), nonlinearity="relu")
             nn.init.zeros_(cast(Tensor, conv.bias))
