@@ -17,7 +17,7 @@ from layton.data.images import ImageError
 from layton.data.randomness import mix, permute
 from layton.data.transforms import Fit, SampleTransform
 from layton.data.types import ImageSample, Split, check_split
-from layton.scenes import Scene, render, sample_scene, split_seeds
+from layton.scenes import Scene, as_position, render, sample_scene, split_seeds
 from layton.scenes import caption as scene_caption
 
 _MAX_REPLACEMENTS = 20
@@ -52,6 +52,10 @@ class ImageSource(SampleSource):
     @abstractmethod
     def sample(self, index: int, *, seed: int) -> ImageSample:
         """One captioned image; see `SampleSource.sample`."""
+
+    def caption(self, index: int, *, seed: int) -> str:
+        """The caption of `sample(index, seed=seed)`; sources that know it without the image do not load that."""
+        return self.sample(index, seed=seed)["caption"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,6 +141,7 @@ class ScenesSource(ImageSource):
         offset: Scenes to pass over at the beginning of the split.
         chinese: Share of captions in Chinese, in [0, 1]; chosen by the sample's seed.
         reworded: Share of captions said in another true way than the canonical one, in [0, 1]; chosen likewise.
+        related: Share of the captions "a star and a ring" that say instead how the two stand, where that is clear.
         transform: Applied to the rendered scene; by default none, it has the right size already.
     """
 
@@ -149,12 +154,13 @@ class ScenesSource(ImageSource):
         offset: int = 0,
         chinese: float = 0.0,
         reworded: float = 0.0,
+        related: float = 0.0,
         transform: SampleTransform | None = None,
     ) -> None:
         if length < 1 or size < 1:
             raise ValueError(f"length and size must be >= 1, got {length} and {size}")
-        if not (0.0 <= chinese <= 1.0 and 0.0 <= reworded <= 1.0):
-            raise ValueError(f"chinese and reworded must be in [0, 1], got {chinese} and {reworded}")
+        if not all(0.0 <= share <= 1.0 for share in (chinese, reworded, related)):
+            raise ValueError(f"chinese, reworded and related must be in [0, 1], got {chinese}, {reworded}, {related}")
         known = check_split(split)
         if known is None:
             raise ValueError("scenes have no common order of all splits: choose one")
@@ -162,6 +168,7 @@ class ScenesSource(ImageSource):
         self.size = size
         self.chinese = chinese
         self.reworded = reworded
+        self.related = related
         self.transform = transform
 
     def __len__(self) -> int:
@@ -178,20 +185,29 @@ class ScenesSource(ImageSource):
         else:
             tensor = rearrange(torch.from_numpy(pixels), "h w c -> c h w").contiguous().to(torch.float32)
             image = tensor.div_(127.5).sub_(1.0)
-        text = say(scene, seed, chinese=self.chinese, reworded=self.reworded)
-        return ImageSample(image=image, caption=text, key=f"scenes/{scene_seed}")
+        return ImageSample(image=image, caption=self._say(scene, seed), key=f"scenes/{scene_seed}")
+
+    def caption(self, index: int, *, seed: int) -> str:
+        """The caption alone, without rendering; see `ImageSource.caption`."""
+        return self._say(sample_scene(self.seeds[index]), seed)
+
+    def _say(self, scene: Scene, seed: int) -> str:
+        return say(scene, seed, chinese=self.chinese, reworded=self.reworded, related=self.related)
 
 
-def say(scene: Scene, seed: int, *, chinese: float = 0.0, reworded: float = 0.0) -> str:
-    """A true caption of a scene; a sample's seed chooses language and wording.
+def say(scene: Scene, seed: int, *, chinese: float = 0.0, reworded: float = 0.0, related: float = 0.0) -> str:
+    """A true caption of a scene; a sample's seed chooses language, wording and what is said of it.
 
     Args:
         scene: What is said.
         seed: The sample's.
         chinese: Share of captions in Chinese, in [0, 1].
         reworded: Share of captions said in another true way than the canonical one, in [0, 1].
+        related: Share of scenes of two objects told by how they stand (`layton.scenes.as_position`), in [0, 1].
     """
-    language, wording, variant = (mix(seed, scene.seed, choice) for choice in range(3))
+    language, wording, variant, told = (mix(seed, scene.seed, choice) for choice in (0, 1, 2, 4))
+    if told < related * 2**63:
+        scene = as_position(scene) or scene
     return scene_caption(
         scene,
         language="zh" if language < chinese * 2**63 else "en",

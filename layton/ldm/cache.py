@@ -33,6 +33,8 @@ class CachedLatents(SampleSource):
         batch_size: Images encoded at once.
         images: Samples also hold ``image`` (3, H, W) in [-1, 1], the very one that the latent was made of. ``"read"``
             takes it from the source once more, which costs no space; ``"stored"`` keeps it in the cache as uint8.
+        fresh_captions: Captions are said anew by the source with each sample's own seed (other wordings, languages and
+            relations every epoch, where the source knows them); otherwise they are those of the cache.
 
     Raises:
         ValueError: If the folder holds a cache made by something else, or images are to come from elsewhere.
@@ -48,10 +50,11 @@ class CachedLatents(SampleSource):
         num_samples: int | None = None,
         batch_size: int = 16,
         images: Images = "none",
+        fresh_captions: bool = False,
     ) -> None:
         if images not in get_args(Images):
             raise ValueError(f"images must be one of {get_args(Images)}, got {images!r}")
-        self._source, self._images = source, images
+        self._source, self._images, self._fresh_captions = source, images, fresh_captions
         count = len(source) if num_samples is None else num_samples
         fingerprint: dict[str, str | int | float | bool] = {
             "autoencoder": digest(Path(autoencoder)),
@@ -75,8 +78,10 @@ class CachedLatents(SampleSource):
         return len(self._cache)
 
     def sample(self, index: int, *, seed: int) -> dict[str, Any]:
-        """One cached sample; the seed has no influence."""
+        """One cached sample; the seed has no influence but on a fresh caption."""
         sample = self._cache.sample(index, seed=seed)
+        if self._fresh_captions:
+            sample["caption"] = self._source.caption(index % len(self._source), seed=seed)
         if self._images == "read":
             sample["image"] = _original(self._source, index)["image"]
         elif self._images == "stored":

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from layton.scenes.captions import canonical_caption, caption, vocabulary
-from layton.scenes.layout import sample_scene
+from layton.scenes.layout import as_position, sample_scene
 from layton.scenes.render import coverage, render
 from layton.scenes.splits import Split, is_unseen, split_of_seed, split_seeds
 from layton.scenes.world import COLOURS, SHAPES, TASKS, Background, Colour, Scene, SceneObject, Shape, Task
@@ -23,6 +23,7 @@ __all__ = [
     "Shape",
     "Split",
     "Task",
+    "as_position",
     "canonical_caption",
     "caption",
     "coverage",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Final, get_args
 
 import numpy as np
@@ -151,6 +152,25 @@ def _stands(circles: list[_Circle], relation: Relation) -> bool:
         along = -along
     clear = along - 0.1 * (da + db) > 0.55 * math.hypot(dx, dy)
     return clear and along >= _ASPECT * abs(across)
+
+
+def as_position(scene: Scene) -> Scene | None:
+    """A scene of two objects, told as one of position: "a red star left of a blue ring" instead of "... and ...".
+
+    Returns:
+        The scene with its relation; None if there are not two objects, none of GenEval's relations is clear, or its
+        seed is for training and the combination it would then name is kept out of training.
+    """
+    if scene.relation is not None:
+        return scene
+    if len(scene.objects) != 2 or scene.objects[0].shape == scene.objects[1].shape:
+        return None
+    circles = [(item.cx, item.cy, item.diameter) for item in scene.objects]
+    for relation in RELATIONS:
+        if _stands(circles, relation):
+            told = replace(scene, task="position", relation=relation)
+            return None if split_of_seed(scene.seed) == "train" and is_unseen(told) else told
+    return None
 
 
 def _background(rng: np.random.Generator) -> Background:

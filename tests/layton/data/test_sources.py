@@ -40,6 +40,17 @@ def test_captions_are_reworded_as_often_as_asked():
     assert canonical(0.0) == 200 and canonical(1.0) < canonical(0.5) < 160
 
 
+def test_captions_tell_relations_as_often_as_asked_and_are_known_without_the_image():
+    relations = ("left of", "right of", "above", "below")
+    counts = {}
+    for share in (0.0, 0.5, 1.0):
+        data = ScenesSource(length=300, size=16, related=share)
+        texts = [data.caption(i, seed=i) for i in range(300)]
+        assert texts[:40] == [data.sample(i, seed=i)["caption"] for i in range(40)]
+        counts[share] = sum(any(relation in text for relation in relations) for text in texts)
+    assert counts[0.0] < counts[0.5] < counts[1.0]
+
+
 def test_scenes_can_be_cropped():
     data = ScenesSource(length=2, size=64, transform=RandomCrop(32, flip=0.0))
     assert data[0]["image"].shape == (3, 32, 32)
@@ -47,7 +58,7 @@ def test_scenes_can_be_cropped():
 
 
 def test_wrong_arguments_are_refused():
-    for options in ({"length": 0}, {"size": 0}, {"chinese": 1.5}, {"split": None}, {"split": "val"}):
+    for options in ({"length": 0}, {"size": 0}, {"chinese": 1.5}, {"related": -0.1}, {"split": None}, {"split": "val"}):
         with pytest.raises(ValueError, match=r"."):
             ScenesSource(**options)
     with pytest.raises(IndexError):

@@ -135,6 +135,17 @@ def test_cached_latents_equal_those_made_directly_and_refuse_another_autoencoder
         CachedLatents(source, autoencoder=str(tmp_path / "other"), folder=str(tmp_path / "cache"))
 
 
+def test_fresh_captions_of_cached_latents_are_the_sources_own_with_each_seed(tmp_path: Path) -> None:
+    tiny_autoencoder().model.save_pretrained(tmp_path / "vae")
+    source = ScenesSource(split="train", length=3, size=64, reworded=1.0, related=1.0)
+    folders = {"autoencoder": str(tmp_path / "vae"), "folder": str(tmp_path / "cache")}
+    kept, fresh = CachedLatents(source, **folders), CachedLatents(source, fresh_captions=True, **folders)
+    assert len({kept.sample(1, seed=seed)["caption"] for seed in range(20)}) == 1
+    said = [fresh.sample(1, seed=seed)["caption"] for seed in range(20)]
+    assert len(set(said)) > 3 and said == [source.sample(1, seed=seed)["caption"] for seed in range(20)]
+    assert torch.equal(kept.sample(1, seed=0)["latent"], fresh.sample(1, seed=7)["latent"])
+
+
 def test_the_vocabulary_is_the_same_each_time_it_is_made() -> None:
     words = ["one red circle", "two blue stars", "three green crosses left of a brown diamond"] * 3
     made = [build_tokenizer(words, vocab_size=800).backend_tokenizer.to_str() for _ in range(4)]

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from layton.scenes import COLOURS, SHAPES, TASKS, Scene, coverage, sample_scene
+from layton.scenes import COLOURS, SHAPES, TASKS, Scene, as_position, coverage, is_unseen, sample_scene
 from layton.scenes.layout import circle_overlap
 
 TEST = 2_000_000_000
@@ -96,6 +96,27 @@ def test_relations_are_clear_by_genevals_rule_and_lean_to_one_axis() -> None:
         assert [name for name, yes in holds.items() if yes] == [scene.relation]
         seen.add(scene.relation)
     assert len(seen) == 4
+
+
+def test_two_objects_are_told_by_their_relation_only_where_it_is_clear_and_may_be_trained_on() -> None:
+    told = {}
+    for seed in range(600):
+        scene = sample_scene(seed)
+        other = as_position(scene)
+        if scene.relation is not None:
+            assert other == scene
+        elif len(scene.objects) != 2:
+            assert other is None
+        elif other is not None:
+            a, b = other.objects
+            assert other.objects == scene.objects and other.task == "position" and not is_unseen(other)
+            assert {"left of": b.cx < a.cx, "right of": b.cx > a.cx, "above": b.cy < a.cy, "below": b.cy > a.cy}[
+                other.relation or ""
+            ]
+            told[seed] = other.relation
+    assert len(set(told.values())) == 4 and len(told) > 60
+    validation = [as_position(sample_scene(1_000_000_000 + i, task="two_object")) for i in range(300)]
+    assert any(is_unseen(scene) for scene in validation if scene is not None)  # only training leaves them out
 
 
 def test_every_shape_and_colour_occurs_about_equally_often() -> None:
