@@ -34,6 +34,9 @@ COMMANDS: dict[str, Command] = {
         "evaluate_applications",
         "editing, inpainting and super-resolution in one step, scored on scenes",
     ),
+    "evaluate codebook": Command(
+        "layton.commands.evaluate_codebook", "evaluate_codebook", "how much of the codebook images use"
+    ),
     "evaluate decoders": Command(
         "layton.commands.evaluate_decoders", "evaluate_decoders", "steps, quality and speed of all decoders, one table"
     ),

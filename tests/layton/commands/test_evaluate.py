@@ -42,6 +42,22 @@ def test_tokenizer_on_scenes(run: Run, tokenizer: Path, tmp_path: Path) -> None:
         assert word in written
 
 
+def test_codebook_over_scenes_and_a_folder_together(run: Run, tokenizer: Path, photos: Path, tmp_path: Path) -> None:
+    report = tmp_path / "codebook.json"
+    options = ["--split", "train", "--scenes", 5, "--tokenizer", tokenizer, "--batch-size", 2, "--json", report]
+    figures = []
+    for data in (["scenes"], [photos], ["scenes", photos]):
+        assert "perplexity" in run("evaluate", "codebook", "--data", *data, *options)
+        figures.append(json.loads(report.read_text()))
+    scenes, stored, both = figures
+    model = LaytonTokenizer.from_pretrained(tokenizer)
+    source = ScenesSource(split="train", length=5, size=model.image_size)
+    codes = model.encode(torch.stack([source.sample(index, seed=0)["image"] for index in range(5)]))
+    assert scenes["used_codes"] == len(codes.unique()) and scenes["num_codes"] == codes.numel()
+    assert both["num_codes"] == scenes["num_codes"] + stored["num_codes"] > stored["num_codes"]
+    assert both["protocol"]["data"] == scenes["protocol"]["data"] | stored["protocol"]["data"]
+
+
 def test_autoencoder_alone_on_a_folder(run: Run, fails: Run, pipeline: Path, photos: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     options = ["--data", photos, "--split", "train", "--size", 32]
