@@ -14,7 +14,7 @@ from generation.data import TokenShards
 from generation.decoding import generate_codes
 from generation.generator import Generator, GeneratorCard, SamplingDefaults, TokenizerFacts, save_generator
 from generation.guidance import Guidance
-from generation.loss import next_code_loss
+from generation.loss import next_code_loss, next_code_loss_in_chunks
 from generation.sampling import SamplingOptions, seeded_generators
 from generation.text_encoders import TextEncoder, TextFeatures
 from generation.token_shards import differences
@@ -132,14 +132,15 @@ class LaytonGenTask(LaytonTask):
             noise = torch.randint(self.facts.vocab_size, codes.shape, generator=generator)
             replaced = torch.rand(codes.shape, generator=generator) < self.code_dropout
             fed = torch.where(replaced.to(codes.device), noise.to(codes.device), codes)
-        logits = self._logits(fed, batch, dropped)
-        loss = next_code_loss(logits, codes, valid=batch.get("valid"), label_smoothing=self.label_smoothing)
+        head = self.transformer.vocabulary.linear_head(self._hidden(fed, batch, dropped))
+        loss = next_code_loss_in_chunks(head, codes, valid=batch.get("valid"), label_smoothing=self.label_smoothing)
         return self.log_losses({"cross_entropy": loss}, batch_size=len(codes))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Cross-entropy without smoothing and dropout, (); also logs the share of codes guessed right."""
         codes = self.codes_of(batch)
-        logits = self._logits(codes, batch, torch.zeros(len(codes), dtype=torch.bool))
+        hidden = self._hidden(codes, batch, torch.zeros(len(codes), dtype=torch.bool))
+        logits = self.transformer.vocabulary.logits(hidden)
         valid = batch.get("valid")
         right = (logits.argmax(-1) == codes).float().mean(1)
         terms = {
@@ -221,11 +222,11 @@ class LaytonGenTask(LaytonTask):
         if differs:
             raise ValueError(f"the checkpoint was trained with another tokenizer ({differs})")
 
-    def _logits(self, codes: Tensor, batch: dict[str, Any], dropped: Tensor) -> Tensor:
+    def _hidden(self, codes: Tensor, batch: dict[str, Any], dropped: Tensor) -> Tensor:
         text = self.text_of(batch)
         untold = torch.tensor([not caption for caption in batch["caption"]])
         condition = self.transformer.drop_condition(text.features, (dropped | untold).to(codes.device))
-        return self.transformer(codes, condition, text.mask, positions=batch.get("positions"))
+        return self.transformer.hidden(codes, condition, text.mask, positions=batch.get("positions"))
 
     def _check_parts(self) -> None:
         transformer, encoder, facts = self.transformer, self._text_encoder[0], self.facts

@@ -155,6 +155,12 @@ class LaytonGenTransformer(nn.Module):
         Returns:
             (B, N, V).
         """
+        return self.vocabulary.logits(self.hidden(codes, condition, mask, positions=positions))
+
+    def hidden(
+        self, codes: Tensor, condition: Tensor, mask: Tensor | None = None, *, positions: Tensor | None = None
+    ) -> Tensor:
+        """What the logits of `forward` are made of, (B, N, D), from the same arguments."""
         prefix = self.prefix(condition)
         length = prefix.shape[1]
         x = torch.cat([prefix, self.vocabulary.embed(codes[:, :-1]).to(prefix.dtype)], dim=1)
@@ -167,8 +173,7 @@ class LaytonGenTransformer(nn.Module):
         else:
             caption = torch.arange(length, device=x.device).expand(len(x), length)
             rotation = table.pick(torch.cat([caption, length + positions[:, :-1]], dim=1))
-        hidden = self.run(x, rotation, bias)
-        return self.vocabulary.logits(hidden[:, length - 1 :])
+        return self.run(x, rotation, bias)[:, length - 1 :]
 
     def run(self, x: Tensor, rotation: Rotation, bias: Tensor | None) -> Tensor:
         """All blocks and the last norm: (B, T, D) -> (B, T, D)."""

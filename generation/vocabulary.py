@@ -6,7 +6,7 @@ Legend: B images, N tokens, V vocabulary, D width, d code dimension, r trained c
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,14 @@ from torch.nn import functional as F
 
 from generation.packing import packed_linear
 from generation.shapes import Factors
+
+
+class LinearHead(NamedTuple):
+    """Logits before they are computed: ``features weight^T + bias``."""
+
+    features: Tensor  # (..., c)
+    weight: Tensor  # (V, c)
+    bias: Tensor | None  # (V,)
 
 
 class FullVocabulary(nn.Module):
@@ -36,6 +44,10 @@ class FullVocabulary(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
         return self.head(hidden)
+
+    def linear_head(self, hidden: Tensor) -> LinearHead:
+        """What `logits` multiplies, for (..., D)."""
+        return LinearHead(hidden, cast(Tensor, self.head.weight), None)
 
     def frozen_head(self) -> Callable[[Tensor], Tensor]:
         """`logits` for weights that do not change any more."""
@@ -92,7 +104,11 @@ class FactoredVocabulary(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
-        return F.linear(self.out_of(hidden), self.table(), self.bias)
+        return F.linear(*self.linear_head(hidden))
+
+    def linear_head(self, hidden: Tensor) -> LinearHead:
+        """What `logits` multiplies, for (..., D)."""
+        return LinearHead(self.out_of(hidden), self.table(), self.bias)
 
     def frozen_head(self) -> Callable[[Tensor], Tensor]:
         """`logits` for weights that do not change any more: the table is put together once."""

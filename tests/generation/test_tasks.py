@@ -87,9 +87,9 @@ def test_missing_samples_count_nothing(place: Path) -> None:
 def test_an_empty_caption_is_no_caption(place: Path) -> None:
     task, batch = task_of(place).eval(), batch_of(place)
     few = {name: value[:2] for name, value in batch.items()}
-    untold = task._logits(few["codes"], {**few, "caption": ["", ""]}, torch.zeros(2, dtype=torch.bool))
+    untold = task._hidden(few["codes"], {**few, "caption": ["", ""]}, torch.zeros(2, dtype=torch.bool))
     text = task.text_encoder.encode(["", ""])
-    null = task.transformer(few["codes"], task.transformer.null_condition(text.features), text.mask)
+    null = task.transformer.hidden(few["codes"], task.transformer.null_condition(text.features), text.mask)
     torch.testing.assert_close(untold, null)
 
 

@@ -9,7 +9,7 @@ from tiny_transformers import CODES, DIM, LENGTH, TOKENS, captions, codes, left_
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from generation.loss import next_code_loss
+from generation.loss import next_code_loss, next_code_loss_in_chunks
 from generation.rope import rotate, rotation_table
 from generation.shapes import SIZES, CaptionShape, Dropout, Factors, swiglu_width
 from generation.transformer import LaytonGenTransformer
@@ -182,6 +182,31 @@ def test_missing_images_do_not_count() -> None:
     assert_close(smooth, F.cross_entropy(logits.flatten(0, 1), given.flatten(), label_smoothing=0.1))
     with pytest.raises(ValueError, match=r"1\.5"):
         next_code_loss(logits, given, label_smoothing=1.5)
+
+
+@pytest.mark.parametrize("factors", [None, FACTORS])
+@pytest.mark.parametrize("valid", [None, torch.tensor([True, False]), torch.zeros(2, dtype=torch.bool)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_in_chunks_and_its_gradients_are_those_of_all_logits(
+    factors: Factors | None, valid: torch.Tensor | None, smoothing: float
+) -> None:
+    model, given, features = tiny_model(factors=factors), codes(2), captions(2)
+    whole = next_code_loss(model(given, features), given, valid=valid, label_smoothing=smoothing)
+    whole.backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    head = model.vocabulary.linear_head(model.hidden(given, features))
+    chunked = next_code_loss_in_chunks(head, given, valid=valid, label_smoothing=smoothing)
+    chunked.backward()
+    assert_close(chunked, whole)
+    for name, parameter in model.named_parameters():
+        grad, wanted = parameter.grad, expected[name]
+        if grad is None or wanted is None:
+            assert all(value is None or not value.any() for value in (grad, wanted)), name
+        else:
+            assert_close(grad, wanted, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r"1\.5"):
+        next_code_loss_in_chunks(head, given, label_smoothing=1.5)
 
 
 @pytest.mark.parametrize("factors", [None, FACTORS])
