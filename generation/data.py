@@ -35,6 +35,7 @@ class TokenShards(SampleSource):
         length: Keep only the first so many; all by default.
         chinese: For scenes, share of captions said anew in Chinese, in [0, 1]; chosen by the sample's seed.
         reworded: For scenes, share of captions said anew in another true way, in [0, 1]; chosen likewise.
+        related: For scenes, share of captions of two objects that say how they stand, where that is clear.
         use_text: Whether cached text features are given out, where there are any.
 
     Raises:
@@ -49,12 +50,14 @@ class TokenShards(SampleSource):
         length: int | None = None,
         chinese: float = 0.0,
         reworded: float = 0.0,
+        related: float = 0.0,
         use_text: bool = True,
     ) -> None:
-        if not (0.0 <= chinese <= 1.0 and 0.0 <= reworded <= 1.0) or (length is not None and length < 1):
-            raise ValueError(f"need shares in [0, 1] and length >= 1, got {chinese}, {reworded}, {length}")
+        shares = {"chinese": chinese, "reworded": reworded, "related": related}
+        if not all(0.0 <= share <= 1.0 for share in shares.values()) or (length is not None and length < 1):
+            raise ValueError(f"need shares in [0, 1] and length >= 1, got {shares}, {length}")
         self.folder, self.split = Path(folder), check_split(split)
-        self.chinese, self.reworded = chinese, reworded
+        self._shares = shares if any(shares.values()) else None
         paths = shard_files(self.folder)
         kept = _read_all(paths, self.split, length)
         if not kept.keys:
@@ -63,7 +66,7 @@ class TokenShards(SampleSource):
         self._codes, self._places = kept.codes.numpy(), kept.places  # torch cannot pickle its uint16
         self._texts: StoredText | None = None
         if use_text and self.header.text_encoder:
-            if chinese or reworded:
+            if self._shares:
                 raise ValueError("captions said anew have no cached features: pass use_text=False, or no shares")
             self._texts = StoredText(paths, length=self.header.text_length, side=self.header.text_padding)
 
@@ -108,10 +111,9 @@ class TokenShards(SampleSource):
             raise ValueError(f"{self.folder} holds tokens of another tokenizer ({differs})")
 
     def _caption(self, index: int, key: str, seed: int) -> str:
-        if not (self.chinese or self.reworded) or not key.startswith(_SCENES):
+        if self._shares is None or not key.startswith(_SCENES):
             return self._captions[index]
-        scene = sample_scene(int(key.removeprefix(_SCENES)))
-        return say(scene, seed, chinese=self.chinese, reworded=self.reworded)
+        return say(sample_scene(int(key.removeprefix(_SCENES))), seed, **self._shares)
 
 
 def split_of(key: str) -> Split:

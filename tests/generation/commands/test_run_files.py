@@ -10,8 +10,9 @@ from layton.cli import main
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 RUNS = [
+    (CONFIGS / "mini" / "laytongen.yaml", "scenes_latents"),
     (CONFIGS / "mini" / "laytongen.yaml", "scenes_tokens"),
-    (CONFIGS / "mini" / "laytongen_windows.yaml", "scenes_token_windows"),
+    (CONFIGS / "mini" / "laytongen_windows.yaml", "scenes_windows"),
     *((path, "tokens") for path in sorted((CONFIGS / "laytongen").glob("*.yaml"))),
 ]
 
@@ -22,4 +23,4 @@ def test_run_files_parse(path: Path, data: str, capsys: pytest.CaptureFixture[st
     assert main(["fit", *arguments]) == 0
     written = capsys.readouterr().out
     assert "class_path: generation.tasks.LaytonGenTask" in written
-    assert "class_path: generation.data.TokenShards" in written
+    assert ("class_path: generation.data.TokenShards" in written) == ("tokens" in data)
