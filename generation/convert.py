@@ -89,6 +89,7 @@ class ReleasedShape:
             hidden=self.hidden,
             caption=self.caption,
             num_classes=self.num_classes,
+            class_rotary="zero",  # as all condition positions of the released models
             vocab_size=self.vocab_size,
             num_tokens=num_tokens,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from generation.guidance import Guidance
 from generation.pipeline import LaytonGenPipeline
+
+
+def weights_digest(*parts: nn.Module) -> str:
+    """16 hex digits over all weights of networks, as they are in memory."""
+    total = hashlib.sha256()
+    for part in parts:
+        for name, value in sorted(part.state_dict().items()):
+            total.update(name.encode())
+            total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,6 +106,7 @@ class LaytonGenDrawer:
         scale: Guidance = guidance
         return {
             "model": self.name,
+            "weights": weights_digest(self.pipeline.transformer, decoder),
             "pipeline_class": type(self.pipeline).__name__,
             "tokenizer_fingerprint": self.pipeline.card.tokenizer.fingerprint,
             "text_encoder": self.pipeline.text_encoder.name,

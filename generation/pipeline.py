@@ -118,8 +118,18 @@ class LaytonGenPipeline:
         Args:
             folder: Where to.
             dtype: Floating-point type on disk.
+
+        Raises:
+            ValueError: If a part that belongs in the folder is not known, or cannot be stored as ``dtype``.
         """
         root = Path(folder)
+        if self._ldm is None and any(decoder.needs_ldm for decoder in self.tokenizer.decoders.values()):
+            raise ValueError(
+                "the latent diffusion model of the tokenizer's decoders is not at hand: load the pipeline with the "
+                "tokenizer's folder instead of a LaytonTokenizer"
+            )
+        if self.transformer.config.get("int8") and dtype not in (None, torch.float32):
+            raise ValueError(f"an int8 transformer is saved as it is: give no dtype, got {dtype}")
         self.tokenizer.save_pretrained(root, dtype=dtype)
         if self._ldm is not None and self._ldm.resolve() != (root / LDM_FOLDER).resolve():
             shutil.copytree(self._ldm, root / LDM_FOLDER, dirs_exist_ok=True)
@@ -220,8 +230,7 @@ class LaytonGenPipeline:
         """Text features of some images, of whose prompts each is encoded once; new cuts are told and added."""
         rows = torch.tensor([index // images_per_prompt for index in images])
         first, last = int(rows[0]), int(rows[-1])
-        with torch.no_grad():
-            text = self.text_encoder.encode(prompts[first : last + 1])
+        text = self._encode(prompts[first : last + 1])
         for found in text.cut:
             cut = replace(found, index=first + found.index)
             if cut.index not in cuts:  # the images of one prompt may lie in several batches
@@ -230,10 +239,16 @@ class LaytonGenPipeline:
         rows = (rows - first).to(text.mask.device)
         return TextFeatures(text.features[rows], text.mask[rows])
 
+    @torch.no_grad()
+    def _encode(self, prompts: Sequence[str]) -> TextFeatures:
+        """Text features as in training, where an empty caption is the transformer's own "none"."""
+        text = self.text_encoder.encode(prompts)
+        untold = torch.tensor([not prompt for prompt in prompts], device=text.mask.device)
+        return replace(text, features=self.transformer.drop_condition(text.features, untold))
+
     def encode_prompt(self, prompts: Sequence[str]) -> TextFeatures:
-        """Text features of prompts; a prompt that is cut is told by a `PromptCutWarning`."""
-        with torch.no_grad():
-            text = self.text_encoder.encode(prompts)
+        """Text features of prompts; a prompt that is cut is told by a `PromptCutWarning`, an empty one means none."""
+        text = self._encode(prompts)
         for cut in text.cut:
             warnings.warn(str(cut), PromptCutWarning, stacklevel=3)
         return text

@@ -21,7 +21,9 @@ from generation.token_shards import differences
 from generation.transformer import LaytonGenTransformer
 from generation.vocabulary import FactoredVocabulary
 from layton import assets
+from layton.data.sources import walk
 from layton.folder import load_config
+from layton.ldm.cache import CachedLatents
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
 from layton.tokenizer import CLASS_NAME, LaytonTokenizer
 
@@ -47,6 +49,7 @@ class LaytonGenTask(LaytonTask):
         label_smoothing: Share of the target spread over all codes.
         code_dropout: Share of the codes fed that are replaced by random ones; targets stay.
         sampling: Defaults that are saved with the generator, and of the pictures made while training.
+        gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
 
     Raises:
         ValueError: If parts do not fit each other, or a share is not in [0, 1).
@@ -64,12 +67,14 @@ class LaytonGenTask(LaytonTask):
         label_smoothing: float = 0.0,
         code_dropout: float = 0.0,
         sampling: SamplingDefaults | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
         for share in (caption_dropout, label_smoothing, code_dropout):
             if not 0.0 <= share < 1.0:
                 raise ValueError(f"shares must be in [0, 1), got {share}")
         self.transformer = transformer
+        transformer.gradient_checkpointing = gradient_checkpointing
         if text_encoder.trainable:
             self.learning_text_encoder = text_encoder
         self._text_encoder = [text_encoder]  # in a list: a frozen one is no part of checkpoints
@@ -101,9 +106,14 @@ class LaytonGenTask(LaytonTask):
         module = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
         names = ("train", "validation", "test")
         sources = [source for name in names for source in getattr(module, name, None) or []]
-        for source in sources:
+        for source in walk(sources):
             if isinstance(source, TokenShards):
                 self.require_shards(source)
+            elif isinstance(source, CachedLatents) and source.codebook() not in (None, self.facts.fingerprint):
+                raise ValueError(
+                    f"the cache holds codes of another tokenizer (codebook {source.codebook()}, "
+                    f"wanted {self.facts.fingerprint})"
+                )
 
     def require_shards(self, source: TokenShards) -> None:
         """See `setup`."""

@@ -12,15 +12,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from generation.text_loading import load_model, load_tokenizer, silent_transformers
-from layton.folder import class_name, load_config, save_config
+from generation.text_loading import clean_caption, load_model, load_tokenizer, silent_transformers
+from layton.folder import CONFIG_NAME, class_name, load_config, save_config
 
 Padding = Literal["left", "right"]
+Cleaning = Literal["none", "deepfloyd"]
 _DEFAULT_LENGTH = 120  # of LlamaGen and LaytonGen (FoundationVision/LlamaGen, language/extract_t5_feature.py)
 
 
@@ -104,9 +105,11 @@ class TransformersTextEncoder(TextEncoder):
         padding: Side of the padding; the left, as in LlamaGen, puts the last word next to the first image token.
         trainable: Let it learn; otherwise its parameters are frozen and it stays in eval mode.
         name: What it is.
+        cleaning: What is done to captions first: nothing, or DeepFloyd's cleaning (lower case, no links, tags or odd
+            quotes), as the released LlamaGen and LaytonGen models had it; needs the packages of the extra ``clean``.
 
     Raises:
-        ValueError: If the length makes no sense or the tokenizer cannot pad.
+        ValueError: If the length makes no sense, the tokenizer cannot pad, or packages are missing.
     """
 
     def __init__(
@@ -118,6 +121,7 @@ class TransformersTextEncoder(TextEncoder):
         padding: Padding = "left",
         trainable: bool = False,
         name: str = "text encoder",
+        cleaning: Cleaning = "none",
     ) -> None:
         super().__init__()
         limit = int(tokenizer.model_max_length)  # transformers writes 10^30 for "not known"
@@ -129,6 +133,9 @@ class TransformersTextEncoder(TextEncoder):
             raise ValueError(f"padding must be 'left' or 'right', got {padding!r}")
         if tokenizer.pad_token_id is None:
             raise ValueError(f"{name}: the tokenizer has no padding token")
+        if cleaning not in get_args(Cleaning):
+            raise ValueError(f"cleaning must be one of {get_args(Cleaning)}, got {cleaning!r}")
+        self.cleaning: Cleaning = cleaning
         self.tokenizer = tokenizer
         self.model = model.requires_grad_(trainable)
         self.width = int(cast(Any, model.config).hidden_size)
@@ -162,6 +169,8 @@ class TransformersTextEncoder(TextEncoder):
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"prompts must be a list of at least one text, got {str(prompts)[:80]!r}")
         texts = [prompt.encode("utf-8", "replace").decode("utf-8") for prompt in prompts]  # lone surrogates
+        if self.cleaning == "deepfloyd":
+            texts = [clean_caption(text) for text in texts]
         rows: list[list[int]] = self.tokenizer(texts, verbose=False)["input_ids"]
         cut: list[TextCut] = []
         ids = torch.full((len(rows), self.max_length), int(self.tokenizer.pad_token_id))
@@ -179,6 +188,8 @@ class TransformersTextEncoder(TextEncoder):
         """See `TextEncoder.fingerprint`."""
         vocabulary = sorted(self.tokenizer.get_vocab().items())
         facts = [type(self.model).__name__, self.max_length, self.padding, vocabulary]
+        if self.cleaning != "none":
+            facts.append(self.cleaning)
         digest = hashlib.sha256(json.dumps(facts).encode())
         for key, tensor in sorted(self.model.state_dict().items()):
             digest.update(key.encode())
@@ -204,6 +215,7 @@ class TransformersTextEncoder(TextEncoder):
                 "padding": self.padding,
                 "trainable": self.trainable,
                 "name": self.name,
+                "cleaning": self.cleaning,
             },
         )
 
@@ -224,13 +236,19 @@ class TransformersTextEncoder(TextEncoder):
                 max_length=int(str(config["max_length"])),
                 padding="left" if config["padding"] == "left" else "right",
                 name=str(config["name"]),
+                cleaning=cast(Cleaning, config.get("cleaning", "none")),
             ).eval()
         except KeyError as error:
             raise ValueError(f"{folder}: config.json has no {error}") from error
 
 
 def text_encoder(
-    folder: str, *, max_length: int | None = None, padding: Padding = "left", trainable: bool = False
+    folder: str,
+    *,
+    max_length: int | None = None,
+    padding: Padding | None = None,
+    cleaning: Cleaning | None = None,
+    trainable: bool = False,
 ) -> TransformersTextEncoder:
     """A text encoder from a local folder; a run file names this function where it would name a class.
 
@@ -238,8 +256,9 @@ def text_encoder(
         folder: A transformers model folder with its tokenizer (flan-t5-xl is the published choice, CLIP, MiniLM ...),
             a diffusers pipeline (its ``tokenizer/`` and ``text_encoder/``), what `TextEncoder.save_pretrained` wrote,
             or the name of an embedded model, whose latent diffusion model's text encoder is taken.
-        max_length: Tokens that are read.
-        padding: Side of the padding.
+        max_length: Tokens that are read; by default what was saved, or what the tokenizer says.
+        padding: Side of the padding; by default what was saved, or the left.
+        cleaning: Of captions, see `TransformersTextEncoder`; by default what was saved, or none.
         trainable: Let it learn together with the generator.
 
     Raises:
@@ -248,19 +267,23 @@ def text_encoder(
     from layton import assets
 
     root = Path(folder) if Path(folder).is_dir() else assets.resolve(folder, part="ldm")
+    saved: dict[str, Any] = {}
     if (root / "model_index.json").is_file():
         places = root / "tokenizer", root / "text_encoder"
     elif (root / "tokenizer").is_dir() and (root / "model").is_dir():
         places = root / "tokenizer", root / "model"
+        if (root / CONFIG_NAME).is_file():
+            saved = load_config(root, expected_class=class_name(TransformersTextEncoder))
     else:
         places = root, root
     return TransformersTextEncoder(
         load_tokenizer(places[0]),
         load_model(places[1]),
-        max_length=max_length,
-        padding=padding,
+        max_length=max_length if max_length is not None else saved.get("max_length"),
+        padding=padding or saved.get("padding", "left"),
         trainable=trainable,
-        name=root.name,
+        name=str(saved.get("name", root.name)),
+        cleaning=cleaning or saved.get("cleaning", "none"),
     )
 
 

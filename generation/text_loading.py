@@ -34,6 +34,23 @@ def load_tokenizer(folder: Path) -> Any:
         raise ValueError(f"{folder} holds no tokenizer that transformers can load: {_first_line(error)}") from error
 
 
+def clean_caption(text: str) -> str:
+    """DeepFloyd's cleaning, twice over, as diffusers has it: what the released models' captions went through.
+
+    Raises:
+        ValueError: If the packages that it needs are missing.
+    """
+    from importlib.util import find_spec
+
+    missing = [name for name in ("bs4", "ftfy") if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"DeepFloyd's cleaning of captions needs {' and '.join(missing)}: pip install 'layton[clean]'")
+    from diffusers import IFPipeline
+
+    cleaner: Any = IFPipeline.__new__(IFPipeline)  # its method uses nothing of the object
+    return str(cleaner._text_preprocessing(text, clean_caption=True)[0])
+
+
 def load_model(folder: Path) -> nn.Module:
     """The text encoder of a folder, in float32; of models that hold more, the text encoder alone.
 

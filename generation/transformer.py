@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from generation.blocks import Block
 from generation.prefix import CaptionPrefix, ClassPrefix
-from generation.rope import Rotation, rotation_table
+from generation.rope import CaptionRotary, Rotation, rotation_table
 from generation.shapes import SIZES, CaptionShape, Dropout, Factors, swiglu_width
 from generation.vocabulary import FactoredVocabulary, FullVocabulary
 from layton.folder import WEIGHTS_NAME, JsonValue, class_name, load_config, load_tensors, require_match, save_pretrained
@@ -41,6 +41,7 @@ class LaytonGenTransformer(nn.Module):
         factors: Tied token layers of low rank; None for a full embedding and a full head.
         dropout: While training.
         zero_head: Start with all logits 0 (LlamaGen); otherwise the head starts like all other layers, N(0, 0.02).
+        class_rotary: Rotary factors at the place of the class token, see `generation.rope`; captions carry their own.
         rope_base: Wave-length base of the rotary positions.
 
     Attributes:
@@ -64,6 +65,7 @@ class LaytonGenTransformer(nn.Module):
         factors: Factors | None = None,
         dropout: Dropout | None = None,
         zero_head: bool = True,
+        class_rotary: CaptionRotary = "identity",
         rope_base: float = 10000.0,
     ) -> None:
         super().__init__()
@@ -73,6 +75,7 @@ class LaytonGenTransformer(nn.Module):
             raise ValueError(f"sizes must be positive, got {(width, depth, num_heads, vocab_size, num_tokens)}")
         drop = dropout or Dropout()
         self.width, self.num_heads, self.rope_base = width, num_heads, rope_base
+        self._prefix_rotary = class_rotary if caption is None else caption.rotary
         self.vocab_size, self.num_tokens = vocab_size, num_tokens
         self.caption, self.dropout = caption, drop
         self.gradient_checkpointing = False
@@ -88,6 +91,7 @@ class LaytonGenTransformer(nn.Module):
             "factors": None if factors is None else asdict(factors),
             "dropout": asdict(drop),
             "zero_head": zero_head,
+            "class_rotary": class_rotary,
             "rope_base": rope_base,
         }
         self.prefix: CaptionPrefix | ClassPrefix
@@ -161,9 +165,10 @@ class LaytonGenTransformer(nn.Module):
         self, codes: Tensor, condition: Tensor, mask: Tensor | None = None, *, positions: Tensor | None = None
     ) -> Tensor:
         """What the logits of `forward` are made of, (B, N, D), from the same arguments."""
-        prefix = self.prefix(condition)
+        kind = self.norm.weight.dtype  # under autocast the residual stream stays in the weights' own precision
+        prefix = self.prefix(condition).to(kind)
         length = prefix.shape[1]
-        x = torch.cat([prefix, self.vocabulary.embed(codes[:, :-1]).to(prefix.dtype)], dim=1)
+        x = torch.cat([prefix, self.vocabulary.embed(codes[:, :-1]).to(kind)], dim=1)
         if self.training:
             x = F.dropout(x, self.dropout.token)
         bias = attention_bias(mask, queries=x.shape[1], keys=x.shape[1], device=x.device, dtype=x.dtype)
@@ -189,7 +194,7 @@ class LaytonGenTransformer(nn.Module):
             self.num_tokens,
             self.width // self.num_heads,
             base=self.rope_base,
-            caption="identity" if self.caption is None else self.caption.rotary,
+            caption=self._prefix_rotary,
             device=device,
         )
 

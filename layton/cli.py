@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-import sysconfig
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from layton.commands import COMMANDS, Command
+from layton.config_folders import config_folders
 from layton.errors import UsageError
 
 TRAINING = {
@@ -83,8 +82,8 @@ def _train(name: str, rest: list[str], allowed: list[str]) -> int:
 def _distill(rest: list[str], allowed: list[str]) -> int:
     from layton.commands.distill import HELP, fit_arguments
 
-    files = {path.stem: path for folder in reversed(_config_folders()) for path in (folder / "distill").glob("*.yaml")}
-    methods = ", ".join(sorted(files)) or f"none in {find_configs() / 'distill'}"
+    files = {path.stem: path for folder in reversed(config_folders()) for path in (folder / "distill").glob("*.yaml")}
+    methods = ", ".join(sorted(files)) or "none"
     if rest and rest[-1] in ("-h", "--help"):
         sys.stdout.write(HELP.format(methods=methods))
         return 0
@@ -93,18 +92,6 @@ def _distill(rest: list[str], allowed: list[str]) -> int:
     if rest[0] not in files:
         raise UsageError(f"no method {rest[0]!r}; there are {methods}")
     return _train("fit", fit_arguments(files[rest[0]], rest[1:]), allowed)
-
-
-def find_configs() -> Path:
-    """The folder of run files: ``configs`` here, beside the packages (a checkout), or among what was installed."""
-    candidates = _config_folders()
-    return next((path for path in candidates if path.is_dir()), candidates[0])
-
-
-def _config_folders() -> tuple[Path, ...]:
-    schemes = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))
-    installed = (Path(sysconfig.get_path("data", scheme)) / "share" / "layton" / "configs" for scheme in schemes)
-    return Path("configs"), Path(__file__).resolve().parent.parent / "configs", *installed
 
 
 def _call(name: str, command: Command, rest: list[str], allowed: list[str]) -> int:
@@ -133,11 +120,14 @@ def _take_flag(words: list[str], flag: str) -> bool:
 
 def _take_values(words: list[str], option: str) -> list[str]:
     values = []
-    while option in words:
-        place = words.index(option)
-        values += words[place + 1 : place + 2]
-        del words[place : place + 2]
-    return values
+    for place, word in reversed(list(enumerate(words))):
+        if word == option:
+            values += words[place + 1 : place + 2]
+            del words[place : place + 2]
+        elif word.startswith(f"{option}="):
+            values.append(word.partition("=")[2])
+            del words[place]
+    return values[::-1]
 
 
 def _one_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -69,12 +70,20 @@ def load_config(folder: Path, *, expected_class: str) -> dict[str, JsonValue]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise ValueError(f"{folder} holds no {CONFIG_NAME}: not a saved part")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is not a JSON object")
+    config = _read_json(path)
     if config.get("class") != expected_class:
         raise ValueError(f"{path} describes {config.get('class')!r}, not {expected_class!r}")
     return config
+
+
+def _read_json(path: Path) -> dict[str, JsonValue]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return values
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> None:
@@ -92,11 +101,14 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file.
 
     Raises:
-        ValueError: The file does not exist.
+        ValueError: The file does not exist or is damaged.
     """
     if not path.is_file():
         raise ValueError(f"weights file {path} does not exist")
-    return dict(load_file(str(path)))
+    try:
+        return dict(load_file(str(path)))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def mismatches(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
@@ -143,10 +155,10 @@ def read_class(folder: Path | str) -> str:
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
         raise ValueError(f"{folder} holds no {CONFIG_NAME}: not a saved part")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(config, dict) or not isinstance(config.get("class"), str):
+    name = _read_json(path).get("class")
+    if not isinstance(name, str):
         raise ValueError(f"{path} names no class")
-    return str(config["class"])
+    return name
 
 
 def class_name(cls: type) -> str:

@@ -157,3 +157,29 @@ def _quick_dtype(device: torch.device) -> torch.dtype:
 def _as_matrix(tensor: Tensor) -> Tensor:
     """(out, in) as it is; a convolution (out, in, kh, kw) as (out, in * kh * kw)."""
     return tensor.flatten(1)
+
+
+class MatrixDecayAdamW(torch.optim.AdamW):
+    """AdamW whose decay spares norms and biases, as LlamaGen and most transformers are trained.
+
+    Args:
+        params: Parameters; those of two or more dimensions decay.
+        lr: Learning rate.
+        betas: Of AdamW.
+        weight_decay: Decoupled.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float = 1e-4,
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.05,
+    ) -> None:
+        every = list(params)
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in every if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        super().__init__([group for group in groups if group["params"]], lr=lr, betas=(betas[0], betas[1]))

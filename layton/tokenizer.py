@@ -112,6 +112,8 @@ class LaytonTokenizer(ImageTokenizer):
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+        if not len(images):
+            raise ValueError("there must be at least one image, got none")
         low, high = (float(value) for value in images.aminmax())
         if not -1.01 <= low <= high <= 1.01:
             raise ValueError(f"images must lie in [-1, 1], got [{low:g}, {high:g}] (uint8 or [0, 1] images?)")

@@ -98,7 +98,7 @@ def _generator(model: LaytonGenTransformer, tokenizer: LaytonTokenizer, text_enc
     Raises:
         ValueError: If they do not fit it.
     """
-    from generation.generator import Generator, GeneratorCard, TokenizerFacts
+    from generation.generator import Generator, GeneratorCard, SamplingDefaults, TokenizerFacts
     from generation.text_encoders import text_encoder as load_text_encoder
 
     facts, shape = TokenizerFacts.of(tokenizer), model.caption
@@ -107,10 +107,11 @@ def _generator(model: LaytonGenTransformer, tokenizer: LaytonTokenizer, text_enc
             f"the checkpoint writes {model.num_tokens} of {model.vocab_size} codes, "
             f"the tokenizer has {facts.num_tokens} of {facts.vocab_size}"
         )
-    encoder = load_text_encoder(text_encoder, max_length=None if shape is None else shape.length)
+    encoder = load_text_encoder(text_encoder, max_length=None if shape is None else shape.length, cleaning="deepfloyd")
     if shape is None or encoder.width != shape.dim:
         raise ValueError(f"the checkpoint takes captions {shape}, {text_encoder} gives features of {encoder.width}")
-    return Generator(model, encoder.eval(), GeneratorCard(facts, encoder.fingerprint()))
+    published = SamplingDefaults(guidance_scale=2.0, temperature=0.1, top_k=1000)  # LaytonGen's; LlamaGen takes 7.5, 1
+    return Generator(model, encoder.eval(), GeneratorCard(facts, encoder.fingerprint(), published))
 
 
 def _problems(error: ConvertError) -> str:

@@ -92,15 +92,18 @@ def load_drawer(
         options = "tokenizer, decoder, temperature, top_k, top_p and allow"
         raise UsageError(f"{options} are LaytonGen's, not a diffusion model's")
     from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS, TextToImage, find_pipeline
+    from layton.ldm.cache import digest
 
+    folder = find_pipeline(name)
     other = TextToImage.load(
-        find_pipeline(name),
+        folder,
         num_steps=DEFAULT_STEPS if steps is None else steps,
         guidance_scale=DEFAULT_GUIDANCE if guidance_scale is None else guidance_scale,
         device=device,
     )
     settings = {
         "model": name,
+        "weights": digest(folder),
         "pipeline_class": type(other.pipeline).__name__,
         "scheduler": type(other.pipeline.scheduler).__name__,
         "num_inference_steps": other.num_steps,

@@ -61,6 +61,9 @@ COMMANDS: dict[str, Command] = {
     "export": Command("layton.commands.export", "export", "a training checkpoint's averaged weights as model folders"),
     "generate": Command("generation.commands.generate", "generate", "text to image with LaytonGen"),
     "info": Command("layton.commands.info", "info", "versions, devices, embedded models; with a run file, its sizes"),
+    "pairs": Command(
+        "layton.commands.pairs", "pairs", "noise and what a teacher makes of it, for reflow and one-step methods"
+    ),
     "reconstruct": Command("layton.commands.reconstruct", "reconstruct", "original and reconstruction side by side"),
     "reproduce": Command("layton.commands.reproduce", "reproduce", "one paper's headline claim, measured again"),
     "tokenize": Command("generation.commands.tokenize", "tokenize", "a dataset to token shards; run again, it resumes"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from layton.commands.calling import progress
+from layton.commands.options import require_least
 from layton.commands.reports import write_json
 from layton.data.geometry import FitPolicy
 
@@ -50,6 +51,8 @@ def encode(
     from layton.commands.models import load_tokenizer
     from layton.commands.reconstruction import stack
 
+    require_least(1, {"batch_size": batch_size})
+    require_least(0, {"max_bad": max_bad})
     files = ImageFiles(images)
     model = load_tokenizer(tokenizer, decoders=[], device=device, allow=allow)
     fitted = FittedImages(files, model.image_size, policy=policy, max_bad=max_bad)
@@ -111,6 +114,8 @@ def decode(
     from layton.commands.staging import SafeNames, staged
     from layton.tokenizer import EncodedImages
 
+    require_least(1, {"batch_size": batch_size, "steps": steps})
+    require_least(0, {"seed": seed})
     file = CodesFile(codes)
     model, decoder = load_with_decoder(tokenizer, decoder, num_steps=steps, device=device, allow=allow)
     require_codes_of(model, file)

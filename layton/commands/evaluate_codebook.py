@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from layton.commands.calling import progress
+from layton.commands.options import require_least
 from layton.commands.reports import write_json
 from layton.data.types import Split
 
@@ -40,6 +41,7 @@ def evaluate_codebook(
     from layton.metrics.codebook import CodebookStatistics
     from layton.metrics.protocol import library_versions
 
+    require_least(1, {"batch_size": batch_size, "scenes": scenes, "size": size})
     model = load_tokenizer(tokenizer, decoders=[], device=device, allow=allow)
     stored = [item for item in data if item != SCENES]
     groups = ([([SCENES], scenes)] if SCENES in data else []) + ([(stored, None)] if stored else [])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layton.commands.calling import progress
+from layton.commands.options import require_least
 from layton.commands.reports import write_json
 from layton.data.types import Split
 
@@ -129,6 +130,8 @@ def evaluate_decoders(
         allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
         json: write figures and protocol to this file as well.
     """
+    require_least(1, {"batch_size": batch_size, "count": count, "size": size, "repeats": repeats})
+    require_least(0, {"seed": seed, "objects": objects})
     from layton.commands.evaluation_data import open_images
     from layton.commands.models import load_tokenizer
     from layton.commands.objects import objects_kept

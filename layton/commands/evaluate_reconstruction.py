@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layton.commands.calling import progress
+from layton.commands.options import require_least
 from layton.commands.reports import write_json
 from layton.data.types import Split
 
@@ -83,6 +84,8 @@ def evaluate_reconstruction(
     from layton.commands.evaluation_data import open_images
     from layton.commands.objects import objects_kept
 
+    require_least(1, {"batch_size": batch_size, "count": count, "size": size, "steps": steps})
+    require_least(0, {"seed": seed, "objects": objects})
     if autoencoder is not None:
         subject = autoencoder_alone(autoencoder, device)
     else:

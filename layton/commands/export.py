@@ -8,13 +8,14 @@ from pathlib import Path
 from layton.errors import UsageError
 
 
-def export(checkpoint: Path, *, out: Path, averaged: bool = True) -> None:
+def export(checkpoint: Path, *, out: Path, averaged: bool = True, allow: list[str] | None = None) -> None:
     """Write what the task of a training checkpoint exports, as ``layton fit`` does at the end of a run.
 
     Args:
         checkpoint: a file that `layton fit` wrote.
         out: folder to write; must not exist.
         averaged: the averaged weights (EMA), if the run kept them; else those in training.
+        allow: modules of your own that the checkpoint may name.
     """
     from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -24,7 +25,7 @@ def export(checkpoint: Path, *, out: Path, averaged: bool = True) -> None:
 
     if out.exists():
         raise UsageError(f"{out} exists already")
-    task = load_task(checkpoint, averaged=averaged)
+    task = load_task(checkpoint, averaged=averaged, allow=allow or ())
     if not is_overridden("export", task, LaytonTask):
         raise UsageError(f"{type(task).__name__} has nothing to export")
     export_atomically(task, out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ _PACKAGES = ("layton", "torch", "torchvision", "lightning", "diffusers", "transf
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
-def info(*, config: list[str] | None = None, json: str | None = None) -> None:
+def info(*, config: list[str] | None = None, allow: list[str] | None = None, json: str | None = None) -> None:
     """Print versions, devices and the embedded models with their cards; with a run file, what the run will need.
 
     Args:
         config: run files as for `layton fit`, later ones over earlier ones; their task is built to count parameters.
+        allow: modules of your own that run files may name.
         json: write the figures to this file as well.
     """
     figures: dict[str, Any] = {
@@ -28,7 +30,7 @@ def info(*, config: list[str] | None = None, json: str | None = None) -> None:
         "models": embedded_models(_ASSETS),
     }
     if config:
-        figures["run"] = run_needs(config)
+        figures["run"] = run_needs(config, allow=allow or ())
     _print(figures)
     if json is not None:
         write_json(json, figures)
@@ -54,11 +56,12 @@ def embedded_models(folder: Path) -> list[dict[str, Any]]:
     return models
 
 
-def run_needs(config: list[str]) -> dict[str, Any]:
+def run_needs(config: list[str], *, allow: Sequence[str] = ()) -> dict[str, Any]:
     """Parameters of a run per part, and the bytes that weights, gradients and AdamW's state take in float32.
 
     Args:
         config: run files.
+        allow: modules, beside this library's, that they may name.
 
     Returns:
         task, parts (name, parameters, trainable), parameters, trainable, state_megabytes. Activations come on top and
@@ -66,7 +69,7 @@ def run_needs(config: list[str]) -> dict[str, Any]:
     """
     from layton.training import build_task
 
-    task = build_task([word for path in config for word in ("--config", path)])
+    task = build_task([word for path in config for word in ("--config", path)], allow=allow)
     parts = [
         {
             "name": name,

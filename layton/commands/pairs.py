@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from distill.methods.pairs import SolverName, TeacherSolver
+from layton.commands.calling import progress
+from layton.commands.options import require_least
 from layton.data.prompts import PromptFile, SceneCaptions
 from layton.data.sources import SampleSource
 from layton.distillation.pairs import PairPlan
-from layton.errors import UsageError
 
 
 def pairs(
@@ -41,26 +41,19 @@ def pairs(
         part_size: Pairs in a file: what an interruption costs at most.
         batch_size: Pairs made at once.
         device: Where the teacher runs.
-
-    Raises:
-        UsageError: A number is out of range.
-        ValueError: The folder holds pairs made by something else.
     """
     from layton.distillation.pair_data import open_or_make  # diffusers only when the command runs
 
-    if min(num_pairs, steps, part_size, batch_size) < 1:
-        raise UsageError("num_pairs, steps, part_size and batch_size must be at least 1")
+    require_least(1, {"num_pairs": num_pairs, "steps": steps, "part_size": part_size, "batch_size": batch_size})
     texts: SampleSource = SceneCaptions(length=num_pairs) if prompts is None else PromptFile(str(prompts))
     rule = TeacherSolver(solver, steps, guidance_scale)
-    columns = (TextColumn("pairs"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
-        task = bar.add_task("pairs", total=num_pairs)
+    with progress(num_pairs, "pairs") as bar:
         made = open_or_make(
             texts,
             pipeline,
             str(out),
             lambda shape: PairPlan(num_pairs, shape, rule, seed, part_size, batch_size),
             device=device,
-            progress=lambda done, _: bar.update(task, completed=done),
+            progress=lambda done, _: bar.update(done - bar.n),
         )
-    print(f"{len(made)} pairs in {out}")
+    sys.stdout.write(f"{out}: {len(made)} pairs\n")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layton.commands.calling import progress
+from layton.commands.options import require_least
 from layton.commands.reports import write_json
 from layton.data.geometry import FitPolicy
 
@@ -80,6 +81,8 @@ def reconstruct(
     from layton.commands.reconstruction import Reconstructor
     from layton.commands.staging import staged
 
+    require_least(1, {"batch_size": batch_size, "steps": steps})
+    require_least(0, {"seed": seed, "max_bad": max_bad})
     files = ImageFiles(images)
     model, decoder = load_with_decoder(tokenizer, decoder, num_steps=steps, device=device, allow=allow)
     fitted = FittedImages(files, model.image_size, policy=policy, max_bad=max_bad, keep_original=True)

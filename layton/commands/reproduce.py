@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
+from layton.config_folders import config_folders
 from layton.errors import UsageError
 
 if TYPE_CHECKING:
@@ -78,8 +79,7 @@ def find_claim_configs(claim: str) -> Path:
     Raises:
         UsageError: There is none.
     """
-    package = Path(__file__).resolve().parents[1]
-    for root in (Path("configs"), package.parent / "configs", package / "configs"):
+    for root in config_folders():
         folder = root / "reproduce" / claim
         if folder.is_dir():
             return folder.absolute()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,11 +39,22 @@ class SampleSource(Dataset[Any], ABC):
             seed: Decides augmentation and every other choice; in [0, 2^63).
         """
 
+    def inner(self) -> Sequence[SampleSource]:
+        """The sources that this one is made of; none for most."""
+        return ()
+
     def __getitem__(self, index: int) -> Any:
         """The sample at `index` with seed 0."""
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is not in [0, {len(self)})")
         return self.sample(index, seed=0)
+
+
+def walk(sources: Iterable[SampleSource]) -> Iterator[SampleSource]:
+    """These sources and all that they are made of."""
+    for source in sources:
+        yield source
+        yield from walk(source.inner())
 
 
 class ImageSource(SampleSource):

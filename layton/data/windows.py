@@ -48,6 +48,10 @@ class ObjectWindows(SampleSource):
             raise ValueError(f"a window of {side} does not fit into a grid of {self.grid}")
         self.side, self.chinese, self.reworded = side, chinese, reworded
 
+    def inner(self) -> tuple[SampleSource, ...]:
+        """What the windows are cut out of."""
+        return (self._source,)
+
     def __len__(self) -> int:
         """As many as there are scenes; every seed gives other windows of them."""
         return len(self._source)

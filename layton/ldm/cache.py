@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,6 +15,7 @@ from layton.data.cache import CachedTensors
 from layton.data.loader import collate
 from layton.data.randomness import mix
 from layton.data.sources import ImageSource, SampleSource
+from layton.folder import CONFIG_NAME
 from layton.ldm.autoencoder import Autoencoder
 
 Images = Literal["none", "read", "stored"]
@@ -55,6 +57,7 @@ class CachedLatents(SampleSource):
         if images not in get_args(Images):
             raise ValueError(f"images must be one of {get_args(Images)}, got {images!r}")
         self._source, self._images, self._fresh_captions = source, images, fresh_captions
+        self._tokenizer = tokenizer
         count = len(source) if num_samples is None else num_samples
         fingerprint: dict[str, str | int | float | bool] = {
             "autoencoder": digest(Path(autoencoder)),
@@ -76,6 +79,13 @@ class CachedLatents(SampleSource):
     def __len__(self) -> int:
         """Number of samples."""
         return len(self._cache)
+
+    def codebook(self) -> str | None:
+        """Fingerprint of the codebook that the codes are of; None if there are no codes."""
+        if self._tokenizer is None:
+            return None
+        found = json.loads((Path(self._tokenizer) / "quantizer" / CONFIG_NAME).read_text(encoding="utf-8"))
+        return str(found.get("fingerprint"))
 
     def sample(self, index: int, *, seed: int) -> dict[str, Any]:
         """One cached sample; the seed has no influence but on a fresh caption."""

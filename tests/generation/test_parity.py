@@ -13,6 +13,7 @@ from torch import Tensor
 from generation.convert import convert_gpt
 from generation.decoding import generate_codes
 from generation.guidance import Guidance
+from generation.rope import rotate
 from generation.sampling import GREEDY
 from generation.transformer import LaytonGenTransformer
 from layton.cli import main
@@ -108,6 +109,10 @@ def test_class_conditional_files_are_read_too(tmp_path: Path) -> None:
     model = convert_gpt(tmp_path / "c2i.pt", num_heads=HEADS, num_tokens=TOKENS)
     assert model.config["num_classes"] == 10
     assert model(torch.zeros(2, TOKENS, dtype=torch.int64), torch.tensor([0, 10])).shape == (2, TOKENS, 512)
+    table = model.rotations(1)  # LlamaGen's precompute_freqs_cis_2d puts zeros at cls_token_num = 1 positions
+    assert not table.cos[0].any() and not table.sin[0].any() and bool((table.cos[1] == 1).all())
+    key = model.blocks[0].attention.qkv(torch.randn(1, 1, 128))[..., 128:256].unflatten(-1, (HEADS, -1))
+    assert not rotate(key, table.at(0, 1)).any()  # the class token's key is zero
     torch.save({"model": {"quantize": torch.zeros(1)}}, tmp_path / "other.pt")
     with pytest.raises(ConvertError, match="not a LlamaGen GPT"):
         convert_gpt(tmp_path / "other.pt")

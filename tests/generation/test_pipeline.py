@@ -154,3 +154,9 @@ def test_a_cut_prompt_is_told_once_and_by_its_own_number(pipe: LaytonGenPipeline
     assert [cut.index for cut in result.cut] == [2]
     assert len([each for each in told if each.category is PromptCutWarning]) == 1
     assert "prompt 2 was cut" in str(told[0].message)
+
+
+def test_an_empty_prompt_is_no_condition_as_in_training(pipe: LaytonGenPipeline) -> None:
+    text = pipe.encode_prompt(["", "a red star"])
+    assert torch.equal(text.features[:1], pipe.transformer.null_condition(text.features[:1]))
+    assert not torch.equal(text.features[1:], pipe.transformer.null_condition(text.features[1:]))

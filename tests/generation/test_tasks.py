@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from generation.tasks import LaytonGenTask
 from generation.tokenizing import TokenizeJob, tokenize_dataset
 from layton.data.loader import collate
 from layton.data.sources import ScenesSource
+from layton.data.windows import ObjectWindows
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,18 @@ def test_a_frozen_encoder_is_no_part_of_checkpoints_and_its_cache_counts(place: 
     task.require_shards(TokenShards(str(place / "tokens")))
     with pytest.raises(ValueError, match="this one learns"):
         task_of(place).require_shards(TokenShards(str(place / "tokens")))
+
+
+def test_shards_of_another_tokenizer_are_refused_inside_windows_too(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, shards = task_of(place), TokenShards(str(place / "tokens"), use_text=False)
+    source = ObjectWindows(shards, side=1)
+    task._trainer = cast(Any, SimpleNamespace(datamodule=SimpleNamespace(train=[source])))
+    task.setup("fit")
+    monkeypatch.setattr(shards, "header", replace(shards.header, fingerprint="another"))
+    with pytest.raises(ValueError, match="another tokenizer"):
+        task.setup("fit")
 
 
 def test_missing_samples_count_nothing(place: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from laytongen_parts import LENGTH, WIDTH, WORDS, tiny_text_encoder
 
 from generation.text_encoders import TransformersTextEncoder, pad_left, text_encoder
+from generation.text_loading import clean_caption
 
 PROMPTS = [
     "",
@@ -100,3 +101,22 @@ def test_encoders_of_other_families(encoder: TransformersTextEncoder, kind: str)
     both, alone = other.encode(["a", "two blue stars"]), other.encode(["a"])
     torch.testing.assert_close(both.features[0], alone.features[0])
     assert both.features.shape == (2, LENGTH, 16)
+
+
+def test_captions_are_cleaned_as_the_released_models_were_and_that_is_saved(
+    encoder: TransformersTextEncoder, tmp_path: Path
+) -> None:
+    cleaned = TransformersTextEncoder(encoder.tokenizer, encoder.model, padding="right", cleaning="deepfloyd").eval()
+    given, plain = "<b>A  Red</b> Star", "a red star"
+    assert clean_caption(given) == plain and clean_caption(plain) == plain
+    assert cleaned.tokenize([given])[0].equal(encoder.tokenize([plain])[0])
+    assert (
+        cleaned.fingerprint()
+        != TransformersTextEncoder(encoder.tokenizer, encoder.model, padding="right").fingerprint()
+    )
+    cleaned.save_pretrained(tmp_path / "saved")
+    for loaded in (TransformersTextEncoder.from_pretrained(tmp_path / "saved"), text_encoder(str(tmp_path / "saved"))):
+        assert (loaded.cleaning, loaded.padding, loaded.max_length) == ("deepfloyd", "right", cleaned.max_length)
+        assert loaded.fingerprint() == cleaned.fingerprint()
+    with pytest.raises(ValueError, match="cleaning"):
+        TransformersTextEncoder(encoder.tokenizer, encoder.model, cleaning="soap")  # type: ignore[arg-type]

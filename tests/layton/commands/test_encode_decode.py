@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -272,10 +273,7 @@ def test_wrong_decoders_and_steps_are_refused(
     assert "no decoder 'diffusion'" in fails(*options, "--decoder", "diffusion")
     assert "trained for 1 steps, not for 4" in fails(*options, "--steps", 4)
     assert "no conditioning scale" in fails(*options, "--condition-scale", 2.0)
-    assert "seed must be >= 0" in fails(*options, "--seed", -1)
-    assert "batch size must be >= 1" in fails(
-        "encode", photos, "--out", out, "--tokenizer", tokenizer, "--batch-size", 0
-    )
+    assert "--seed must be at least 0" in run(*options, "--seed", -1, status=2)
     assert "neither a folder nor an embedded model" in fails("decode", codes, "--out", out, "--tokenizer", "maxi")
     assert "device 'abacus'" in fails(*options, "--device", "abacus")
     assert not out.exists()
@@ -317,3 +315,24 @@ def test_hostile_names_stay_inside(run: Run, tokenizer: Path, photos: Path, tmp_
     run("decode", changed(good, tmp_path / "bad.safetensors", names=content), "--out", out, "--tokenizer", tokenizer)
     written = sorted(tree(tmp_path / "here"))
     assert written == sorted(["out/up.png", "out/passwd.png", "out/image.png", "out/a_b_.png", f"out/{'x' * 100}.png"])
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("encode", "--batch-size"), ("decode", "--batch-size"), ("decode", "--steps"), ("reconstruct", "--batch-size")],
+)
+def test_numbers_that_make_no_sense_are_wrong_usage(run: Run, tmp_path: Path, command: str, option: str) -> None:
+    for value in (0, -1):
+        told = run(command, tmp_path / "none", "--out", tmp_path / "out", option, value, status=2)
+        assert f"{option} must be at least 1, got {value}" in told
+    assert "--max-bad" in run("encode", tmp_path, "--out", tmp_path / "codes", "--max-bad", -1, status=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_parts_are_named(fails: Run, tokenizer: Path, photos: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "encoder/config.json", "encoder/model.safetensors"):
+        copy = tmp_path / name.replace("/", "-")
+        shutil.copytree(tokenizer, copy)
+        (copy / name).write_bytes((copy / name).read_bytes()[:40])
+        told = fails("encode", photos, "--out", tmp_path / "codes", "--tokenizer", copy)
+        assert str(copy / name) in told and "damaged" in told

@@ -1,0 +1,41 @@
+"""Checks of options that can be made from the command line alone, before anything is loaded.
+
+Wrong usage is told in one line and ends with exit status 2, as what jsonargparse refuses does. What only a model, a
+file or a folder can tell (no such decoder, top-k above its vocabulary) is a failure: exit status 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from layton.errors import UsageError
+
+
+def require_least(least: int, values: Mapping[str, int | None]) -> None:
+    """Stop unless every option that is given is at least ``least``.
+
+    Args:
+        least: The smallest value.
+        values: By parameter name; None for options that are not given.
+
+    Raises:
+        UsageError: With the first option that is too small.
+    """
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise UsageError(f"{_option(name)} must be at least {least}, got {value}")
+
+
+def require_shares(values: Mapping[str, float]) -> None:
+    """Stop unless every option is in [0, 1].
+
+    Raises:
+        UsageError: With the first option that is not.
+    """
+    for name, value in values.items():
+        if not 0.0 <= value <= 1.0:
+            raise UsageError(f"{_option(name)} must be in [0, 1], got {value}")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
