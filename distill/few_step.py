@@ -156,9 +156,12 @@ class FewStepSampling:
         if self.kind == "renoise":
             boundary = lcm_boundary if self.boundary == "lcm" else None
             return renoise_sample(denoiser, x_T, times, condition, generator=generator, boundary=boundary)
-        solver = ddim if self.kind == "ddim" else tcd(denoiser.schedule, self.gamma)
+        if self.kind == "ddim":  # to the clean end: what is left at time 0 is in one step the noise itself
+            clean_t = denoiser.schedule.clean_t
+            return sample_with_solver(denoiser, x_T, times, condition, solver=ddim, final_t=clean_t)
         # Not to alpha = 1 but to the least noisy trained time, as diffusers' TCDScheduler.
         final_t = max(denoiser.schedule.final_t, 0.0)
+        solver = tcd(denoiser.schedule, self.gamma)
         return sample_with_solver(denoiser, x_T, times, condition, solver=solver, final_t=final_t, generator=generator)
 
 

@@ -94,6 +94,11 @@ class DistillationMethod(nn.Module, ABC):
         """Factor of each term in the student's loss; 1 where absent."""
         return {}
 
+    @property
+    def parts(self) -> Mapping[str, int]:
+        """First optimizer step of each later part of the training, by its name; empty where all steps are alike."""
+        return {}
+
     @abstractmethod
     def losses(self, networks: Networks, batch: DistillBatch, *, step: int, generator: torch.Generator) -> MethodOutput:
         """Terms of the student's loss on one batch.
@@ -133,3 +138,8 @@ class DistillationMethod(nn.Module, ABC):
     @abstractmethod
     def step_counts(self) -> tuple[int, ...]:
         """Numbers of steps that the student is trained for."""
+
+    @property
+    def trained_counts(self) -> tuple[int, ...]:
+        """Those of ``step_counts`` that the student can do by now, or others that it can do instead."""
+        return self.step_counts

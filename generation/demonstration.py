@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from generation.drawing import LaytonGenDrawer
 from generation.generator import find_generator
 from generation.pipeline import LaytonGenPipeline
-from layton.commands.models import choose_device
 from layton.data.images import to_image
+from layton.devices import choose_device
 
 
 @dataclass(frozen=True, slots=True, eq=False)

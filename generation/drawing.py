@@ -71,7 +71,8 @@ class LaytonGenDrawer:
             ValueError: If it does not exist or is damaged, or a setting is out of range.
         """
         from generation.generator import find_generator, find_tokenizer
-        from layton.commands.models import choose_device, default_decoder
+        from layton.commands.models import default_decoder
+        from layton.devices import choose_device
 
         beside = tokenizer if tokenizer is not None else str(find_tokenizer(name, find_generator(name)))
         chosen = decoder if decoder is not None else default_decoder(beside)

@@ -275,7 +275,10 @@ def decoder_modules(unet: nn.Module, suffixes: Sequence[str]) -> list[str]:
 def _find_unet(denoiser: Denoiser) -> nn.Module:
     unet = getattr(denoiser, "unet", None)
     if not isinstance(unet, nn.Module) or not hasattr(unet, "up_blocks"):
-        raise ValueError(f"{type(denoiser).__name__} has no UNet, whose stages a discriminator reads")
+        raise ValueError(
+            f"{type(denoiser).__name__} has no UNet, whose stages a discriminator reads: "
+            "train without one (SCott: adversary.weight=0)"
+        )
     return unet
 
 

@@ -151,6 +151,13 @@ class MLCM(DistillationMethod):
             return self.refinement.num_segments
         return self.progression.at(step)
 
+    @property
+    def parts(self) -> Mapping[str, int]:
+        """See `DistillationMethod.parts`."""
+        starts = zip(self.progression.segments, self.progression.starts, strict=True)
+        found = {f"{segments} segments": start for segments, start in starts if start > 0}
+        return found if self.refinement is None else found | {"the second stage": self.refinement.start}
+
     def in_refinement(self, step: int) -> bool:
         """Whether stage 2 acts at an optimizer step."""
         return self.refinement is not None and step >= self.refinement.start
@@ -244,7 +251,7 @@ class MLCM(DistillationMethod):
         """x_0 predicted from a milestone against x_0 predicted after p teacher steps over one segment."""
         schedule, device = networks.student.schedule, _device(networks, batch)
         eps = self._noise(networks, batch, generator)
-        start = inference_times(schedule, plan.student_steps)
+        start = milestones(schedule, plan.student_steps)[1:].flip(0)  # T - i T / q, i < q
         generated = student_samples(networks.student, eps, start, batch.condition)
         drawn = draw_times(
             schedule, plan.num_segments, len(eps), generator=generator, device=device, grouping=self.grouping

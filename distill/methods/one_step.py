@@ -82,6 +82,11 @@ class OneStepDistillation(DistillationMethod):
         """All ones: which term counts when is settled by the phases."""
         return {}
 
+    @property
+    def parts(self) -> Mapping[str, int]:
+        """See `DistillationMethod.parts`."""
+        return {} if self.perceptual is None else {"the perceptual loss": self.perceptual_start}
+
     def losses(self, networks: Networks, batch: DistillBatch, *, step: int, generator: torch.Generator) -> MethodOutput:
         """The terms ``l2`` and, from ``perceptual_start`` on, ``perceptual``."""
         student = read_as(networks.student, self.reading, toward_image=self.toward_image)

@@ -148,15 +148,13 @@ class ProgressiveDistillation(DistillationMethod):
         student, phase = networks.student, self.phase_at(step)
         self.schedule = student.schedule
         first = phase < 0 or (phase == 0 and self.guidance_phase == 0)
-        if not first and self.snapshot.taken_in != phase:
-            self.snapshot.take(student, phase)
-        if not first and not self.snapshot.tensors():
-            raise ValueError(f"the weights that phase {phase} learns from are not in the checkpoint it resumes")
-        teacher = (
-            guided(networks.teacher, self.guidance_scale, batch.null)
-            if first
-            else _AsOf(student, self.snapshot.tensors())
-        )
+        teacher: Denoiser
+        if first:
+            teacher = guided(networks.teacher, self.guidance_scale, batch.null)
+        elif self.snapshot.taken_in == phase or torch.is_grad_enabled():
+            teacher = self._earlier_student(student, phase)
+        else:  # validation just before the phase's first step, which alone may take the copy
+            teacher = student
         num_steps = self.student_steps[max(phase, 0)]
         t, middle, s = self._times(student.schedule, num_steps, len(batch.x_0), generator, batch.x_0.device)
         noise = gaussian_like(batch.x_0, generator)
@@ -170,6 +168,18 @@ class ProgressiveDistillation(DistillationMethod):
         weight = snr_weight(student.schedule.coefficients(t), self.weighting)
         return MethodOutput({"progressive": (weight.to(error) * error).mean()})
 
+    def _earlier_student(self, student: Denoiser, phase: int) -> Denoiser:
+        """The student as it was at the phase's first step.
+
+        Raises:
+            ValueError: A resumed run does not have it.
+        """
+        if self.snapshot.taken_in != phase:
+            self.snapshot.take(student, phase)
+        if not self.snapshot.tensors():
+            raise ValueError(f"the weights that phase {phase} learns from are not in the checkpoint it resumes")
+        return _AsOf(student, self.snapshot.tensors())
+
     def _times(
         self, schedule: NoiseSchedule, num_steps: int, batch_size: int, generator: torch.Generator, device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,15 +192,26 @@ class ProgressiveDistillation(DistillationMethod):
         return t, middle, s
 
     def inference_times(self, num_steps: int) -> Tensor:
-        """Trailing times, for the last phase's number of steps; integrate with DDIM."""
-        if num_steps not in self.step_counts:
-            raise ValueError(f"trained for {self.step_counts} steps, not for {num_steps}")
+        """Trailing times, for the number of steps of one of the phases; integrate with DDIM."""
+        if num_steps not in self.student_steps:
+            raise ValueError(f"trained for {self.student_steps} steps, not for {num_steps}")
         return timesteps(self.schedule, num_steps, "trailing")
+
+    @property
+    def parts(self) -> Mapping[str, int]:
+        """See `DistillationMethod.parts`."""
+        begin = self.guidance_phase
+        return {f"{n} steps": begin + i * self.steps_per_phase for i, n in enumerate(self.student_steps)}
 
     @property
     def step_counts(self) -> tuple[int, ...]:
         """The last phase's."""
         return self.student_steps[-1:]
+
+    @property
+    def trained_counts(self) -> tuple[int, ...]:
+        """Those of the phase that the run has come to."""
+        return (self.student_steps[max(self.snapshot.taken_in, 0)],)
 
 
 def noisy_state(schedule: NoiseSchedule, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

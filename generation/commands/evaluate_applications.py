@@ -103,8 +103,8 @@ def load_model(pipeline: str, student: Path | None, *, device: str | None = None
     """
     from distill.models import denoiser_from_pipeline
     from generation.applications_check import OneStepModel
-    from layton.commands.models import choose_device
     from layton.commands.text_to_image import find_pipeline
+    from layton.devices import choose_device
     from layton.distillation.distilled import load_distilled
     from layton.ldm.autoencoder import Autoencoder
     from layton.ldm.conditions import PromptEncoder, latent_shape_of

@@ -71,7 +71,7 @@ def tokenize(
     """
     from generation.text_encoders import text_encoder as load_text_encoder
     from generation.tokenizing import TokenizeJob, tokenize_dataset
-    from layton.commands.models import choose_device
+    from layton.devices import choose_device
     from layton.tokenizer import LaytonTokenizer
 
     require_least(1, {"count": count, "shard_size": shard_size, "batch_size": batch_size, "text_length": text_length})

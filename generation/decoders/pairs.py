@@ -13,8 +13,9 @@ from distill.methods.pairs import DEFAULT_SOLVER, TeacherSolver
 from layton.data.sources import SampleSource
 from layton.decoders.consistency import ConsistencyDecoder
 from layton.decoders.latent import read_network
+from layton.devices import choose_device
 from layton.distillation.pair_files import require_same
-from layton.distillation.pairs import PairPlan, PairSource, generate_pairs
+from layton.distillation.pairs import PairPlan, PairSource, captions_digest, generate_pairs
 from layton.folder import read_class
 from layton.ladd import CLASS_NAME as STAGE_1
 from layton.ladd import LADD
@@ -42,7 +43,7 @@ class DecoderPairs(SampleSource):
         seed: Of all noises.
         part_size: Pairs in a file.
         batch_size: Pairs made at once.
-        device: Where the teacher runs while pairs are made.
+        device: Where the teacher runs while pairs are made; the accelerator if there is one.
 
     Raises:
         CacheMismatchError: The folder holds pairs made by something else.
@@ -63,7 +64,7 @@ class DecoderPairs(SampleSource):
         seed: int = 0,
         part_size: int = 1024,
         batch_size: int = 32,
-        device: str = "cpu",
+        device: str | None = None,
     ) -> None:
         first = source.sample(0, seed=0)
         if solver.is_guided or not {"codes", "latent"} <= first.keys():
@@ -78,20 +79,21 @@ class DecoderPairs(SampleSource):
         teacher_id = "-".join(digest(Path(place)) for place in networks)
         if (Path(folder) / "cache.json").is_file():
             self._pairs = PairSource(folder)
-            wanted = plan.fingerprint(teacher=teacher_id, first_key=str(first["key"]))
+            wanted = plan.fingerprint(teacher=teacher_id, captions=captions_digest(source, plan))
             require_same(Path(folder), self._pairs.cache.fingerprint, wanted)
             return
         _, quantizer = load_code_parts(tokenizer)
-        quantizer.to(device)
+        place = choose_device(device)
+        quantizer.to(place)
 
         def condition_of(batch: Mapping[str, Any]) -> Condition:
-            codes = batch["codes"].long().to(device)
+            codes = batch["codes"].long().to(place)
             side = int(codes.shape[1] ** 0.5)
             return Condition(spatial=quantizer.codes_to_embeddings(codes, (side, side)))
 
-        teacher = read_teacher(Path(decoder), ldm, base).to(device)
+        teacher = read_teacher(Path(decoder), ldm, base).to(place)
         for network in (teacher.unet, teacher.controlnet):
-            use_fast_attention(network, device)
+            use_fast_attention(network, place)
         with torch.no_grad():
             made = generate_pairs(teacher, source, condition_of, folder, plan, teacher_id=teacher_id)
         if made is None:  # cannot happen with one worker

@@ -173,7 +173,7 @@ def autoencoder_alone(folder: Path, device: str | None) -> Subject:
     """
     import torch
 
-    from layton.commands.models import choose_device
+    from layton.devices import choose_device
     from layton.ldm.autoencoder import Autoencoder
 
     place = folder if (folder / "config.json").is_file() else folder / "vae"

@@ -30,6 +30,7 @@ def load_tokenizer(
     Raises:
         ValueError: If it does not exist or is damaged, or there is no decoder of a name.
     """
+    from layton.devices import choose_device
     from layton.tokenizer import LaytonTokenizer
 
     return LaytonTokenizer.from_pretrained(name, decoders=decoders, allow=allow or ()).to(choose_device(device))
@@ -68,23 +69,6 @@ def default_decoder(name: str) -> str:
     from layton.tokenizer import CLASS_NAME
 
     return str(load_config(assets.resolve(name), expected_class=CLASS_NAME)["default_decoder"])
-
-
-def choose_device(device: str | None) -> torch.device:
-    """The device of a name; by default the accelerator if there is one, else the processor.
-
-    Raises:
-        ValueError: If there is no such device.
-    """
-    import torch
-
-    if device is None:
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found if found is not None else torch.device("cpu")
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def same_noise(seed: int, count: int) -> list[torch.Generator]:

@@ -25,7 +25,7 @@ def pairs(
     seed: int = 0,
     part_size: int = 1024,
     batch_size: int = 32,
-    device: str = "cpu",
+    device: str | None = None,
 ) -> None:
     """Make pairs of noise and latent with a diffusers pipeline as the teacher; run again to go on where it stopped.
 
@@ -40,7 +40,7 @@ def pairs(
         seed: Of all noises; each pair keeps its own, so that it can be rebuilt.
         part_size: Pairs in a file: what an interruption costs at most.
         batch_size: Pairs made at once.
-        device: Where the teacher runs.
+        device: Where the teacher runs; the accelerator if there is one.
     """
     from layton.distillation.pair_data import open_or_make  # diffusers only when the command runs
 

@@ -59,7 +59,7 @@ class TextToImage:
         from diffusers.utils import logging as diffusers_logging
         from transformers.utils import logging as transformers_logging
 
-        from layton.commands.models import choose_device
+        from layton.devices import choose_device
 
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, LCMScheduler, TCDScheduler
+from diffusers.schedulers.scheduling_tcd import TCDSchedulerOutput
 
 from distill.few_step import FewStepSampling
 
@@ -65,7 +66,38 @@ class FewStepLCMScheduler(_TrainedTimes, LCMScheduler):
 
 
 class FewStepTCDScheduler(_TrainedTimes, TCDScheduler):
-    """Strategic stochastic sampling at the trained times; ``eta = 0`` is deterministic DDIM."""
+    """Strategic stochastic sampling at the trained times; as in diffusers it ends at time 0."""
+
+
+class FewStepDDIMScheduler(_TrainedTimes, TCDScheduler):
+    """Deterministic DDIM at the trained times, down to the clean end: the last prediction of ``x_0`` is the result.
+
+    TCD with ``eta = 0`` but for its last step, which would keep the noise of time 0.
+    """
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int,
+        sample: torch.Tensor,
+        eta: float = 0.0,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> TCDSchedulerOutput | tuple[Any, ...]:
+        """One step; ``eta`` has no influence."""
+        last = int(timestep) == int(cast(Any, self).timesteps[-1])
+        found = super().step(model_output, timestep, sample, eta=0.0, generator=generator)
+        if last:
+            alpha_squared = self.alphas_cumprod[int(timestep)].to(sample)
+            alpha, sigma = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+            kind = self.config.prediction_type
+            clean = {
+                "epsilon": lambda: (sample - sigma * model_output) / alpha,
+                "v_prediction": lambda: alpha * sample - sigma * model_output,
+                "sample": lambda: model_output,
+            }[kind]()
+            found = TCDSchedulerOutput(prev_sample=clean, pred_noised_sample=clean)
+        return found if return_dict else (found.prev_sample, found.pred_noised_sample)
 
 
 class _TrainedFlowTimes:
@@ -103,7 +135,13 @@ class FewStepFlowEulerScheduler(_TrainedFlowTimes, FlowMatchEulerDiscreteSchedul
     """Deterministic sampling of a flow network at the trained times."""
 
 
-FewStepScheduler = FewStepLCMScheduler | FewStepTCDScheduler | FewStepFlowLCMScheduler | FewStepFlowEulerScheduler
+FewStepScheduler = (
+    FewStepLCMScheduler
+    | FewStepTCDScheduler
+    | FewStepDDIMScheduler
+    | FewStepFlowLCMScheduler
+    | FewStepFlowEulerScheduler
+)
 
 
 def few_step_scheduler(sampling: FewStepSampling, config: Mapping[str, Any]) -> FewStepScheduler:
@@ -130,7 +168,7 @@ def few_step_scheduler(sampling: FewStepSampling, config: Mapping[str, Any]) -> 
         scaling = 10.0 if sampling.boundary == "lcm" else NO_BOUNDARY
         scheduler = FewStepLCMScheduler.from_config({**shared, "timestep_scaling": scaling})
     else:
-        scheduler = FewStepTCDScheduler.from_config(shared)
+        scheduler = (FewStepTCDScheduler if sampling.kind == "tcd" else FewStepDDIMScheduler).from_config(shared)
     scheduler.register_to_config(**{TIMES: times})
     return scheduler
 

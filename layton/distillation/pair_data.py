@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from distill.methods.pairs import DEFAULT_SOLVER, TeacherSolver
 from distill.models import denoiser_from_pipeline
 from layton.assets import resolve
 from layton.data.sources import SampleSource
+from layton.devices import choose_device
 from layton.distillation.pair_files import require_same
-from layton.distillation.pairs import PairPlan, PairSource, generate_pairs
+from layton.distillation.pairs import PairPlan, PairSource, captions_digest, generate_pairs
 from layton.ldm.cache import digest
 from layton.ldm.conditions import PromptEncoder, latent_shape_of
 from layton.ldm.teacher import open_pipeline
@@ -35,7 +37,8 @@ class TeacherPairs(SampleSource):
         part_size: Pairs in a file.
         batch_size: Pairs made at once.
         latent_size: h = w; by default what the pipeline makes by default.
-        device: Where the teacher runs while pairs are made.
+        device: Where the teacher runs while pairs are made; the accelerator if there is one. Of several ranks each
+            would make them: make them first, with ``layton pairs``.
 
     Raises:
         CacheMismatchError: The folder holds pairs made by something else.
@@ -53,7 +56,7 @@ class TeacherPairs(SampleSource):
         part_size: int = 1024,
         batch_size: int = 32,
         latent_size: int | None = None,
-        device: str = "cpu",
+        device: str | None = None,
     ) -> None:
         count = len(prompts) if num_pairs is None else num_pairs
         self._source = open_or_make(
@@ -81,7 +84,7 @@ def open_or_make(
     plan_of: Callable[[tuple[int, int, int]], PairPlan],
     *,
     latent_size: int | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PairSource:
     """Open a set of pairs, or make what is missing of it.
@@ -92,7 +95,7 @@ def open_or_make(
         folder: Of the pairs.
         plan_of: The plan for a latent shape (C, h, w).
         latent_size: h = w; by default the pipeline's.
-        device: Where the teacher runs.
+        device: Where the teacher runs; the accelerator if there is one.
         progress: See `layton.distillation.pairs.generate_pairs`.
 
     Raises:
@@ -104,15 +107,16 @@ def open_or_make(
     teacher_id = teacher_digest(Path(pipeline) if Path(pipeline).is_dir() else resolve(pipeline, part="ldm"))
     if (Path(folder) / "cache.json").is_file():
         source = PairSource(folder)
-        wanted = plan.fingerprint(teacher=teacher_id, first_key=str(prompts.sample(0, seed=0)["key"]))
+        wanted = plan.fingerprint(teacher=teacher_id, captions=captions_digest(prompts, plan))
         require_same(Path(folder), source.cache.fingerprint, wanted)
         return source
     encoder = PromptEncoder(pipe, latent_size=shape[1:])
-    teacher = denoiser_from_pipeline(pipe).eval().to(device)
-    null = encoder.null(device=device) if plan.solver.is_guided else None
+    place = choose_device(device)
+    teacher = denoiser_from_pipeline(pipe).eval().to(place)
+    null = encoder.null(device=place) if plan.solver.is_guided else None
 
     def condition_of(batch: Mapping[str, Any]) -> Condition:
-        return encoder(batch["caption"], device=device)
+        return encoder(batch["caption"], device=place)
 
     made = generate_pairs(
         teacher, prompts, condition_of, folder, plan, teacher_id=teacher_id, null=null, progress=progress
@@ -123,7 +127,7 @@ def open_or_make(
 
 
 def teacher_digest(pipeline: Path) -> str:
-    """16 hex digits over the weights that decide a pair: network and text encoders.
+    """Hex digits over what decides a pair: the weights of network and text encoders, and the noise schedule.
 
     Raises:
         ValueError: The folder has neither.
@@ -132,4 +136,7 @@ def teacher_digest(pipeline: Path) -> str:
     found = [digest(part) for part in parts if part.is_dir()]
     if not found:
         raise ValueError(f"{pipeline} holds no network")
+    scheduler = pipeline / "scheduler" / "scheduler_config.json"
+    if scheduler.is_file():
+        found.append(hashlib.sha256(scheduler.read_bytes()).hexdigest()[:8])
     return "-".join(found)

@@ -9,6 +9,7 @@ is skipped where it is there already.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +33,7 @@ from layton.folder import write_atomically
 ConditionOf = Callable[[Mapping[str, Any]], Condition]
 """Batch of samples (``caption`` a list of B texts, tensors (B, ...)) to its condition."""
 
+_DIGESTED = 512  # samples whose captions identify a set
 _FORMAT = 1  # of `layton.data.cache`
 
 
@@ -66,13 +68,13 @@ class PairPlan:
         """Number of files."""
         return -(-self.num_pairs // self.part_size)
 
-    def fingerprint(self, *, teacher: str, first_key: str) -> dict[str, str | int | float | bool]:
-        """What identifies the set: this plan, the teacher's digest and the first sample."""
+    def fingerprint(self, *, teacher: str, captions: str) -> dict[str, str | int | float | bool]:
+        """What identifies the set: this plan, the teacher's digest and that of the captions (`captions_digest`)."""
         solver = {f"solver_{name}": value for name, value in asdict(self.solver).items()}
         return {
             "kind": "pairs",
             "teacher": teacher,
-            "first_key": first_key,
+            "captions": captions,
             "num_pairs": self.num_pairs,
             "latent_shape": "x".join(map(str, self.latent_shape)),
             "seed": self.seed,
@@ -154,7 +156,7 @@ def generate_pairs(
     if not 0 <= worker < num_workers:
         raise ValueError(f"worker must lie in [0, {num_workers}), got {worker}")
     root = Path(folder)
-    fingerprint = plan.fingerprint(teacher=teacher_id, first_key=str(samples.sample(0, seed=0)["key"]))
+    fingerprint = plan.fingerprint(teacher=teacher_id, captions=captions_digest(samples, plan))
     claim_folder(root, fingerprint)
     mine = range(worker, plan.num_parts, num_workers)
     total = sum(len(_indices(plan, part)) for part in mine)
@@ -236,6 +238,15 @@ def _numbered(samples: SampleSource, index: int, seed: int) -> dict[str, Any]:
     sample = dict(samples.sample(row, seed=mix(seed, index)))
     sample.setdefault("caption", "")
     return sample if around == 0 else sample | {"key": f"{sample['key']}~{around}"}
+
+
+def captions_digest(samples: SampleSource, plan: PairPlan) -> str:
+    """16 hex digits over keys and captions of pairs from all over a plan: a changed prompt file is another set."""
+    total = hashlib.sha256()
+    for step in range(min(plan.num_pairs, _DIGESTED)):
+        sample = _numbered(samples, step * plan.num_pairs // min(plan.num_pairs, _DIGESTED), plan.seed)
+        total.update(f"{sample['key']}\n{sample['caption']}\n".encode())
+    return total.hexdigest()[:16]
 
 
 def _indices(plan: PairPlan, part: int) -> range:

@@ -17,12 +17,13 @@ from torch.utils.hooks import RemovableHandle
 
 from distill.budget import BACKWARD, Budget, Handle, count_flops
 from distill.denoiser import Denoiser
+from distill.methods.discriminator import Discriminator
 from distill.methods.image_space import Frozen
 from layton.folder import write_atomically
 from layton.losses.pixel_supervision import PixelSupervision
 
 SPENT_FILE = "spent.json"
-IMAGES = "images"
+IMAGES = "images and heads"
 DATA = "data"
 
 
@@ -172,11 +173,15 @@ class ImageMeter:
 
 
 def image_parts(task: nn.Module) -> list[nn.Module]:
-    """Autoencoder halves and perceptual networks in a task's losses, those that are not registered included."""
+    """What else costs operations: autoencoder halves, perceptual networks, and the heads of discriminators.
+
+    Those that are not registered in the task are included.
+    """
     held = [module.module for module in task.modules() if isinstance(module, Frozen)]
     supervised = [module.perceptual for module in task.modules() if isinstance(module, PixelSupervision)]
     roots: list[nn.Module] = [*held, *(part for part in supervised if part is not None)]
     roots += getattr(task, "_autoencoder", [])
+    roots += [head for module in task.modules() if isinstance(module, Discriminator) for head in module.heads]
     parts: dict[int, nn.Module] = {}
     for root in roots:
         coders = [module for module in root.modules() if isinstance(module, AutoencoderKL)]

@@ -124,7 +124,7 @@ def resolved_run(
     trainer = run.setdefault("trainer", {})
     trainer |= {"max_steps": -1, "max_epochs": -1}
     stop = {"class_path": _CALLBACK, "init_args": {"forwards": budget, "prepaid": prepaid}}
-    trainer["callbacks"] = [*trainer.get("callbacks", []), stop]
+    trainer["callbacks"] = [stop, *trainer.get("callbacks", [])]  # first: what others draw after a step is not counted
     return run
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import ReduceLROnPlateau as MonitoredPlateau
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -119,7 +121,8 @@ class DistillTask(LaytonTask):
         self.sampling = FewStepSampling.from_method(
             method,
             denoiser.prediction_type,
-            boundary="none" if settings is None else settings.boundary,
+            # diffusers' flow schedulers know no boundary; from t = 1 on c_out is within 0.2 % of 1
+            boundary="none" if settings is None or denoiser.prediction_type == "flow" else settings.boundary,
             guidance=sum(settings.guidance_range) / 2 if settings is not None and told else None,
         )
         self.budget = Budget()
@@ -155,6 +158,14 @@ class DistillTask(LaytonTask):
             inner = network.denoiser if isinstance(network, AdapterView) else network
             if isinstance(inner, UNetDenoiser):
                 use_fast_attention(inner.unet, self.device)
+
+    def on_fit_start(self) -> None:
+        """Tell which parts of the method a run of so few steps never comes to."""
+        limit = int(self.trainer.max_steps)
+        missed = {name: start for name, start in self.method.parts.items() if 0 < limit <= start}
+        if missed:
+            told = ", ".join(f"{name} (from step {start})" for name, start in missed.items())
+            rank_zero_warn(f"the run ends after {limit} steps and never comes to {told}")
 
     def critic_parameters(self) -> list[nn.Parameter]:
         """Parameters of the method's own networks."""
@@ -290,7 +301,8 @@ class DistillTask(LaytonTask):
 
     def export(self, folder: Path) -> None:
         """Write the LoRA, or the whole network, in diffusers' format, ``few_step.json``, and ``pipeline/`` if asked."""
-        save_distilled(self.student, folder, self.sampling)
+        learnt = tuple(tuple(self.method.inference_times(count).tolist()) for count in self.method.trained_counts)
+        save_distilled(self.student, folder, replace(self.sampling, times=learnt))
         if self._pipeline_folder is not None:
             student_pipeline(self._pipeline_folder, folder, folder / "pipeline")
 

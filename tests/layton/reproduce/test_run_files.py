@@ -91,7 +91,7 @@ def test_pairs_and_phases_come_out_of_the_budget(tmp_path: Path) -> None:
     source = run["data"]["init_args"]["train"][0]["init_args"]
     half = measurement.scale.budget / 2
     assert source["num_pairs"] == source["prompts"]["init_args"]["length"] == half // 50
-    assert run["trainer"]["callbacks"][-1]["init_args"]["prepaid"] == pytest.approx(half, rel=1e-3)
+    assert run["trainer"]["callbacks"][0]["init_args"]["prepaid"] == pytest.approx(half, rel=1e-3)
     steps = half / (run["data"]["init_args"]["batch_size"] * 3)  # that could be trained if the losses cost nothing
     assert run["model"]["init_args"]["method"]["init_args"]["perceptual_start"] == pytest.approx(0.6 * steps, rel=1e-2)
     assert source["folder"].startswith(str(tmp_path / "arms" / "direct"))
