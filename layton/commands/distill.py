@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
@@ -27,6 +28,7 @@ Everything else is as for `layton fit` on configs/distill/METHOD.yaml, for examp
   --model.init_args.adapter.rank=16   --model.init_args.adapter=null   --data configs/data/scenes_prompts.yaml
 """
 LATENT_DATA = "layton.ldm.latent_data.LatentDataModule"
+PAIRS = "layton.distillation.pair_data.TeacherPairs"
 _SHORT = ("--pipeline", "--prompts", "--max_steps")
 
 
@@ -52,7 +54,7 @@ def fit_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
             raise UsageError(
                 f"{run_file.stem} learns from pictures, not from prompts alone: give --data in their place"
             )
-        arguments += _prompt_arguments(short["--prompts"])
+        arguments += _prompt_arguments(short["--prompts"], run_file, folder=short.get("--pipeline"))
     if "--max_steps" in short:
         arguments.append(f"--trainer.max_steps={short['--max_steps']}")
     return arguments + rest
@@ -102,19 +104,27 @@ def _pipeline_folder(name: str) -> Path:
         raise UsageError(f"no pipeline folder at {name}") from error
 
 
-def _prompt_arguments(file: str) -> list[str]:
+def _prompt_arguments(file: str, run_file: Path, *, folder: str | None) -> list[str]:
     path = Path(file).expanduser()
     if not path.is_file():
         raise UsageError(f"no prompts file at {file}")
 
-    def source(split: str) -> str:
+    def source(split: str) -> dict[str, Any]:
         kind = "layton.data.prompts.PromptFile"
-        return json.dumps([{"class_path": kind, "init_args": {"path": str(path), "split": split}}])
+        return {"class_path": kind, "init_args": {"path": str(path), "split": split}}
 
+    train = source("train")
+    run = yaml.safe_load(run_file.read_text(encoding="utf-8"))
+    first = (run.get("data", {}).get("init_args", {}).get("train") or [{}])[0]
+    if first.get("class_path") == PAIRS:  # pairs are still made once, of these prompts
+        if folder is not None:
+            first = moved(first, {run["model"]["init_args"]["pipeline"]: _pipeline_folder(folder)})
+        own = {"prompts": train, "folder": f"{first['init_args']['folder']}_{path.stem}"}
+        train = {**first, "init_args": {**first["init_args"], **own}}
     return [
         "--data=layton.data.module.ImageDataModule",
-        f"--data.init_args.train={source('train')}",
-        f"--data.init_args.validation={source('validation')}",
+        f"--data.init_args.train={json.dumps([train], default=str)}",
+        f"--data.init_args.validation={json.dumps([source('validation')])}",
     ]
 
 

@@ -13,7 +13,12 @@ _GUIDED_PAIR = 50.0  # 25 guided steps
 _METHOD = "model.init_args.method.init_args"
 _PERCEPTUAL = Phase(f"{_METHOD}.perceptual_start", forwards=3 / 0.6)  # 3 F a sample; 60 % of training by L2 alone
 # Phases of equal length, the last one twice as long: 7 F a sample under guidance in the first, then 5 F.
-PROGRESSIVE_PHASE = Phase(f"{_METHOD}.steps_per_phase", forwards=7 + 3 * 5 + 2 * 5)
+# The learning rate falls to 0 within each phase, as in the paper (arXiv 2202.00512, section 5).
+_ALL_PHASES = 7 + 3 * 5 + 2 * 5
+PROGRESSIVE_PHASES = (
+    Phase(f"{_METHOD}.steps_per_phase", forwards=_ALL_PHASES),
+    Phase("model.init_args.lr_scheduler.init_args.T_0", forwards=_ALL_PHASES),
+)
 
 REFLOW = Stage("reflow", "reflow.yaml", share=0.5, pairs=Pairs(0.5, _GUIDED_PAIR))
 ONE_STEP = Stage(
@@ -29,7 +34,7 @@ DIRECT = Arm(
 PROGRESSIVE = Arm(
     "progressive",
     "baseline",
-    (Stage("train", "progressive.yaml", phases=(PROGRESSIVE_PHASE,), scenes=LATENT_SCENES),),
+    (Stage("train", "progressive.yaml", phases=PROGRESSIVE_PHASES, scenes=LATENT_SCENES),),
     steps=(1,),
 )
 

@@ -66,6 +66,7 @@ def measure(context: Context) -> Outcome:
         title=TITLE,
         source=SOURCE,
         checks=tuple(judge(figures)),
+        missing=() if context.options.get("photographs") else ("photographs: PSNR and EPD (give --photographs)",),
         arms={
             arm.name: {
                 "role": arm.role,

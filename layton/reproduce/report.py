@@ -57,6 +57,7 @@ class Outcome:
         arms: By arm how it was made and what it cost.
         figures: Everything that was measured, by arm.
         protocol: How.
+        missing: Floors that were not measured, each with the reason; the claim then does not hold in every part.
     """
 
     claim: str
@@ -66,11 +67,12 @@ class Outcome:
     arms: Mapping[str, Any] = field(default_factory=dict)
     figures: Mapping[str, Any] = field(default_factory=dict)
     protocol: Mapping[str, Any] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
 
     @property
     def met(self) -> bool:
         """Whether every floor is reached."""
-        return all(check.met for check in self.checks)
+        return not self.missing and all(check.met for check in self.checks)
 
     def to_dict(self, context: Context) -> dict[str, Any]:
         """The outcome as JSON can hold it, with scale, seeds and versions."""
@@ -84,6 +86,7 @@ class Outcome:
             "label": QUICK_LABEL if context.quick else "full",
             "met": self.met,
             "checks": [check.to_dict() for check in self.checks],
+            "not_measured": list(self.missing),
             "arms": dict(self.arms),
             "figures": dict(self.figures),
             "scale": context.scale.to_dict(),
@@ -111,6 +114,7 @@ class Outcome:
                 f"    value  {check.value:.3f}{spread}, floor {check.direction} {check.limit:g}: "
                 f"{'met' if check.met else 'NOT MET'}",
             ]
+        lines += [f"{quantity}: not measured" for quantity in self.missing]
         for name, arm in self.arms.items():
             cost = arm.get("forwards")
             lines.append(f"{name}: {arm['role']}" + (f", {cost:,.0f} forward-equivalents" if cost else ", not trained"))

@@ -145,6 +145,7 @@ def claim_out(context: Context, *, claim: str, teacher: str) -> None:
         "quick": context.quick,
         "scale": json.loads(json.dumps(context.scale.to_dict())),
         "teacher": teacher,
+        "options": json.loads(json.dumps(context.options, default=str)),
         "configs": {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files},
     }
     path = context.out / "plan.json"

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 
 from distill.models import denoiser_from_pipeline
 from layton.cli import main
-from layton.distillation.distilled import load_sampling
+from layton.distillation.distilled import load_distilled, load_sampling
 from layton.ldm.conditions import PromptEncoder
 from layton.tasks.distill import DistillTask
 from layton.training import load_task
@@ -22,6 +22,7 @@ from layton.training import load_task
 CONFIGS = Path(__file__).parents[3] / "configs"
 T = torch.tensor([999, 259])
 CASES = [("lcm", "sd"), ("lcm", "sdxl"), ("mlcm", "sd-v"), ("mlcm", "sdxl"), ("scott", "sd-v"), ("scott", "sdxl")]
+CASES += [("lcm", "sd3"), ("mlcm", "flux")]
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +90,8 @@ def test_the_exported_lora_is_what_was_trained(tmp_path: Path, method: str, kind
     torch.testing.assert_close(loaded, trained, atol=1e-5, rtol=0)
     assert (trained - teacher).abs().max() > 1e-3
     assert load_sampling(run / "export") == task.sampling
-    assert task.sampling.prediction == ("v" if kind == "sd-v" else "eps")
+    assert task.sampling.prediction == {"sd-v": "v", "sd3": "flow", "flux": "flow"}.get(kind, "eps")
+    load_distilled(DiffusionPipeline.from_pretrained(folder), run / "export")  # its scheduler exists
 
 
 def test_full_fine_tuning_exports_a_network(tmp_path: Path) -> None:

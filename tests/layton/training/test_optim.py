@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from layton.optim import MuonAdamW, orthogonalise
+from layton.optim import MatrixDecayAdamW, MuonAdamW, orthogonalise
 
 
 def network() -> nn.Module:
@@ -89,3 +89,14 @@ def test_resumes_exactly() -> None:
 def test_refuses_nonsense() -> None:
     with pytest.raises(ValueError, match="-1"):
         MuonAdamW(network().parameters(), lr=-1)
+
+
+def test_decay_spares_norms_and_biases() -> None:
+    layer = nn.Linear(3, 2)
+    optimizer = MatrixDecayAdamW(layer.parameters(), lr=0.1, weight_decay=0.5)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+    before = [parameter.detach().clone() for parameter in layer.parameters()]
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.allclose(layer.weight, before[0] * (1 - 0.1 * 0.5)) and torch.equal(layer.bias, before[1])
