@@ -125,6 +125,7 @@ class Stage:
         phases: Step numbers that the budget decides.
         pairs: Data made by the teacher beforehand.
         scenes: Option of the run file that says how many scenes are cached for training.
+        changes: Further values of the run file, by dotted name.
     """
 
     name: str
@@ -134,6 +135,7 @@ class Stage:
     phases: tuple[Phase, ...] = ()
     pairs: Pairs | None = None
     scenes: str | None = None
+    changes: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,6 +119,8 @@ def resolved_run(
         assign(run, "data.init_args.train.0.init_args.prompts.init_args.length", count)
     if stage.scenes is not None:
         assign(run, stage.scenes, context.scale.train_scenes)
+    for option, value in stage.changes:
+        assign(run, option, value)
     for phase in stage.phases:
         assign(run, phase.option, phase.step(budget - prepaid, batch_size_of(run)))
     trainer = run.setdefault("trainer", {})

@@ -14,12 +14,21 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from distill.adapters import AdapterView, LoraSettings, networks_for, update_target
+from distill.adapters import (
+    FLOW_LORA_TARGETS,
+    TLCM_LORA_TARGETS,
+    AdapterView,
+    LoraSettings,
+    networks_for,
+    update_target,
+)
 from distill.budget import Budget
 from distill.condition import Condition
+from distill.denoiser import Denoiser
 from distill.few_step import FewStepSampling
 from distill.method import DistillationMethod, DistillBatch, MethodOutput, Networks
 from distill.methods.consistency import ConsistencyMethod
+from distill.methods.hipa import rank_for_share
 from distill.models import FlowTransformerDenoiser, UNetDenoiser, denoiser_from_pipeline, hear_guidance
 from distill.recompute import Recompute, set_recompute
 from distill.schedules import NoiseSchedule
@@ -59,6 +68,8 @@ class DistillTask(LaytonTask):
         critic_optimizer: Makes the optimizer of the method's own networks; by default as the student's.
         adapter: Shape of the student's LoRA; None trains all weights, as a student that is told the guidance scale
             (``condition_on_guidance`` of LCM and SCott) must.
+        adapter_share: Of the network's parameters that the adaptors are to have; decides their rank, with an alpha as
+            large (`distill.methods.hipa.rank_for_share`). None takes the adapter's own rank.
         critic: What discriminators and fake score networks are made of; LoRAs of rank 64 when None.
         negative_prompt: What the teacher is guided away from; None is the pipeline's own default.
         latent_size: h = w; by default what the pipeline makes by default.
@@ -87,6 +98,7 @@ class DistillTask(LaytonTask):
         lr_scheduler: LRSchedulerCallable | None = None,
         critic_optimizer: OptimizerCallable | None = None,
         adapter: LoraSettings | None = None,
+        adapter_share: float | None = None,
         critic: CriticSettings | None = None,
         negative_prompt: str | None = None,
         latent_size: int | None = None,
@@ -115,6 +127,7 @@ class DistillTask(LaytonTask):
         settings = method.settings if isinstance(method, ConsistencyMethod) else None
         told = settings is not None and settings.condition_on_guidance
         student = hear_guidance(denoiser) if told else None
+        adapter = fitted_adapter(adapter, denoiser, share=adapter_share)
         networks = networks_for(denoiser, adapter, target_decay=method.target_decay, student=student)
         set_recompute(network_of(networks.student), RECOMPUTE[gradient_checkpointing])
         self._take(networks, method, critic or CriticSettings())
@@ -331,6 +344,26 @@ class DistillTask(LaytonTask):
         return frozenset(
             names | {f"method.{name}" for name, _ in self.method.named_buffers()} & self.state_dict().keys()
         )
+
+
+def fitted_adapter(
+    adapter: LoraSettings | None, denoiser: Denoiser, *, share: float | None = None
+) -> LoraSettings | None:
+    """An adapter's shape for the network at hand; layers of the default list that a flow transformer lacks are told.
+
+    Raises:
+        ValueError: A share without an adapter, or no layer matches.
+    """
+    if adapter is None:
+        if share is not None:
+            raise ValueError(f"adapter_share {share} needs an adapter")
+        return None
+    if isinstance(denoiser, FlowTransformerDenoiser) and adapter.targets == TLCM_LORA_TARGETS:
+        adapter = replace(adapter, targets=FLOW_LORA_TARGETS)
+    if share is not None:
+        rank = rank_for_share(denoiser, share, adapter.targets)
+        adapter = replace(adapter, rank=rank, alpha=float(rank))
+    return adapter
 
 
 def _nothing() -> None: ...
