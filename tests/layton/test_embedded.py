@@ -1,0 +1,57 @@
+"""The embedded `mini`: what is shipped loads without network and does what its card says, on test scenes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import layton
+from layton.data.sources import ScenesSource
+from layton.metrics.image import psnr
+from layton.tokenizer import LaytonTokenizer
+
+ASSETS = Path(layton.__file__).parent / "assets"
+MINI = ASSETS / "mini"
+
+
+@pytest.fixture(scope="module")
+def mini() -> LaytonTokenizer:
+    return LaytonTokenizer.from_pretrained("mini")
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    source = ScenesSource(split="test", length=4)
+    return torch.stack([source.sample(index, seed=0)["image"] for index in range(4)])
+
+
+def test_everything_shipped_fits_the_budget() -> None:
+    sizes = [path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()]
+    assert sum(sizes) <= 64e6 and max(sizes) <= 40e6
+
+
+@pytest.mark.parametrize(("decoder", "steps", "decibels"), [("light", None, 5.0), ("consistency", 3, 2.0)])
+def test_tokens_keep_more_than_the_mean_of_each_cell(
+    mini: LaytonTokenizer, images: torch.Tensor, decoder: str, steps: int | None, decibels: float
+) -> None:
+    palette = F.interpolate(F.avg_pool2d(images, 16), scale_factor=16, mode="bicubic").clamp(-1, 1)
+    codes = mini.encode(images)
+    assert codes.shape == (4, 256)
+    decoded = mini.decode(codes, decoder=decoder, num_steps=steps)
+    assert float((psnr(decoded, images) - psnr(palette, images)).mean()) > decibels
+
+
+def test_the_default_decoder_is_the_distilled_one(mini: LaytonTokenizer) -> None:
+    assert mini.default_decoder == "consistency" and {"light", "diffusion"} <= set(mini.decoders)
+
+
+def test_plain_diffusers_draws_with_the_text_to_image_model() -> None:
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(MINI / "ldm", local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    drawn = pipe("a red star", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt")
+    assert drawn.images.shape == (1, 3, 256, 256) and bool(drawn.images.isfinite().all())
