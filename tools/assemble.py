@@ -76,15 +76,22 @@ def copy_pipeline(source: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     pipeline = StableDiffusionPipeline.from_pretrained(source, torch_dtype=torch.float16, local_files_only=True)
     pipeline.save_pretrained(target, safe_serialization=True)
-    forget_origin(target)
+    clean_configs(target)
 
 
-def forget_origin(folder: Path) -> None:
-    """Strike out where parts were loaded from, which diffusers and transformers write into their configs."""
+def clean_configs(folder: Path) -> None:
+    """Strike out what diffusers and transformers write into their configs: where parts were loaded from, and a type.
+
+    transformers would load a part in the type that its config names, and half precision does not run on a CPU.
+    """
     for path in folder.rglob("*.json"):
         config = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if not isinstance(config, dict):
+            continue
+        cleaned = {name: value for name, value in config.items() if name != "_name_or_path"}
+        cleaned |= {"dtype": "float32"} if "dtype" in config else {}
+        if cleaned != config:
+            path.write_text(json.dumps(cleaned, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from generation.convert import convert_gpt, gpt_layout
 from generation.generator import load_generator
 from generation.pipeline import LaytonGenPipeline
 from generation.shapes import CaptionShape
+from generation.text_encoders import TransformersTextEncoder
 from generation.transformer import LaytonGenTransformer
 from layton.cli import main
 from layton.convert.layout import Layout
@@ -58,7 +60,10 @@ def test_a_complete_generator_that_generate_loads(
     assert main([*words, "--text-encoder", str(place / "words")]) == 0
     assert f'layton generate "PROMPT" --model {out} --tokenizer {tokenizer}' in capsys.readouterr().out
     loaded = load_generator(out)
-    assert loaded.text_encoder.fingerprint() == tiny_text_encoder().fingerprint()
+    plain, encoder = tiny_text_encoder(), cast(TransformersTextEncoder, loaded.text_encoder)
+    assert encoder.cleaning == "deepfloyd" and encoder.fingerprint() != plain.fingerprint()
+    assert all(value.equal(plain.state_dict()[name]) for name, value in encoder.state_dict().items())
+    assert (loaded.card.sampling.temperature, loaded.card.sampling.top_k) == (0.1, 1000)
     assert loaded.transformer.num_tokens == TOKENS  # the tokenizer's, without being told
     weights = convert_gpt(place / "gpt.safetensors", num_tokens=TOKENS).state_dict()
     assert all(value.equal(weights[name]) for name, value in loaded.transformer.state_dict().items())
