@@ -110,7 +110,8 @@ def _generator(model: LaytonGenTransformer, tokenizer: LaytonTokenizer, text_enc
     encoder = load_text_encoder(text_encoder, max_length=None if shape is None else shape.length, cleaning="deepfloyd")
     if shape is None or encoder.width != shape.dim:
         raise ValueError(f"the checkpoint takes captions {shape}, {text_encoder} gives features of {encoder.width}")
-    published = SamplingDefaults(guidance_scale=2.0, temperature=0.1, top_k=1000)  # LaytonGen's; LlamaGen takes 7.5, 1
+    # LaytonGen's; LlamaGen draws at guidance 7.5 and temperature 1
+    published = SamplingDefaults(guidance_scale=2.0, temperature=0.1, top_k=min(1000, model.vocab_size))
     return Generator(model, encoder.eval(), GeneratorCard(facts, encoder.fingerprint(), published))
 
 

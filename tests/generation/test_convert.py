@@ -63,7 +63,7 @@ def test_a_complete_generator_that_generate_loads(
     plain, encoder = tiny_text_encoder(), cast(TransformersTextEncoder, loaded.text_encoder)
     assert encoder.cleaning == "deepfloyd" and encoder.fingerprint() != plain.fingerprint()
     assert all(value.equal(plain.state_dict()[name]) for name, value in encoder.state_dict().items())
-    assert (loaded.card.sampling.temperature, loaded.card.sampling.top_k) == (0.1, 1000)
+    assert (loaded.card.sampling.temperature, loaded.card.sampling.top_k) == (0.1, CODES)
     assert loaded.transformer.num_tokens == TOKENS  # the tokenizer's, without being told
     weights = convert_gpt(place / "gpt.safetensors", num_tokens=TOKENS).state_dict()
     assert all(value.equal(weights[name]) for name, value in loaded.transformer.state_dict().items())
