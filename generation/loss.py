@@ -61,7 +61,7 @@ def next_code_loss_in_chunks(
         ValueError: If ``label_smoothing`` is out of range.
     """
     _check_smoothing(label_smoothing)
-    if not hasattr(F, "linear_cross_entropy"):  # before torch 2.13
+    if not hasattr(F, "linear_cross_entropy"):  # an older torch
         return next_code_loss(F.linear(*head), codes, valid=valid, label_smoothing=label_smoothing)
     targets = codes
     if valid is not None:

@@ -349,7 +349,7 @@ class DistillTask(LaytonTask):
 def fitted_adapter(
     adapter: LoraSettings | None, denoiser: Denoiser, *, share: float | None = None
 ) -> LoraSettings | None:
-    """An adapter's shape for the network at hand; layers of the default list that a flow transformer lacks are told.
+    """An adapter's shape for the network at hand: a flow transformer has other layers than the default list names.
 
     Raises:
         ValueError: A share without an adapter, or no layer matches.
