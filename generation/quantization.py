@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from generation.transformer import LaytonGenTransformer
 from generation.vocabulary import FullVocabulary
 
-INT8_MAX = 127.0
+INT8_MAX = 127.0  # of inputs, and of weights where the CPU sums products in 32 bits
+_INT7_MAX = 63.0  # of weights elsewhere: there two products meet in 16 bits, 2 * 255 * 64 < 2^15
 _ZERO_POINT = 128  # inputs are unsigned, -127..127 lies in 1..255
 
 
@@ -23,7 +24,8 @@ class Int8Linear(nn.Module):
     """A linear layer with 8-bit weights and inputs, both symmetric: one scale for each output and for each row.
 
     Rows have scales of their own, and sums of integers are exact, so that a row's result does not depend on what other
-    rows are in the batch. For inference on a CPU. Its state is ``weight`` (out, in) int8, ``scale`` (out,) float32 and,
+    rows are in the batch. For inference on a CPU; one without VNNI instructions, which would clip sums of products of
+    8 bits, keeps 7 bits of the weights. Its state is ``weight`` (out, in) int8, ``scale`` (out,) float32 and,
     where there is one, ``bias`` (out,) float32.
 
     Args:
@@ -40,7 +42,7 @@ class Int8Linear(nn.Module):
         self._packed: Any = None
         weight = linear.weight.detach().float()
         if not weight.is_meta:
-            scale = (weight.abs().amax(dim=1) / INT8_MAX).clamp_min(1e-12)
+            scale = (weight.abs().amax(dim=1) / weight_max()).clamp_min(1e-12)
             self._pack(torch.quantize_per_channel, weight, scale, dtype=torch.qint8)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,8 +77,15 @@ class Int8Linear(nn.Module):
             raise ValueError(f"{prefix} has no int8 weight and scale")
         if weight.dtype != torch.int8 or weight.shape != (self.out_features, self.in_features):
             raise ValueError(f"{prefix}weight is {weight.dtype} {tuple(weight.shape)}, expected int8")
+        if weight_max() == _INT7_MAX and weight.abs().max() > _INT7_MAX + 1:
+            weight, scale = (weight.float() / 2).round().to(torch.int8), scale * 2
         self._pack(torch._make_per_channel_quantized_tensor, weight, scale)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def weight_max() -> float:
+    """Largest 8-bit weight whose products this CPU sums exactly."""
+    return INT8_MAX if torch.cpu._is_vnni_supported() else _INT7_MAX
 
 
 def quantize_int8(model: LaytonGenTransformer) -> LaytonGenTransformer:

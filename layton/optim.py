@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from layton.precision import quick_dtype
+
 # Quintic Newton-Schulz coefficients with the largest slope at zero (Jordan 2024, "Muon")
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
@@ -30,7 +32,7 @@ def orthogonalise(matrices: Tensor, *, steps: int = 5) -> Tensor:
     Returns:
         (n, rows, columns); bfloat16 where that multiplies faster, else float32.
     """
-    x = matrices.to(_quick_dtype(matrices.device))
+    x = matrices.to(quick_dtype(matrices.device))
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
@@ -147,11 +149,6 @@ class MuonAdamW(Optimizer):
         if name not in state:
             state[name] = torch.zeros_like(parameter)
         return cast(Tensor, state[name])
-
-
-def _quick_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16, but not on CPUs that multiply it vector by vector: there float32 products are up to twice as fast."""
-    return torch.float32 if device.type == "cpu" and not torch.cpu._is_amx_tile_supported() else torch.bfloat16
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:

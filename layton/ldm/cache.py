@@ -17,6 +17,7 @@ from layton.data.randomness import mix
 from layton.data.sources import ImageSource, SampleSource
 from layton.folder import CONFIG_NAME
 from layton.ldm.autoencoder import Autoencoder
+from layton.precision import quick_dtype
 
 Images = Literal["none", "read", "stored"]
 
@@ -62,7 +63,6 @@ class CachedLatents(SampleSource):
         fingerprint: dict[str, str | int | float | bool] = {
             "autoencoder": digest(Path(autoencoder)),
             "tokenizer": "" if tokenizer is None else digest(Path(tokenizer)),
-            "precision": "bfloat16",
             "source": type(source).__name__,
             "num_samples": count,
             "first_key": source.sample(0, seed=0)["key"],
@@ -109,13 +109,14 @@ class _Encode:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         if self.parts is None:
-            # In bfloat16 and channels last a CPU encodes four times as fast; what that rounds away is less than the
-            # autoencoder's own noise, and the latents are kept in half precision anyway.
             autoencoder = Autoencoder.from_pretrained(self.folders[0]).eval().to(memory_format=torch.channels_last)
             self.parts = (autoencoder, None if self.folders[1] is None else load_code_parts(self.folders[1]))
         autoencoder, codes_of = self.parts
         images = batch["image"]
-        with torch.autocast(images.device.type, torch.bfloat16):
+        # What bfloat16 rounds away is less than the autoencoder's own noise, and latents are kept in half precision
+        # anyway: caches made in either are one.
+        dtype = quick_dtype(images.device)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             tensors = {"latent": autoencoder.encode(images.to(memory_format=torch.channels_last)).half().contiguous()}
         if codes_of is not None:
             encoder, quantizer = codes_of
