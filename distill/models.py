@@ -1,4 +1,4 @@
-"""diffusers networks as denoisers; the only file of this package that imports diffusers."""
+"""diffusers networks as denoisers; this file and `distill.stacked` alone of this package import diffusers."""
 
 from __future__ import annotations
 

@@ -6,47 +6,59 @@ out, and the first one's features go straight into the second. Both get the same
 
 from __future__ import annotations
 
-import copy
+import functools
+from typing import Any
 
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from distill.condition import Condition
-from distill.denoiser import Denoiser
 from distill.models import UNetDenoiser
 
 
-class StackedUNetDenoiser(Denoiser):
-    """Two U-Nets as one denoiser, with the second one's schedule and kind of prediction.
+class StackedUNet2DConditionModel(UNet2DConditionModel):
+    """Two U-Nets as one network of diffusers: it stands wherever a ``UNet2DConditionModel`` does.
 
-    Args:
-        first: Loses ``conv_norm_out``, ``conv_act`` and ``conv_out``; changed in place.
-        second: Loses ``conv_in``; changed in place.
-
-    Raises:
-        ValueError: They are one network, or their first levels differ in width.
+    Its configuration is that of either half. ``save_pretrained`` and ``from_pretrained`` are diffusers'; the names of
+    the second half's weights are a plain U-Net's, those of the first one's begin with ``first.``.
     """
 
-    def __init__(self, first: UNetDenoiser, second: UNetDenoiser) -> None:
-        super().__init__(second.schedule, second.prediction_type)
-        if first.unet is second.unet:
-            raise ValueError("the two networks must have weights of their own")
-        widths = first.unet.config.block_out_channels[0], second.unet.config.block_out_channels[0]
-        if widths[0] != widths[1]:
-            raise ValueError(f"the first levels must be equally wide, got {widths[0]} and {widths[1]}")
+    @functools.wraps(UNet2DConditionModel.__init__)  # diffusers reads the names of a configuration off this signature
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.first = UNet2DConditionModel.from_config(self.config)
         # diffusers skips a normalisation that is None, and passes through whatever stands for the convolutions
-        first.unet.conv_norm_out = None
-        first.unet.conv_out = nn.Identity()
-        second.unet.conv_in = nn.Identity()
-        self.first = first
-        self.second = second
+        self.first.conv_norm_out = None
+        self.first.conv_out = nn.Identity()
+        self.conv_in = nn.Identity()
 
     @classmethod
-    def from_unet(cls, denoiser: UNetDenoiser) -> StackedUNetDenoiser:
-        """Both networks start as copies of one, which is left as it is."""
-        return cls(copy.deepcopy(denoiser), copy.deepcopy(denoiser))
+    def from_unet(cls, unet: UNet2DConditionModel) -> StackedUNet2DConditionModel:
+        """Both halves start as copies of one network, which is left as it is.
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Raw prediction; see ``Denoiser.forward`` and `distill.models.UNetDenoiser.forward`."""
-        features = self.first(x_t, t, condition)
-        output: Tensor = self.second(features, t, condition)
-        return output
+        Raises:
+            ValueError: It is stacked already.
+        """
+        if isinstance(unet, cls):
+            raise ValueError("the network is stacked already")
+        stacked: StackedUNet2DConditionModel = cls.from_config(unet.config)
+        weights = unet.state_dict()
+        for half in (stacked, stacked.first):
+            wanted = [name for name in half.state_dict() if not name.startswith("first.")]
+            half.load_state_dict({name: weights[name] for name in wanted}, strict=half is not stacked)
+        parameter = next(unet.parameters())
+        return stacked.to(parameter.device, parameter.dtype).train(unet.training)
+
+    def forward(self, sample: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        """As ``UNet2DConditionModel.forward``; what is given beside the sample goes to both halves."""
+        features = self.first(sample, *args, return_dict=False, **kwargs)[0]
+        return super().forward(features, *args, return_dict=return_dict, **kwargs)
+
+
+def stack(denoiser: UNetDenoiser) -> UNetDenoiser:
+    """A denoiser whose network is two copies of a denoiser's in series; to be trained, as it does not fit together yet.
+
+    Raises:
+        ValueError: Its network is stacked already.
+    """
+    stacked = StackedUNet2DConditionModel.from_unet(denoiser.unet)
+    return UNetDenoiser(stacked, denoiser.schedule, denoiser.prediction_type)

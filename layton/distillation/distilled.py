@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from diffusers import DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from diffusers.loaders import (
     FluxLoraLoaderMixin,
     SD3LoraLoaderMixin,
@@ -35,6 +41,7 @@ from distill.adapters import (
 from distill.denoiser import Denoiser
 from distill.few_step import FewStepSampling
 from distill.models import FlowTransformerDenoiser, UNetDenoiser
+from distill.stacked import StackedUNet2DConditionModel
 from layton.control import base_state_dict
 from layton.distillation.few_step_schedulers import few_step_scheduler
 from layton.folder import CONFIG_NAME, load_tensors, save_config, save_tensors, write_atomically
@@ -42,6 +49,7 @@ from layton.folder import CONFIG_NAME, load_tensors, save_config, save_tensors, 
 FEW_STEP_NAME = "few_step.json"
 LORA_NAME = "pytorch_lora_weights.safetensors"
 NETWORK_NAME = "diffusion_pytorch_model.safetensors"
+_INDEX = "model_index.json"
 
 Network: TypeAlias = UNet2DConditionModel | SD3Transformer2DModel | FluxTransformer2DModel
 _WRITERS = (
@@ -145,7 +153,7 @@ def save_network(network: Network, folder: str | Path, *, dtype: torch.dtype | N
 def student_pipeline(teacher: Path, export: Path, folder: Path) -> Path:
     """A pipeline folder like the teacher's with a student in place of its network: the teacher of a next student.
 
-    Files that stay the same are hard links where the disk allows it, so that they take no space twice.
+    A student that became a flow gets a flow scheduler, by which it is known for one. Files that stay the same are hard links where the disk allows it, so that they take no space twice.
 
     Args:
         teacher: Diffusers pipeline folder.
@@ -158,7 +166,7 @@ def student_pipeline(teacher: Path, export: Path, folder: Path) -> Path:
     Raises:
         ValueError: The export holds no whole network.
     """
-    if (folder / "model_index.json").is_file():
+    if (folder / _INDEX).is_file():
         return folder
     if not (export / NETWORK_NAME).is_file():
         raise ValueError(f"{export} holds no whole network: only such a student can be a teacher")
@@ -170,10 +178,26 @@ def student_pipeline(teacher: Path, export: Path, folder: Path) -> Path:
         (part / name).mkdir()
         for file in (CONFIG_NAME, NETWORK_NAME):
             _link(str(export / file), str(part / name / file))
+        if load_sampling(export).prediction == "flow":
+            _be_flow(part)
         part.replace(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def _be_flow(folder: Path) -> None:
+    """Give a pipeline folder the plain flow scheduler, if it has none with a shift of its own."""
+    index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    if "FlowMatch" in str(index["scheduler"]):
+        return
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    for file in (folder / "scheduler").iterdir():
+        file.unlink()  # a link to the teacher's
+    scheduler.save_pretrained(folder / "scheduler")
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    (folder / _INDEX).unlink()
+    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _link(source: str, target: str) -> None:
@@ -210,7 +234,9 @@ def load_distilled(
         _load_lora(pipeline, root / LORA_NAME, part, adapter_name)
     elif (root / CONFIG_NAME).is_file() and (root / NETWORK_NAME).is_file():
         old = getattr(pipeline, part)
-        network = type(old).from_pretrained(root, local_files_only=True, torch_dtype=old.dtype)
+        named = json.loads((root / CONFIG_NAME).read_text(encoding="utf-8")).get("_class_name")
+        kind = StackedUNet2DConditionModel if named == StackedUNet2DConditionModel.__name__ else type(old)
+        network = kind.from_pretrained(root, local_files_only=True, torch_dtype=old.dtype)
         pipeline.register_modules(**{part: network.to(old.device)})
     else:
         raise ValueError(f"{root} holds neither {LORA_NAME} nor {CONFIG_NAME} with {NETWORK_NAME}")

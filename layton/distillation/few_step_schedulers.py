@@ -101,9 +101,18 @@ class FewStepDDIMScheduler(_TrainedTimes, TCDScheduler):
 
 
 class _TrainedFlowTimes:
-    """For schedulers of flow networks; goes before diffusers' class."""
+    """For schedulers of flow networks; goes before diffusers' class.
+
+    Attributes:
+        init_noise_sigma: What Stable Diffusion's pipelines, made for other schedulers, multiply their noise by.
+    """
 
     config: Any
+    init_noise_sigma = 1.0
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | None = None) -> torch.Tensor:
+        """The sample itself: flow networks see states as they are."""
+        return sample
 
     def set_timesteps(
         self,

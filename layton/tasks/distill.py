@@ -29,9 +29,11 @@ from distill.few_step import FewStepSampling
 from distill.method import DistillationMethod, DistillBatch, MethodOutput, Networks
 from distill.methods.consistency import ConsistencyMethod
 from distill.methods.hipa import rank_for_share
+from distill.methods.reflow import Reading, read_as
 from distill.models import FlowTransformerDenoiser, UNetDenoiser, denoiser_from_pipeline, hear_guidance
 from distill.recompute import Recompute, set_recompute
 from distill.schedules import NoiseSchedule
+from distill.stacked import StackedUNet2DConditionModel, stack
 from layton.distillation.distilled import network_of, save_distilled, student_pipeline
 from layton.ldm.autoencoder import Autoencoder
 from layton.ldm.conditions import PromptEncoder, latent_shape_of
@@ -80,6 +82,8 @@ class DistillTask(LaytonTask):
         preview_steps: Numbers of steps of grids and score, as far as the method trains for them.
         reference_steps: Steps of the teacher's pictures that students are compared with.
         reference_guidance: Guidance scale of those.
+        stacked: The student is two copies of the network in series, all weights of which are trained: InstaFlow's larger
+            student (`distill.stacked`).
         export_pipeline: Beside the student, which must train all weights, also export ``pipeline/``: the teacher's
             folder with the student in it, as the teacher of a next run.
         max_bad_steps: The run stops after this many steps in a row with a loss or gradient that is not finite.
@@ -107,14 +111,15 @@ class DistillTask(LaytonTask):
         preview_steps: tuple[int, ...] = (1, 2, 4, 8),
         reference_steps: int = 25,
         reference_guidance: float = 5.0,
+        stacked: bool = False,
         export_pipeline: bool = False,
         max_bad_steps: int = 10,
     ) -> None:
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler, max_bad_steps=max_bad_steps)
         if gradient_clip < 0:
             raise ValueError(f"gradient_clip must be >= 0, got {gradient_clip}")
-        if export_pipeline and adapter is not None:
-            raise ValueError("export_pipeline needs a student that trains all weights: adapter=null")
+        if export_pipeline and (stacked or adapter is not None):
+            raise ValueError("export_pipeline needs a student of the teacher's shape that trains all weights: adapter=null")
         self.automatic_optimization = False
         self._pipeline_folder = find_teacher(pipeline) if export_pipeline else None
         pipe = open_pipeline(pipeline)
@@ -122,26 +127,26 @@ class DistillTask(LaytonTask):
         self.prompts = PromptEncoder(pipe, latent_size=self.latent_shape[1:])
         self._autoencoder = [Autoencoder(pipe.vae)]  # in a list: frozen, no part of this model
         denoiser = denoiser_from_pipeline(pipe)
-        if getattr(method, "reading", "exact") != "exact" and denoiser.prediction_type != "flow":
-            raise ValueError("reading 'reinterpret' makes what diffusers' pipelines cannot sample: use 'exact'")
+        reading = _reading_of(method)
         settings = method.settings if isinstance(method, ConsistencyMethod) else None
         told = settings is not None and settings.condition_on_guidance
-        student = hear_guidance(denoiser) if told else None
+        student = _another_shape(denoiser, told=told, stacked=stacked)
         adapter = fitted_adapter(adapter, denoiser, share=adapter_share)
         networks = networks_for(denoiser, adapter, target_decay=method.target_decay, student=student)
         set_recompute(network_of(networks.student), RECOMPUTE[gradient_checkpointing])
         self._take(networks, method, critic or CriticSettings())
+        sampled = read_as(self.student, reading, toward_image=False)
         self.sampling = FewStepSampling.from_method(
             method,
-            denoiser.prediction_type,
+            sampled.prediction_type,
             # diffusers' flow schedulers know no boundary; from t = 1 on c_out is within 0.2 % of 1
-            boundary="none" if settings is None or denoiser.prediction_type == "flow" else settings.boundary,
+            boundary="none" if settings is None or sampled.prediction_type == "flow" else settings.boundary,
             guidance=sum(settings.guidance_range) / 2 if settings is not None and told else None,
         )
         self.budget = Budget()
         self.negative_prompt, self.gradient_clip = negative_prompt, gradient_clip
         self.previews = Previews(
-            self.networks,
+            replace(self.networks, student=sampled),
             self.sampling,
             steps=preview_steps,
             reference_steps=reference_steps,
@@ -256,7 +261,7 @@ class DistillTask(LaytonTask):
     def _watched(self) -> dict[str, tuple[nn.Module, float]]:
         """Every network of the denoiser's size: one with adapters, copies without."""
         kinds = (UNetDenoiser, FlowTransformerDenoiser)
-        return {name: (module, 1.0) for name, module in self.named_modules() if isinstance(module, kinds)}
+        return {name: (module, _cost(module)) for name, module in self.named_modules() if isinstance(module, kinds)}
 
     def _generator(self, stream: str) -> torch.Generator:
         return self.step_generator(stream, device="cpu")  # the same numbers on every device
@@ -364,6 +369,30 @@ def fitted_adapter(
         rank = rank_for_share(denoiser, share, adapter.targets)
         adapter = replace(adapter, rank=rank, alpha=float(rank))
     return adapter
+
+
+def _another_shape(denoiser: Denoiser, *, told: bool, stacked: bool) -> Denoiser | None:
+    """The student where it is of another shape than its teacher: told the guidance scale, or two networks in series."""
+    if stacked:
+        if told or not isinstance(denoiser, UNetDenoiser):
+            raise ValueError("only a UNet that is not told the guidance scale can be stacked")
+        return stack(denoiser)
+    return hear_guidance(denoiser) if told else None
+
+
+def _reading_of(method: DistillationMethod) -> Reading:
+    """How the method reads a student that is no flow; diffusers' flow schedulers decide the sign of a velocity."""
+    reading = cast(Reading, getattr(method, "reading", "exact"))
+    if reading == "reinterpret" and getattr(method, "toward_image", False):
+        raise ValueError(
+            "reading 'reinterpret' needs toward_image false here: diffusers' schedulers integrate eps - x_0 "
+            "(InstaFlowPipeline reads either sign)"
+        )
+    return reading
+
+
+def _cost(network: nn.Module) -> float:
+    return 2.0 if isinstance(getattr(network, "unet", None), StackedUNet2DConditionModel) else 1.0
 
 
 def _nothing() -> None: ...

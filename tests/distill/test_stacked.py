@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -10,7 +12,7 @@ from torch.testing import assert_close
 from distill.condition import Condition
 from distill.models import UNetDenoiser
 from distill.schedules import FlowSchedule
-from distill.stacked import StackedUNetDenoiser
+from distill.stacked import StackedUNet2DConditionModel, stack
 
 
 def denoiser(width: int = 16) -> UNetDenoiser:
@@ -41,7 +43,7 @@ def test_features_before_the_output_layers_enter_after_the_input_convolution():
     kept: list[torch.Tensor] = []
     replaced: list[torch.Tensor] = []
     x_t, t, condition = inputs()
-    stacked = StackedUNetDenoiser.from_unet(base)
+    stacked = stack(base)
     with torch.no_grad():
         found = stacked(x_t, t, condition)
         handle = base.unet.conv_norm_out.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
@@ -56,7 +58,7 @@ def test_features_before_the_output_layers_enter_after_the_input_convolution():
 
 def test_the_two_networks_have_weights_of_their_own_and_lack_the_middle_layers():
     base = denoiser()
-    stacked = StackedUNetDenoiser.from_unet(base)
+    stacked = stack(base)
     total = sum(p.numel() for p in base.parameters())
     middle = [base.unet.conv_in, base.unet.conv_norm_out, base.unet.conv_out]
     left_out = sum(p.numel() for module in middle for p in module.parameters())
@@ -67,9 +69,15 @@ def test_the_two_networks_have_weights_of_their_own_and_lack_the_middle_layers()
     assert all(p.grad is None for p in base.parameters())
 
 
-def test_networks_that_do_not_fit_are_refused():
+def test_it_saves_and_loads_as_a_network_of_diffusers(tmp_path: Path):
     base = denoiser()
-    with pytest.raises(ValueError, match="their own"):
-        StackedUNetDenoiser(base, base)
-    with pytest.raises(ValueError, match="equally wide"):
-        StackedUNetDenoiser(denoiser(16), denoiser(32))
+    stacked = stack(base)
+    with torch.no_grad():
+        for parameter in stacked.unet.first.parameters():
+            parameter.add_(0.01)
+    stacked.unet.save_pretrained(tmp_path)
+    loaded = StackedUNet2DConditionModel.from_pretrained(tmp_path, local_files_only=True).eval()
+    with torch.no_grad():
+        assert_close(UNetDenoiser(loaded, FlowSchedule(), "flow")(*inputs()), stacked(*inputs()), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="already"):
+        stack(stacked)

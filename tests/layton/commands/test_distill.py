@@ -12,9 +12,12 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline
 
+from distill.few_step import FewStepSampling
 from distill.models import denoiser_from_pipeline
+from distill.stacked import StackedUNet2DConditionModel
 from layton.cli import main
-from layton.distillation.distilled import load_distilled, load_sampling
+from layton.distillation.distilled import load_distilled, load_sampling, pipeline_arguments
+from layton.distillation.instaflow import InstaFlowPipeline
 from layton.ldm.conditions import PromptEncoder
 from layton.tasks.distill import DistillTask
 from layton.training import load_task
@@ -42,10 +45,10 @@ def scenes(split: str, length: int) -> list[dict[str, Any]]:
 
 def distill(method: str, folder: Path, *more: str, steps: int = 2) -> int:
     data = [] if any(word.startswith("--prompts") for word in more) else ["--data.init_args.batch_size=2"]
-    if method != "mlcm":
+    if method in ("lcm", "scott"):
         data += [f"--data.init_args.{role}={json.dumps(scenes(role, 6))}" for role in ("train", "validation")]
         data += ["--data.init_args.cache=cache"]
-    elif data:
+    elif data and method == "mlcm":
         data += ["--trainer.limit_val_batches=1", "--data.init_args.eval_batch_size=3"]
     options = [
         "--trainer.accelerator=cpu",
@@ -104,6 +107,48 @@ def test_full_fine_tuning_exports_a_network(tmp_path: Path) -> None:
     trained, loaded, teacher = outputs(task, pipe)  # type: ignore[arg-type]
     torch.testing.assert_close(loaded, trained, atol=1e-5, rtol=0)
     assert (trained - teacher).abs().max() > 1e-3
+
+
+def test_a_flow_on_its_own_clock_and_its_stacked_one_step_student(tmp_path: Path) -> None:
+    """The paper's InstaFlow: what each half exports is sampled alike by diffusers' pipeline and by InstaFlowPipeline."""
+    folder = folder_of("sd", tmp_path)
+    pairs = ["--data.init_args.train=" + json.dumps([pairs_of(folder)]), "--data.init_args.batch_size=2"]
+    method = "--model.init_args.method.init_args."
+    own_clock = [f"{method}reading=reinterpret", f"{method}toward_image=false", f"{method}step_counts=[1,2]"]
+    assert distill("reflow", folder, *pairs, *own_clock, "--run_dir=reflow") == 0
+    flow = tmp_path / "reflow" / "export" / "pipeline"
+    released = InstaFlowPipeline.from_pretrained(flow, toward_image=False)
+    assert denoiser_from_pipeline(released.pipe).prediction_type == "flow"
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    assert_same_pictures(pipe, load_distilled(pipe, tmp_path / "reflow" / "export"), 2, released)
+
+    again = ["--data.init_args.train=" + json.dumps([pairs_of(flow)]), "--data.init_args.batch_size=2"]
+    assert distill("one_step", flow, *again, "--model.init_args.stacked=true", "--run_dir=one") == 0
+    sampling = load_distilled(released.pipe, tmp_path / "one" / "export")
+    assert isinstance(released.pipe.unet, StackedUNet2DConditionModel)
+    assert sampling.times == ((1000.0,),)
+    assert_same_pictures(released.pipe, sampling, 1, released)
+    task = load_task(checkpoint(tmp_path / "one", 2))
+    assert isinstance(task, DistillTask)
+    # 2 steps of 2 pairs, forward and backward through both halves
+    assert task.budget.total == 2 * 2 * 3 * 2
+
+
+def pairs_of(folder: Path) -> dict[str, Any]:
+    prompts = {"class_path": "layton.data.prompts.SceneCaptions", "init_args": {"split": "train", "length": 4}}
+    solver = {"name": "euler", "num_steps": 2, "guidance_scale": 1.0}
+    options = {"pipeline": str(folder), "folder": f"pairs_{folder.name}", "solver": solver, "num_pairs": 4}
+    return {"class_path": "layton.distillation.pair_data.TeacherPairs", "init_args": {**options, "prompts": prompts}}
+
+
+def assert_same_pictures(
+    pipe: DiffusionPipeline, sampling: FewStepSampling, steps: int, flow: InstaFlowPipeline
+) -> None:
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    pipe.set_progress_bar_config(disable=True)
+    found = pipe("a star", latents=noise, output_type="latent", **pipeline_arguments(sampling, steps)).images
+    wanted = flow("a star", latents=noise, num_inference_steps=steps, output_type="latent").images
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["lcm", "scott"])
