@@ -22,7 +22,6 @@ class StackedUNet2DConditionModel(UNet2DConditionModel):
     the second half's weights are a plain U-Net's, those of the first one's begin with ``first.``.
     """
 
-    @functools.wraps(UNet2DConditionModel.__init__)  # diffusers reads the names of a configuration off this signature
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.first = UNet2DConditionModel.from_config(self.config)
@@ -52,6 +51,10 @@ class StackedUNet2DConditionModel(UNet2DConditionModel):
         """As ``UNet2DConditionModel.forward``; what is given beside the sample goes to both halves."""
         features = self.first(sample, *args, return_dict=False, **kwargs)[0]
         return super().forward(features, *args, return_dict=return_dict, **kwargs)
+
+
+# diffusers reads the names of a configuration off the constructor's signature
+functools.update_wrapper(StackedUNet2DConditionModel.__init__, UNet2DConditionModel.__init__)
 
 
 def stack(denoiser: UNetDenoiser) -> UNetDenoiser:

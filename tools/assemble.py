@@ -34,19 +34,20 @@ DISTILLED: dict[str, type[ConsistencyDecoder]] = {
 def main() -> None:
     """Assemble from the command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="export of stage 0")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="export of stage 0, or a tokenizer folder")
     parser.add_argument("--out", type=Path, required=True, help="tokenizer folder to write")
     parser.add_argument("--ldm", type=Path, help="export of the text-to-image run, a diffusers pipeline folder")
     parser.add_argument("--decoder", type=Path, help="decoder of the stage-1 run; needs --ldm")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the noise the stage-1 decoder begins with")
+    parser.add_argument(
+        "--time_shift", type=float, default=1.0, help="of the stage-1 decoder's times, > 1 to noisy ones"
+    )
     parser.add_argument("--consistency", type=Path, help="decoder of the stage-2 run; needs --decoder")
     parser.add_argument("--instaflow", type=Path, help="decoder of the InstaFlow run; needs --decoder")
     parser.add_argument("--hipa", type=Path, help="decoder of the HiPA run; needs --decoder")
     arguments = parser.parse_args()
     encoder, quantizer = load_code_parts(arguments.tokenizer)
-    decoders: dict[str, CodeDecoder] = {
-        "light": LightDecoder(PixelDecoder.from_pretrained(arguments.tokenizer / "decoder"))
-    }
+    decoders: dict[str, CodeDecoder] = {"light": light_decoder(arguments.tokenizer)}
     if arguments.ldm is not None:
         copy_pipeline(arguments.ldm, arguments.out / LDM_FOLDER)
     if arguments.decoder is not None:
@@ -57,7 +58,9 @@ def main() -> None:
         unet = UNet2DConditionModel.from_pretrained(arguments.ldm / "unet")
         network = LADD.from_pretrained(arguments.decoder, unet=unet)
         autoencoder = Autoencoder.from_pretrained(arguments.ldm / "vae")
-        decoders["diffusion"] = DiffusionDecoder(network, autoencoder, temperature=arguments.temperature)
+        decoders["diffusion"] = DiffusionDecoder(
+            network, autoencoder, temperature=arguments.temperature, time_shift=arguments.time_shift
+        )
     for name, kind in DISTILLED.items():
         folder: Path | None = getattr(arguments, name)
         if folder is None:
@@ -69,10 +72,20 @@ def main() -> None:
     tokenizer.save_pretrained(arguments.out, dtype=torch.float16)
 
 
+def light_decoder(folder: Path) -> LightDecoder:
+    """The light decoder of an export of stage 0, or of a tokenizer folder."""
+    beside = folder / "decoders" / "light"
+    if beside.is_dir():
+        return LightDecoder.from_pretrained(beside)
+    return LightDecoder(PixelDecoder.from_pretrained(folder / "decoder"))
+
+
 def copy_pipeline(source: Path, target: Path) -> None:
     """Copy a StableDiffusionPipeline folder with its weights in fp16."""
     from diffusers import StableDiffusionPipeline
 
+    if source.resolve() == target.resolve():
+        return
     shutil.rmtree(target, ignore_errors=True)
     pipeline = StableDiffusionPipeline.from_pretrained(source, torch_dtype=torch.float16, local_files_only=True)
     pipeline.save_pretrained(target, safe_serialization=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distill.denoiser import Condition
 from distill.samplers import dpmpp_2m, sample
+from distill.schedules import FlowSchedule
 from distill.timesteps import timesteps
 from layton.decoders.latent import SAMPLING_FOLDER, LatentDecoder, read_network
 from layton.folder import JsonValue, class_name, load_config, save_config
@@ -21,7 +22,8 @@ from layton.ldm.autoencoder import Autoencoder
 class DiffusionDecoder(LatentDecoder):
     """Plain LADD: a diffusion model conditioned on codes, sampled in any number of steps, then the VAE decoder.
 
-    Times are spaced from pure noise (``trailing``), the solver is second order (DPM-Solver++ 2M, arXiv 2211.01095).
+    Times run from pure noise (``trailing``, then shifted); the solver is second order (DPM-Solver++ 2M, arXiv
+    2211.01095).
 
     Args:
         network: As for `LatentDecoder`.
@@ -30,27 +32,46 @@ class DiffusionDecoder(LatentDecoder):
         temperature: Factor on the noise that sampling begins with. 1 draws from the model: one of the images that have
             these codes, as far from the original as two of them are from one another. Below 1 it comes closer to their
             middle, and so to the original.
+        time_shift: Above 1, more of the steps are taken at noisy times: a share u of all times becomes
+            ``s u / (1 + (s - 1) u)`` (arXiv 2403.03206, 5.3.2), as are the times that stage 1 trains at.
 
     Raises:
-        ValueError: ``temperature`` is negative or not finite.
+        ValueError: ``temperature`` is negative or not finite, or ``time_shift`` is not above 0.
     """
 
     __module__ = "layton.decoders"  # what files say
     default_steps = 25
 
     def __init__(
-        self, network: LADD, autoencoder: Autoencoder, *, latents_per_token: int = 1, temperature: float = 1.0
+        self,
+        network: LADD,
+        autoencoder: Autoencoder,
+        *,
+        latents_per_token: int = 1,
+        temperature: float = 1.0,
+        time_shift: float = 1.0,
     ) -> None:
         super().__init__(network, autoencoder, latents_per_token=latents_per_token)
         if not 0.0 <= temperature < float("inf"):
             raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
-        self.temperature = temperature
+        if not 0.0 < time_shift < float("inf"):
+            raise ValueError(f"time_shift must be finite and > 0, got {time_shift}")
+        self.temperature, self.time_shift = temperature, time_shift
 
     def sample(self, x_T: Tensor, embeddings: Tensor, *, num_steps: int, generator: Generators) -> Tensor:
         """Solve the probability flow; no noise is drawn on the way."""
-        times = timesteps(self.network.schedule, num_steps, "trailing").to(embeddings.device)
+        times = self.times(num_steps).to(embeddings.device)
         x_T = x_T * self.temperature
         return sample(self.network, x_T, times, Condition(spatial=embeddings), solver=dpmpp_2m)
+
+    def times(self, num_steps: int) -> Tensor:
+        """Times of the evaluations (N,) float64, noisiest first; those of a shift need not be whole."""
+        times = timesteps(self.network.schedule, num_steps, "trailing")
+        if self.time_shift == 1.0 or isinstance(self.network.schedule, FlowSchedule):
+            return times
+        total = self.network.schedule.num_train_timesteps
+        share = (times + 1.0) / total
+        return total * self.time_shift * share / (1.0 + (self.time_shift - 1.0) * share) - 1.0
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write the control branch and how it is sampled; UNet and autoencoder belong to the latent diffusion model."""
@@ -63,6 +84,7 @@ class DiffusionDecoder(LatentDecoder):
             "class": class_name(DiffusionDecoder),
             "latents_per_token": self.latents_per_token,
             "temperature": self.temperature,
+            "time_shift": self.time_shift,
         }
 
     @classmethod
@@ -82,5 +104,7 @@ class DiffusionDecoder(LatentDecoder):
             network,
             autoencoder,
             latents_per_token=cast(int, sampling["latents_per_token"]),
-            temperature=cast(float, sampling.get("temperature", 1.0)),  # folders of before hold none
+            # folders of before hold neither
+            temperature=cast(float, sampling.get("temperature", 1.0)),
+            time_shift=cast(float, sampling.get("time_shift", 1.0)),
         ).eval()

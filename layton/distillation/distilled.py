@@ -153,7 +153,8 @@ def save_network(network: Network, folder: str | Path, *, dtype: torch.dtype | N
 def student_pipeline(teacher: Path, export: Path, folder: Path) -> Path:
     """A pipeline folder like the teacher's with a student in place of its network: the teacher of a next student.
 
-    A student that became a flow gets a flow scheduler, by which it is known for one. Files that stay the same are hard links where the disk allows it, so that they take no space twice.
+    A student that became a flow gets a flow scheduler, by which it is known for one. Files that stay the same are
+    hard links where the disk allows it, so that they take no space twice.
 
     Args:
         teacher: Diffusers pipeline folder.

@@ -82,8 +82,8 @@ class DistillTask(LaytonTask):
         preview_steps: Numbers of steps of grids and score, as far as the method trains for them.
         reference_steps: Steps of the teacher's pictures that students are compared with.
         reference_guidance: Guidance scale of those.
-        stacked: The student is two copies of the network in series, all weights of which are trained: InstaFlow's larger
-            student (`distill.stacked`).
+        stacked: The student is two copies of the network in series, all weights of which are trained (InstaFlow's larger
+            student, `distill.stacked`).
         export_pipeline: Beside the student, which must train all weights, also export ``pipeline/``: the teacher's
             folder with the student in it, as the teacher of a next run.
         max_bad_steps: The run stops after this many steps in a row with a loss or gradient that is not finite.
@@ -119,7 +119,7 @@ class DistillTask(LaytonTask):
         if gradient_clip < 0:
             raise ValueError(f"gradient_clip must be >= 0, got {gradient_clip}")
         if export_pipeline and (stacked or adapter is not None):
-            raise ValueError("export_pipeline needs a student of the teacher's shape that trains all weights: adapter=null")
+            raise ValueError("export_pipeline needs a student of the teacher's shape with all weights: adapter=null")
         self.automatic_optimization = False
         self._pipeline_folder = find_teacher(pipeline) if export_pipeline else None
         pipe = open_pipeline(pipeline)

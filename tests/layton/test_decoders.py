@@ -298,3 +298,20 @@ def test_temperature_scales_the_first_noise_and_is_saved(ldm: Path, tmp_path: Pa
     pictures = [each.decode(codes(1), num_steps=3, generator=seeds(1)) for each in (cool, again, plain)]
     torch.testing.assert_close(pictures[0], pictures[1], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(pictures[0], pictures[2], atol=1e-3)
+
+
+def test_shifted_times_are_noisier_and_saved(ldm: Path, tmp_path: Path) -> None:
+    plain = make_diffusion(ldm)
+    with pytest.raises(ValueError, match="0"):
+        DiffusionDecoder(plain.network, plain.autoencoder, time_shift=0.0)
+    shifted = DiffusionDecoder(plain.network, plain.autoencoder, latents_per_token=2, time_shift=4.0)
+    # shares 1, 0.75, 0.5, 0.25 become 1, 12/13, 4/5, 4/7
+    wanted = torch.tensor([1.0, 12 / 13, 4 / 5, 4 / 7], dtype=torch.float64) * 1000 - 1
+    torch.testing.assert_close(shifted.times(4), wanted)
+    assert plain.times(4).tolist() == [999, 749, 499, 249]
+    shifted.save_pretrained(tmp_path)
+    again = DiffusionDecoder.from_pretrained(tmp_path, ldm=ldm)
+    assert again.time_shift == 4.0
+    pictures = [each.decode(codes(1), num_steps=3, generator=seeds(1)) for each in (shifted, again, plain)]
+    torch.testing.assert_close(pictures[0], pictures[1], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(pictures[0], pictures[2], atol=1e-3)

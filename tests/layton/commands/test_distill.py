@@ -110,7 +110,7 @@ def test_full_fine_tuning_exports_a_network(tmp_path: Path) -> None:
 
 
 def test_a_flow_on_its_own_clock_and_its_stacked_one_step_student(tmp_path: Path) -> None:
-    """The paper's InstaFlow: what each half exports is sampled alike by diffusers' pipeline and by InstaFlowPipeline."""
+    """The paper's InstaFlow: what either half exports is sampled alike by diffusers and by InstaFlowPipeline."""
     folder = folder_of("sd", tmp_path)
     pairs = ["--data.init_args.train=" + json.dumps([pairs_of(folder)]), "--data.init_args.batch_size=2"]
     method = "--model.init_args.method.init_args."
