@@ -82,7 +82,7 @@ class DistillTask(LaytonTask):
         preview_steps: Numbers of steps of grids and score, as far as the method trains for them.
         reference_steps: Steps of the teacher's pictures that students are compared with.
         reference_guidance: Guidance scale of those.
-        stacked: The student is two copies of the network in series, all of whose weights are trained (InstaFlow's larger
+        stacked: The student is two copies of the network in series, with all weights trained (InstaFlow's larger
             student, `distill.stacked`).
         export_pipeline: Beside the student, which must train all weights, also export ``pipeline/``: the teacher's
             folder with the student in it, as the teacher of a next run.
