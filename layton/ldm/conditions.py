@@ -55,6 +55,11 @@ class PromptEncoder:
         for encoder in self._encoders():
             encoder.requires_grad_(False).eval()
 
+    @property
+    def has_guidance(self) -> bool:
+        """Whether conditions hold ``guidance_scale``: the network takes guidance as an input (FLUX dev)."""
+        return isinstance(self.pipe, FluxPipeline) and bool(self.pipe.transformer.config.guidance_embeds)
+
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], *, device: torch.device | str = "cpu") -> Condition:
         """The condition (B, ...) of B prompts.
@@ -104,7 +109,7 @@ class PromptEncoder:
     def _flux(self, prompts: list[str], device: torch.device) -> Condition:
         embeds, pooled, _ = self.pipe.encode_prompt(prompts, None, device=device, **self._lengths)
         scale = None
-        if self.pipe.transformer.config.guidance_embeds:
+        if self.has_guidance:
             scale = torch.full((len(prompts),), self.guidance_scale, device=device)
         return Condition(embeds=embeds, pooled=pooled, guidance=scale)
 

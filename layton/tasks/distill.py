@@ -74,6 +74,8 @@ class DistillTask(LaytonTask):
             large (`distill.methods.hipa.rank_for_share`). None takes the adapter's own rank.
         critic: What discriminators and fake score networks are made of; LoRAs of rank 64 when None.
         negative_prompt: What the teacher is guided away from; None is the pipeline's own default.
+        network_guidance: What a network with guidance for an input is told while it learns (FLUX dev); recorded, since
+            the student holds for this value. Of no effect on others.
         latent_size: h = w; by default what the pipeline makes by default.
         gradient_clip: Largest gradient norm of either optimizer; 0 does not clip.
         gradient_checkpointing: What backward passes of the network compute again instead of keeping
@@ -105,6 +107,7 @@ class DistillTask(LaytonTask):
         adapter_share: float | None = None,
         critic: CriticSettings | None = None,
         negative_prompt: str | None = None,
+        network_guidance: float = 3.5,
         latent_size: int | None = None,
         gradient_clip: float = 1.0,
         gradient_checkpointing: bool | Literal["cheap"] = False,
@@ -124,12 +127,15 @@ class DistillTask(LaytonTask):
         self._pipeline_folder = find_teacher(pipeline) if export_pipeline else None
         pipe = open_pipeline(pipeline)
         self.latent_shape = latent_shape_of(pipe, latent_size)
-        self.prompts = PromptEncoder(pipe, latent_size=self.latent_shape[1:])
+        self.prompts = PromptEncoder(pipe, latent_size=self.latent_shape[1:], guidance_scale=network_guidance)
         self._autoencoder = [Autoencoder(pipe.vae)]  # in a list: frozen, no part of this model
         denoiser = denoiser_from_pipeline(pipe)
         reading = _reading_of(method)
         settings = method.settings if isinstance(method, ConsistencyMethod) else None
+        heard = network_guidance if self.prompts.has_guidance else None
         told = settings is not None and settings.condition_on_guidance
+        if settings is not None and told:
+            heard = sum(settings.guidance_range) / 2
         student = _another_shape(denoiser, told=told, stacked=stacked)
         adapter = fitted_adapter(adapter, denoiser, share=adapter_share)
         networks = networks_for(denoiser, adapter, target_decay=method.target_decay, student=student)
@@ -141,7 +147,7 @@ class DistillTask(LaytonTask):
             sampled.prediction_type,
             # diffusers' flow schedulers know no boundary; from t = 1 on c_out is within 0.2 % of 1
             boundary="none" if settings is None or sampled.prediction_type == "flow" else settings.boundary,
-            guidance=sum(settings.guidance_range) / 2 if settings is not None and told else None,
+            guidance=heard,
         )
         self.budget = Budget()
         self.negative_prompt, self.gradient_clip = negative_prompt, gradient_clip

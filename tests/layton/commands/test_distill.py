@@ -94,6 +94,7 @@ def test_the_exported_lora_is_what_was_trained(tmp_path: Path, method: str, kind
     torch.testing.assert_close(loaded, trained, atol=1e-5, rtol=0)
     assert (trained - teacher).abs().max() > 1e-3
     assert load_sampling(run / "export") == task.sampling
+    assert task.sampling.guidance == (3.5 if kind == "flux" else None)  # what FLUX was told, and is to be told again
     assert task.sampling.prediction == {"sd-v": "v", "sd3": "flow", "flux": "flow"}.get(kind, "eps")
     load_distilled(DiffusionPipeline.from_pretrained(folder), run / "export")  # its scheduler exists
 
