@@ -14,6 +14,8 @@ from torch import nn
 
 from generation.guidance import Guidance
 from generation.pipeline import LaytonGenPipeline
+from generation.quantization import set_weights, weights_type
+from generation.weight_types import Weights
 
 
 def weights_digest(*parts: nn.Module) -> str:
@@ -62,10 +64,13 @@ class LaytonGenDrawer:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        weights: Weights | None = None,
         device: str | None = None,
         allow: Sequence[str] = (),
     ) -> LaytonGenDrawer:
         """Load a model with the one decoder that is wanted.
+
+        ``weights`` sets the transformer's for the time being; by default they are as saved.
 
         Raises:
             ValueError: If it does not exist or is damaged, or a setting is out of range.
@@ -80,6 +85,8 @@ class LaytonGenDrawer:
         pipeline.tokenizer.decoder(chosen).check_steps(num_steps)
         pipeline.options(guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
         placed = pipeline.to(choose_device(device))
+        if weights is not None:
+            set_weights(placed.transformer, weights)
         return cls(placed, name, chosen, num_steps, guidance_scale, temperature, top_k, top_p)
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[NDArray[np.uint8]]:
@@ -107,6 +114,7 @@ class LaytonGenDrawer:
         scale: Guidance = guidance
         return {
             "model": self.name,
+            "weight_type": weights_type(self.pipeline.transformer),
             "weights": weights_digest(self.pipeline.transformer, decoder),
             "pipeline_class": type(self.pipeline).__name__,
             "tokenizer_fingerprint": self.pipeline.card.tokenizer.fingerprint,

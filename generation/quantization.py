@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from generation.transformer import LaytonGenTransformer
 from generation.vocabulary import FullVocabulary
+from generation.weight_types import Weights
 
 INT8_MAX = 127.0  # of inputs, and of weights where the CPU sums products in 32 bits
 _INT7_MAX = 63.0  # of weights elsewhere: there two products meet in 16 bits, 2 * 255 * 64 < 2^15
@@ -109,6 +110,33 @@ def quantize_int8(model: LaytonGenTransformer) -> LaytonGenTransformer:
     if weight.dtype != torch.float32:
         raise ValueError(f"int8 weights are made from float32 ones, the model is {weight.dtype}")
     return replace_linears(model).eval()
+
+
+def weights_type(model: LaytonGenTransformer) -> str:
+    """``int8``, or the name of the type of its weights, such as ``float32``."""
+    return "int8" if model.config.get("int8") else str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def set_weights(model: LaytonGenTransformer, weights: Weights) -> LaytonGenTransformer:
+    """Bring a model's weights into a type for decoding, in place.
+
+    Args:
+        model: Where it is to run.
+        weights: The type.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: ``int8`` elsewhere than on a CPU, or another type for a model that is saved as int8.
+    """
+    if model.config.get("int8"):
+        if weights != "int8":
+            raise ValueError(f"the model is saved with int8 weights, which cannot become {weights}")
+        return model
+    if weights == "int8":
+        return quantize_int8(model.float())
+    return model.to(torch.float32 if weights == "fp32" else torch.bfloat16)
 
 
 def replace_linears(model: LaytonGenTransformer) -> LaytonGenTransformer:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from generation.commands.models import Kind, load_drawer
-from generation.commands.options import require_least
+from generation.commands.options import Weights, require_least
 from layton.commands.calling import progress
 from layton.commands.reports import write_json
 from layton.data.types import Split
@@ -34,6 +34,7 @@ def evaluate_generation(
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    weights: Weights | None = None,
     clip: str | None = None,
     resamples: int = 20,
     seed: int = 0,
@@ -60,6 +61,7 @@ def evaluate_generation(
         temperature: of LaytonGen.
         top_k: of LaytonGen; 0 for all codes.
         top_p: of LaytonGen; 1 for all codes.
+        weights: of LaytonGen while it draws: bf16, or int8 on a CPU, to be quicker; by default as they are saved.
         clip: folder of a CLIP model in transformers' format.
         resamples: bootstrap resamples for the spread of FD-effnet; 0 for none.
         seed: of the first image; the following images count up from it.
@@ -85,6 +87,7 @@ def evaluate_generation(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        weights=weights,
         device=device,
         allow=allow,
     )

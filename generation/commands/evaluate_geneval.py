@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from generation.commands.models import Kind, load_drawer
-from generation.commands.options import require_least
+from generation.commands.options import Weights, require_least
 from layton.commands.calling import progress
 from layton.commands.reports import write_json
 from layton.errors import UsageError
@@ -31,6 +31,7 @@ def evaluate_geneval(
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    weights: Weights | None = None,
     images_per_prompt: int = 4,
     seed: int = 42,
     device: str | None = None,
@@ -55,6 +56,7 @@ def evaluate_geneval(
         temperature: of LaytonGen; 0 takes the likeliest code each time.
         top_k: of LaytonGen; 0 for all codes.
         top_p: of LaytonGen; 1 for all codes.
+        weights: of LaytonGen while it draws: bf16, or int8 on a CPU, to be quicker; by default as they are saved.
         images_per_prompt: images for each prompt; published scores have 4.
         seed: of the first image of every prompt.
         device: where to run; the accelerator if there is one.
@@ -80,6 +82,7 @@ def evaluate_geneval(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            weights=weights,
             device=device,
             allow=allow,
         )

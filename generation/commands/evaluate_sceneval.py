@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from generation.commands.models import Kind, load_drawer
-from generation.commands.options import require_least
+from generation.commands.options import Weights, require_least
 from layton.commands.calling import progress
 from layton.commands.evaluate_sceneval import evaluate_sceneval as evaluate_diffusion
 from layton.commands.evaluate_sceneval import table
@@ -30,6 +30,7 @@ def evaluate_sceneval(
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    weights: Weights | None = None,
     seed: int = 0,
     batch_size: int = 16,
     out: Path | None = None,
@@ -52,6 +53,7 @@ def evaluate_sceneval(
         temperature: of LaytonGen; 0 takes the likeliest code each time.
         top_k: of LaytonGen; 0 for all codes.
         top_p: of LaytonGen; 1 for all codes.
+        weights: of LaytonGen while it draws: bf16, or int8 on a CPU, to be quicker; by default as they are saved.
         seed: of the first image; the following images count up from it.
         batch_size: images drawn at once; the score does not depend on it.
         out: folder for the images in GenEval's layout; must be new or empty.
@@ -62,8 +64,8 @@ def evaluate_sceneval(
     require_least(1, {"per_task": per_task, "images_per_prompt": images_per_prompt, "batch_size": batch_size})
     require_least(0, {"seed": seed})
     if kind == "diffusion":
-        if any(value is not None for value in (tokenizer, decoder, temperature, top_k, top_p, allow)):
-            raise UsageError("tokenizer, decoder, temperature, top_k, top_p and allow need --kind laytongen")
+        if any(value is not None for value in (tokenizer, decoder, temperature, top_k, top_p, weights, allow)):
+            raise UsageError("tokenizer, decoder, temperature, top_k, top_p, weights and allow need --kind laytongen")
         evaluate_diffusion(
             pipeline=pipeline,
             prompts=prompts,
@@ -94,6 +96,7 @@ def evaluate_sceneval(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        weights=weights,
         device=device,
         allow=allow,
     )

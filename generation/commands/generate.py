@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from generation.commands.options import require_least, require_sampling
+from generation.commands.options import Weights, require_least, require_sampling
 from layton.commands.calling import progress
 from layton.commands.reports import write_json
 from layton.errors import UsageError
@@ -29,6 +29,7 @@ def generate(
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    weights: Weights | None = None,
     batch_size: int = 16,
     overwrite: bool = False,
     device: str | None = None,
@@ -52,6 +53,7 @@ def generate(
         temperature: 0 takes the likeliest code each time; the model's own by default.
         top_k: number of likeliest codes to draw among; 0 for all.
         top_p: share of the likeliest codes to draw among; 1 for all.
+        weights: of the model while it draws: bf16, or int8 on a CPU, to be quicker; by default as they are saved.
         batch_size: images drawn at once; memory does not grow with their number.
         overwrite: replace pictures of the same names; without it they are an error, before anything is drawn.
         device: where to run; the accelerator if there is one.
@@ -84,6 +86,7 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        weights=weights,
         device=device,
         allow=allow or (),
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from generation.commands.options import require_least, require_sampling
+from generation.commands.options import Weights, require_least, require_sampling
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,6 +46,7 @@ def load_drawer(
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    weights: Weights | None = None,
     device: str | None = None,
     allow: Sequence[str] | None = None,
 ) -> Drawer:
@@ -61,6 +62,7 @@ def load_drawer(
         temperature: Of LaytonGen.
         top_k: Of LaytonGen.
         top_p: Of LaytonGen.
+        weights: Of LaytonGen's transformer while it draws; as they are saved by default.
         device: Where to run.
         allow: Prefixes of class names of LaytonGen's parts that may be loaded beside this library's.
 
@@ -84,12 +86,13 @@ def load_drawer(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            weights=weights,
             device=device,
             allow=allow or (),
         )
         return Drawer(draw, draw.settings())
-    if any(value is not None for value in (tokenizer, decoder, temperature, top_k, top_p, allow)):
-        options = "tokenizer, decoder, temperature, top_k, top_p and allow"
+    if any(value is not None for value in (tokenizer, decoder, temperature, top_k, top_p, weights, allow)):
+        options = "tokenizer, decoder, temperature, top_k, top_p, weights and allow"
         raise UsageError(f"{options} are LaytonGen's, not a diffusion model's")
     from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS, TextToImage, find_pipeline
     from layton.ldm.cache import digest

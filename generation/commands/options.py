@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from generation.weight_types import Weights as Weights  # for the commands
 from layton.commands.options import require_least as require_least  # passed on
 from layton.commands.options import require_shares as require_shares
 from layton.errors import UsageError

@@ -55,6 +55,7 @@ class TextToImage:
         """
         if num_steps < 1 or not 0 <= guidance_scale < float("inf"):
             raise ValueError(f"need at least 1 step and a finite guidance >= 0, got {num_steps} and {guidance_scale}")
+        import torch
         from diffusers import DiffusionPipeline
         from diffusers.utils import logging as diffusers_logging
         from transformers.utils import logging as transformers_logging
@@ -68,7 +69,8 @@ class TextToImage:
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder} is no diffusers pipeline that can be loaded: {error}") from error
         pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline.to(choose_device(device)), num_steps, guidance_scale)
+        # transformers reads its encoders in the type that their folders name, diffusers its networks in float32
+        return cls(pipeline.to(choose_device(device), torch.float32), num_steps, guidance_scale)
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[NDArray[np.uint8]]:
         """One image for each prompt and seed, which depends on these two alone.

@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from generation.decoding import generate_codes
-from generation.quantization import Int8Linear, quantize_int8
+from generation.quantization import Int8Linear, quantize_int8, set_weights, weights_type
 from generation.sampling import SamplingOptions, seeded_generators
 from generation.shapes import Factors
 from generation.transformer import LaytonGenTransformer
@@ -100,3 +100,12 @@ def test_int8_models_are_not_saved_or_loaded_as_another_type(tmp_path: Path) -> 
         LaytonGenTransformer.from_pretrained(tmp_path / "int8")
     with pytest.raises(ValueError, match="bfloat16"):
         quantize_int8(tiny_model().to(torch.bfloat16))
+
+
+def test_weights_are_set_by_name() -> None:
+    assert weights_type(set_weights(tiny_model(), "bf16")) == "bfloat16"
+    assert weights_type(set_weights(tiny_model().bfloat16(), "fp32")) == "float32"
+    small = set_weights(tiny_model(), "int8")
+    assert weights_type(small) == "int8" and set_weights(small, "int8") is small
+    with pytest.raises(ValueError, match="bf16"):
+        set_weights(small, "bf16")

@@ -97,7 +97,11 @@ def test_tokenize_fit_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for path in files:
         with Image.open(path) as image:
             assert image.size == (SIZE, SIZE)
-    assert json.loads(figures.read_text())["settings"]["decoder"] == "light"
+    settings = json.loads(figures.read_text())["settings"]
+    assert (settings["decoder"], settings["weight_type"]) == ("light", "float32")
+    small = [*command[:5], str(tmp_path / "small"), "--weights", "int8", "--json", str(figures)]
+    assert main(small) == 0
+    assert json.loads(figures.read_text())["settings"]["weight_type"] == "int8"
     assert LaytonGenPipeline.from_pretrained(place).text_encoder.name == "small-16x1"
     assert main([*command, "--steps", "9", "--overwrite"]) == 1
     assert "was trained for 1 steps, not for 9" in capsys.readouterr().err

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from command_tools import Run, tree
+from transformers import CLIPTextModel
 
 from layton.commands.objects import compare, objects_kept
 from layton.data.sources import ScenesSource
@@ -109,6 +111,15 @@ def test_sceneval_of_a_pipeline(run: Run, pipeline: Path, tmp_path: Path) -> Non
     files = tree(tmp_path / "out5")
     assert "00005/samples/0001.png" in files
     assert files["00000/samples/0000.png"] != files["00000/samples/0001.png"]
+
+
+def test_sceneval_of_a_folder_with_a_text_encoder_in_half_precision(run: Run, pipeline: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(pipeline, half)
+    CLIPTextModel.from_pretrained(half / "text_encoder").half().save_pretrained(half / "text_encoder")
+    assert json.loads((half / "text_encoder" / "config.json").read_text())["dtype"] == "float16"
+    options = ["--per-task", 1, "--images-per-prompt", 1, "--steps", 1]
+    assert "overall" in run("evaluate", "sceneval", "--pipeline", half, *options)
 
 
 def test_sceneval_with_a_prompts_file_and_refusals(run: Run, fails: Run, both: Path, tmp_path: Path) -> None:
