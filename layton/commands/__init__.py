@@ -24,6 +24,9 @@ COMMANDS: dict[str, Command] = {
     "bench": Command("generation.commands.bench", "bench", "speeds of decoding and distillation, as ratios"),
     "convert": Command("layton.commands.convert", "convert", "a released checkpoint into a tokenizer folder"),
     "convert gpt": Command("generation.commands.convert", "convert_gpt", "a released GPT into a model folder"),
+    "convert lora": Command(
+        "layton.commands.convert", "convert_lora", "TLCM's released LoRAs into a distilled student"
+    ),
     "data check": Command("generation.commands.data", "check", "is every image of a dataset readable?"),
     "data verify": Command("generation.commands.data", "verify", "is a token dataset whole?"),
     "decode": Command("layton.commands.encode", "decode", "a file of codes to image files"),

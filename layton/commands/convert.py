@@ -97,6 +97,33 @@ def convert(
     return 0
 
 
+def convert_lora(adapter: Path, *, out: Path) -> int:
+    """Convert a released LoRA of TLCM, a folder of peft, into a distilled student for diffusers' pipelines.
+
+    `load_distilled(pipeline, OUT)` puts it into SDXL's or FLUX's pipeline with the steps that it was trained for;
+    `pipeline.load_lora_weights(OUT)` alone works too.
+
+    Args:
+        adapter: folder with adapter_config.json and the adapter's weights; nothing in it is executed.
+        out: folder to write; must not exist.
+    """
+    from layton.commands.staging import staged
+    from layton.convert import ConvertError
+    from layton.convert.tlcm import convert_tlcm
+
+    if out.exists():
+        raise UsageError(f"{out} exists already")
+    try:
+        with staged(out) as folder:
+            sampling = convert_tlcm(adapter, folder)
+    except ConvertError as error:
+        sys.stderr.write(_problems(error))
+        return 1
+    steps, guidance = sampling.step_counts, sampling.guidance or 1.0
+    sys.stdout.write(f"{out}: for {min(steps)} to {max(steps)} steps, guidance {guidance:g}\n")
+    return 0
+
+
 def convert_llamagen(checkpoint: Path, folder: Path, *, dtype: torch.dtype, image_size: int) -> list[str]:
     """Write a LlamaGen VQ checkpoint as a tokenizer folder with the decoder "vqgan"; returns lines to print.
 

@@ -12,8 +12,9 @@ import os
 import shutil
 import uuid
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from diffusers import (
@@ -135,13 +136,37 @@ def save_lora(network: Network, folder: str | Path, *, name: str = "default", dt
     """
     state = {key: value.detach().to("cpu", dtype).clone() for key, value in adapter_state_dict(network, name).items()}
     metadata = json.loads(json.dumps(network.peft_config[name].to_dict(), default=list))
-    part_name, mixin = next((part, mixin) for kind, part, mixin in _WRITERS if isinstance(network, kind))
+    part, mixin = next((part, mixin) for kind, part, mixin in _WRITERS if isinstance(network, kind))
+    _write_lora(state, metadata, Path(folder), part, mixin)
+
+
+def save_lora_tensors(
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    folder: str | Path,
+    *,
+    part: Literal["unet", "transformer"],
+) -> None:
+    """Write a LoRA of which only the tensors are at hand, as `save_lora` does.
+
+    Args:
+        tensors: By PEFT's names, which begin with the network's layers.
+        config: Of its ``LoraConfig``.
+        folder: Where to.
+        part: What it adapts in the pipeline.
+    """
+    metadata = json.loads(json.dumps(dict(config), default=list))
+    mixin = StableDiffusionLoraLoaderMixin if part == "unet" else FluxLoraLoaderMixin
+    _write_lora(dict(tensors), metadata, Path(folder), part, mixin)
+
+
+def _write_lora(state: dict[str, Tensor], metadata: dict[str, Any], folder: Path, name: str, mixin: Any) -> None:
+    layers: dict[str, Any] = {f"{name}_lora_layers": state, f"{name}_lora_adapter_metadata": metadata}
 
     def write(part: Path) -> None:
-        layers: dict[str, Any] = {f"{part_name}_lora_layers": state, f"{part_name}_lora_adapter_metadata": metadata}
         mixin.save_lora_weights(part.parent, weight_name=part.name, **layers)
 
-    write_atomically(Path(folder) / LORA_NAME, write)
+    write_atomically(folder / LORA_NAME, write)
 
 
 def save_network(network: Network, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
