@@ -13,7 +13,7 @@ from layton.errors import UsageError
 if TYPE_CHECKING:
     from layton.reproduce.claim import Context
 
-ClaimName = Literal["layton", "mlcm", "scott", "instaflow", "hipa", "laytongen"]
+ClaimName = Literal["layton", "mlcm", "scott", "instaflow", "hipa", "laytongen", "mlcm_ablation", "scott_ablation"]
 
 # By name only, and resolved when asked for: `layton` never imports `generation`.
 CLAIMS: dict[str, str] = {
@@ -23,6 +23,8 @@ CLAIMS: dict[str, str] = {
     "instaflow": "layton.reproduce.instaflow",
     "hipa": "layton.reproduce.hipa",
     "laytongen": "generation.reproduce",
+    "mlcm_ablation": "layton.reproduce.mlcm_ablation",
+    "scott_ablation": "layton.reproduce.scott_ablation",
 }
 
 
@@ -43,7 +45,8 @@ def reproduce(
     not hold is a result, not a failure: the exit status is 0.
 
     Args:
-        claim: layton, mlcm, scott, instaflow, hipa or laytongen.
+        claim: layton, mlcm, scott, instaflow, hipa or laytongen; mlcm_ablation and scott_ablation make the tables in
+            which every part of a method has its row, each row at the same budget.
         quick: under ten minutes on two cores, with small budgets and few images; not the figure of record.
         out: folder of runs and evaluations; runs/reproduce/CLAIM by default, or runs/reproduce/CLAIM-quick.
         pipeline: embedded model or folder of a diffusers text-to-image pipeline, the teacher.

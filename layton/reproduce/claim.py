@@ -120,6 +120,7 @@ class Stage:
     Attributes:
         name: Its folder below the arm's.
         config: Run file in the claim's folder of configs.
+        overlay: Another one there that is laid over it: its values win, its lists replace.
         share: Of the arm's budget.
         teacher: Stage of the same arm whose student is the teacher here; None is the claim's own teacher.
         phases: Step numbers that the budget decides.
@@ -130,6 +131,7 @@ class Stage:
 
     name: str
     config: str
+    overlay: str | None = None
     share: float = 1.0
     teacher: str | None = None
     phases: tuple[Phase, ...] = ()

@@ -46,6 +46,21 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a table that compares settings and has no floors.
+
+    Attributes:
+        name: The setting.
+        paper: The paper's figures for it, in words; empty where it has none.
+        ours: Our figures by name.
+    """
+
+    name: str
+    paper: str
+    ours: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """A measured claim.
 
@@ -57,7 +72,9 @@ class Outcome:
         arms: By arm how it was made and what it cost.
         figures: Everything that was measured, by arm.
         protocol: How.
-        missing: Floors that were not measured, each with the reason; the claim then does not hold in every part.
+        missing: Floors or rows that were not measured, each with the reason; the claim then does not hold in every
+            part.
+        rows: Of an ablation table, which has no floors.
     """
 
     claim: str
@@ -68,10 +85,11 @@ class Outcome:
     figures: Mapping[str, Any] = field(default_factory=dict)
     protocol: Mapping[str, Any] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
+    rows: tuple[Row, ...] = ()
 
     @property
     def met(self) -> bool:
-        """Whether every floor is reached."""
+        """Whether every floor is reached; a table without floors is whole."""
         return not self.missing and all(check.met for check in self.checks)
 
     def to_dict(self, context: Context) -> dict[str, Any]:
@@ -86,6 +104,7 @@ class Outcome:
             "label": QUICK_LABEL if context.quick else "full",
             "met": self.met,
             "checks": [check.to_dict() for check in self.checks],
+            "rows": [asdict(row) for row in self.rows],
             "not_measured": list(self.missing),
             "arms": dict(self.arms),
             "figures": dict(self.figures),
@@ -114,9 +133,13 @@ class Outcome:
                 f"    value  {check.value:.3f}{spread}, floor {check.direction} {check.limit:g}: "
                 f"{'met' if check.met else 'NOT MET'}",
             ]
+        for row in self.rows:
+            ours = ", ".join(f"{name} {value:.4g}" for name, value in row.ours.items())
+            lines.append(f"{row.name}: {ours}" + (f" (paper: {row.paper})" if row.paper else ""))
         lines += [f"{quantity}: not measured" for quantity in self.missing]
         for name, arm in self.arms.items():
             cost = arm.get("forwards")
             lines.append(f"{name}: {arm['role']}" + (f", {cost:,.0f} forward-equivalents" if cost else ", not trained"))
-        lines.append("the claim holds" if self.met else "the claim does not hold in every part")
+        if self.checks:
+            lines.append("the claim holds" if self.met else "the claim does not hold in every part")
         return "\n".join(lines) + "\n"

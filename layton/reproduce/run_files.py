@@ -13,14 +13,16 @@ from layton.folder import write_atomically
 SCENES_SOURCE = "layton.data.sources.ScenesSource"
 
 
-def read_run(path: Path, *, overlay: Path | None = None) -> dict[str, Any]:
-    """A run file, with another one laid over it: its values win, its lists replace.
+def read_run(path: Path, *overlays: Path | None) -> dict[str, Any]:
+    """A run file, with others laid over it one after another: their values win, their lists replace.
 
     Raises:
         ValueError: A file is missing or is no mapping.
     """
     run = _read(path)
-    return _merged(run, _read(overlay)) if overlay is not None else run
+    for overlay in overlays:
+        run = run if overlay is None else _merged(run, _read(overlay))
+    return run
 
 
 def assign(run: dict[str, Any], option: str, value: Any) -> None:

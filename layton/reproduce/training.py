@@ -108,7 +108,8 @@ def resolved_run(
     quick = context.configs.parent / QUICK_OVERLAY if context.quick else None
     # Caches are shared by all arms; pairs belong to the stage that pays for them.
     own = {"runs/cache": context.out / "cache", "runs/pairs": stage_folder(context, arm, stage) / "pairs"}
-    run: dict[str, Any] = moved(read_run(context.configs / stage.config, overlay=quick), {**places, **own})
+    change = None if stage.overlay is None else context.configs / stage.overlay
+    run: dict[str, Any] = moved(read_run(context.configs / stage.config, change, quick), {**places, **own})
     set_scene_size(run, image_size)
     budget = context.scale.budget * arm.budget * stage.share
     prepaid = 0.0

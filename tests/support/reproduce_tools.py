@@ -44,7 +44,10 @@ def tiny_configs(root: Path, claim: str, *, rank: int = 2, batch_size: int = 2, 
     (folder.parent / "quick.yaml").write_text(yaml.safe_dump(overlay))
     for path in folder.glob("*.yaml"):
         run = yaml.safe_load(path.read_text().replace("crop: 8", "crop: 4"))  # of four latents
-        if "model" in run:
+        if "model" in run and "data" not in run:  # laid over another
+            if run["model"]["init_args"].get("critic"):
+                run["model"]["init_args"]["critic"] |= {"lora": {"rank": rank}}
+        elif "model" in run:
             options = run["model"]["init_args"]
             if options.get("adapter"):
                 options["adapter"] |= {"rank": rank, "targets": ["to_q", "to_v"]}

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
-from reproduce_tools import save_teacher, save_tokenizer, tiny_configs
+from reproduce_tools import CONFIGS, save_teacher, save_tokenizer, tiny_configs
 
 from layton.cli import main
+from layton.reproduce import mlcm_ablation, scott_ablation
 from layton.reproduce.budget import IMAGES
 from layton.reproduce.evaluation import Evaluator
 from layton.reproduce.report import QUICK_LABEL
@@ -70,6 +71,29 @@ def test_mlcm_against_lcm_and_again_after_an_interruption(
     (folder / "scale.yaml").write_text(yaml.safe_dump(scale))
     with pytest.raises(ValueError, match="another configs, scale"):
         reproduce("mlcm", teacher)
+
+
+def test_an_ablation_table_has_a_row_for_every_part(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_configs(tmp_path, "scott_ablation", budget=30, seeds=[0])
+    monkeypatch.setattr(scott_ablation, "SETTINGS", [s for s in scott_ablation.SETTINGS if s.name in ("ode", "eta")])
+    assert reproduce("scott_ablation", teacher, "--json=result.json") == 0
+    result = json.loads(Path("result.json").read_text())
+    assert [set(row["ours"]) for row in result["rows"]] == 2 * [{"SceneEval", "FD-effnet", "coverage"}]
+    assert result["rows"][0]["ours"]["FD-effnet"] == result["figures"]["ode-2"]["fd_effnet"] > 0
+    solvers = [yaml.safe_load(Path(f"out/arms/{name}/train/run.yaml").read_text()) for name in ("ode", "eta")]
+    solvers = [run["model"]["init_args"]["method"]["init_args"]["solver"] for run in solvers]
+    assert solvers == [{"kind": "ddim"}, {"kind": "ddim", "eta": 0.2}]
+    assert "an ODE solver in place of the SDE: SceneEval" in capsys.readouterr().out
+
+
+def test_rows_whose_networks_are_not_there_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needing = {setting.name: setting for setting in mlcm_ablation.SETTINGS if setting.needs}
+    assert set(needing) == {"perceptual", "preference"} and all(setting.missing for setting in needing.values())
+    (tmp_path / needing["preference"].needs).mkdir(parents=True)
+    assert not needing["preference"].missing
+    assert all((CONFIGS.parent / setting.made_by).is_file() for setting in needing.values())
 
 
 def test_what_is_missing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

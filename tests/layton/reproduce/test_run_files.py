@@ -11,7 +11,7 @@ import yaml
 
 from layton.cli import main
 from layton.commands.reproduce import CLAIMS, find_claim_configs
-from layton.reproduce import hipa, instaflow, layton_claim, mlcm, scott
+from layton.reproduce import hipa, instaflow, layton_claim, mlcm, mlcm_ablation, scott, scott_ablation
 from layton.reproduce.claim import SCALE_FILE, Arm, Context, Pairs, Phase, Scale, Stage
 from layton.reproduce.run_files import assign, read_run, set_scene_size
 from layton.reproduce.training import TEACHER_PLACE, resolved_run
@@ -24,6 +24,8 @@ ARMS = {
     "instaflow": instaflow.CLAIM.arms,
     "hipa": hipa.CLAIM.arms,
     "layton": (layton_claim.METHOD, layton_claim.BASELINE),
+    "mlcm_ablation": tuple(setting.arm(4) for setting in mlcm_ablation.SETTINGS if not setting.needs),
+    "scott_ablation": tuple(setting.arm(2) for setting in scott_ablation.SETTINGS),
 }
 STAGES = [(claim, arm, stage) for claim, arms in ARMS.items() for arm in arms for stage in arm.stages]
 
@@ -62,6 +64,9 @@ def test_arms_of_a_claim_differ_in_what_they_claim_only(claim: str) -> None:
     assert {run["seed_everything"] for run in files} == {0}
     assert {run["model"]["class_path"] for run in files} == {files[0]["model"]["class_path"]}
     roles = [arm.role for arm in ARMS[claim]]
+    if claim.endswith("_ablation"):
+        assert set(roles) == {"method"}
+        return
     assert roles.count("method") == 1 and "baseline" in roles
     if claim in ("mlcm", "scott"):
         parts = [{k: v for k, v in run["model"]["init_args"].items() if "critic" not in k} for run in files]
