@@ -48,7 +48,7 @@ def distill(method: str, folder: Path, *more: str, steps: int = 2) -> int:
     if method in ("lcm", "scott"):
         data += [f"--data.init_args.{role}={json.dumps(scenes(role, 6))}" for role in ("train", "validation")]
         data += ["--data.init_args.cache=cache"]
-    elif data and method == "mlcm":
+    elif data:
         data += ["--trainer.limit_val_batches=1", "--data.init_args.eval_batch_size=3"]
     options = [
         "--trainer.accelerator=cpu",
