@@ -129,6 +129,35 @@ def load_dists(sources: ExternalSources) -> PairMeasure:
     return _OneByOne(metric, lambda images: (images + 1) / 2)
 
 
+def lpips_network(sources: ExternalSources) -> nn.Module:
+    """LPIPS with gradients: two batches (B, 3, H, W) in [-1, 1] to distances (B, 1, 1, 1), for losses.
+
+    Raises:
+        AbsentError: The backbone's weights are not on disk.
+    """
+    _checkpoint(sources, _BACKBONES[sources.lpips_net])
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    with _hub_dir(sources):
+        metric = LearnedPerceptualImagePatchSimilarity(net_type=sources.lpips_net, normalize=False)
+    network: nn.Module = metric.net
+    return network
+
+
+def dists_network(sources: ExternalSources) -> nn.Module:
+    """DISTS with gradients on request: two batches (B, 3, H, W) in [0, 1] to distances (B,), for losses.
+
+    Raises:
+        AbsentError: The backbone's weights are not on disk.
+    """
+    _checkpoint(sources, _BACKBONES["vgg"])
+    from torchmetrics.functional.image.dists import DISTSNetwork
+
+    with _hub_dir(sources):
+        network: nn.Module = DISTSNetwork()
+    return network
+
+
 def load_inception_fid(sources: ExternalSources) -> Callable[[], FrechetInceptionDistance]:
     """FID (arXiv 1706.08500) with torch-fidelity's Inception through torchmetrics; takes uint8 images (B, 3, H, W).
 
