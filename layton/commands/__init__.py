@@ -21,6 +21,7 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
+    "app": Command("generation.commands.app", "app", "a local web page: pictures to tokens and back, and from text"),
     "bench": Command("generation.commands.bench", "bench", "speeds of decoding and distillation, as ratios"),
     "convert": Command("layton.commands.convert", "convert", "a released checkpoint into a tokenizer folder"),
     "convert gpt": Command("generation.commands.convert", "convert_gpt", "a released GPT into a model folder"),

@@ -61,6 +61,7 @@ class TextToImage:
         from transformers.utils import logging as transformers_logging
 
         from layton.devices import choose_device
+        from layton.ldm.teacher import set_dtype
 
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
@@ -69,8 +70,8 @@ class TextToImage:
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder} is no diffusers pipeline that can be loaded: {error}") from error
         pipeline.set_progress_bar_config(disable=True)
-        # transformers reads its encoders in the type that their folders name, diffusers its networks in float32
-        return cls(pipeline.to(choose_device(device), torch.float32), num_steps, guidance_scale)
+        set_dtype(pipeline, torch.float32)
+        return cls(pipeline.to(choose_device(device)), num_steps, guidance_scale)
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[NDArray[np.uint8]]:
         """One image for each prompt and seed, which depends on these two alone.

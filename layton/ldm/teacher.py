@@ -73,7 +73,8 @@ def _load(kind: type[DiffusionPipeline], root: Path, left_out: dict[str, Any], d
     try:
         pipe: DiffusionPipeline = kind.from_pretrained(
             str(root), local_files_only=True, use_safetensors=True, **left_out
-        ).to(dtype)  # not as an argument: its name differs between the versions of diffusers
+        )
+        set_dtype(pipe, dtype)
     except OSError as error:  # what diffusers and transformers raise for a missing or unreadable part
         raise ValueError(f"{root}: a part of the pipeline cannot be read ({' '.join(str(error).split())})") from error
     finally:
@@ -81,6 +82,17 @@ def _load(kind: type[DiffusionPipeline], root: Path, left_out: dict[str, Any], d
             diffusers_logging.enable_progress_bar()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def set_dtype(pipe: DiffusionPipeline, dtype: torch.dtype) -> None:
+    """Bring all weights of a pipeline into one type.
+
+    Not an argument of ``from_pretrained``: its name differs between the versions of diffusers; and without it
+    transformers reads its encoders in the type that their folders name, diffusers its networks in float32.
+    """
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module) and part.dtype != dtype:
+            part.to(dtype)
 
 
 def find_teacher(folder: str | Path) -> Path:

@@ -1,0 +1,49 @@
+"""What `layton app` offers, and that the page holds it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from command_tools import Run
+from PIL import Image
+
+from generation.commands.app import DIFFUSION, Studio, build_page
+
+
+def test_pictures_come_back_in_their_own_size_with_figures(both: Path, photos: Path) -> None:
+    studio = Studio.load(str(both))
+    source = next(path for path in sorted(photos.rglob("*")) if path.is_file())
+    picture, figures = studio.reconstruct(str(source), "light")
+    with Image.open(source) as original:
+        assert picture.size == original.size
+    assert figures.startswith(f"{studio.tokenizer.num_tokens} tokens, ") and " dB, SSIM" in figures
+    again, _ = studio.reconstruct(str(source), "light")
+    assert again.tobytes() == picture.tobytes()
+    two, _ = studio.reconstruct(str(source), "diffusion", 2)
+    assert two.size == picture.size and two.tobytes() != picture.tobytes()
+
+
+def test_text_is_drawn_by_what_lies_beside_the_tokenizer(both: Path, tokenizer: Path) -> None:
+    studio = Studio.load(str(both))
+    assert list(studio.painters) == [DIFFUSION]
+    assert studio.draw("a red star", DIFFUSION, 3).tobytes() == studio.draw("a red star", DIFFUSION, 3).tobytes()
+    alone = Studio.load(str(tokenizer))
+    assert not alone.painters
+    with pytest.raises(ValueError, match="draws nothing here"):
+        alone.draw("a red star", DIFFUSION)
+
+
+def test_the_page_has_a_tab_for_each(both: Path, tokenizer: Path) -> None:
+    pytest.importorskip("gradio", reason="the extra 'app' is not installed")
+
+    def labels(studio: Studio) -> set[str]:
+        return {str(block.get("props", {}).get("label")) for block in build_page(studio).config["components"]}
+
+    assert {"Reconstruct", "Draw from text", "decoder", "prompt"} <= labels(Studio.load(str(both)))
+    assert "prompt" not in labels(Studio.load(str(tokenizer)))
+
+
+def test_without_gradio_it_says_what_to_install(fails: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("generation.commands.app.find_spec", lambda name: None)
+    assert "layton[app]" in fails("app", status=2)
