@@ -46,6 +46,8 @@ class PixelSupervision(nn.Module):
         perceptual_weight: Its weight.
         l1_weight: Weight of the mean absolute error.
         l2_weight: Weight of the mean squared error.
+        latent_weight: Weight of the mean squared error of the latents, everywhere and not in the square alone. With no
+            other weight nothing is decoded, which on a CPU is most of the work.
 
     Raises:
         ValueError: If there are no steps, or all weights are zero.
@@ -61,6 +63,7 @@ class PixelSupervision(nn.Module):
         perceptual_weight: float = 0.1,
         l1_weight: float = 1.0,
         l2_weight: float = 1.0,
+        latent_weight: float = 0.0,
     ) -> None:
         super().__init__()
         if not steps or min(steps) < 1:
@@ -71,6 +74,9 @@ class PixelSupervision(nn.Module):
         self.weights = {"pixel_l1": l1_weight, "pixel_l2": l2_weight}
         if perceptual is not None:
             self.weights["perceptual"] = perceptual_weight
+        self._decodes = any(self.weights.values())
+        if latent_weight:
+            self.weights["latent_l2"] = latent_weight
         if not any(self.weights.values()):
             raise ValueError("all weights of the pixel supervision are zero")
 
@@ -95,10 +101,15 @@ class PixelSupervision(nn.Module):
         steps = self.steps[int(torch.randint(len(self.steps), (), generator=generator, device=generator.device))]
         x_T = gaussian_like(example.latents, generator)
         latents = last_step_sample(denoiser, x_T, times[steps], example.condition, generator=generator)
+        terms: dict[str, Tensor] = {}
+        if self.weights.get("latent_l2"):
+            terms["latent_l2"] = (latents - example.latents).square().mean()
+        if not self._decodes:
+            return terms
         crop = None
         if self.crop is not None:
             crop = LatentCrop.draw((latents.shape[-2], latents.shape[-1]), self.crop, generator)
-        return self.compare(autoencoder, latents, example, crop=crop)
+        return terms | self.compare(autoencoder, latents, example, crop=crop)
 
     def compare(
         self, autoencoder: Autoencoder, latents: Tensor, example: PixelExample, *, crop: LatentCrop | None
