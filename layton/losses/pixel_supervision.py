@@ -75,9 +75,11 @@ class PixelSupervision(nn.Module):
         if perceptual is not None:
             self.weights["perceptual"] = perceptual_weight
         self._decodes = any(self.weights.values())
+        if not self._decodes:
+            self.weights = {}
         if latent_weight:
             self.weights["latent_l2"] = latent_weight
-        if not any(self.weights.values()):
+        if not self.weights:
             raise ValueError("all weights of the pixel supervision are zero")
 
     def forward(
