@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from diffusers import ModelMixin as ModelMixin  # pipelines that hold the class below look for it in this module
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -49,7 +50,8 @@ class StackedUNet2DConditionModel(UNet2DConditionModel):
 
     def forward(self, sample: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """As ``UNet2DConditionModel.forward``; what is given beside the sample goes to both halves."""
-        features = self.first(sample, *args, return_dict=False, **kwargs)[0]
+        own = {name: list(value) if isinstance(value, list) else value for name, value in kwargs.items()}
+        features = self.first(sample, *args, return_dict=False, **own)[0]  # diffusers empties lists of residuals
         return super().forward(features, *args, return_dict=return_dict, **kwargs)
 
 

@@ -5,6 +5,7 @@ Decoding reads every weight once for each code and does little with it, so that 
 
 from __future__ import annotations
 
+import platform
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -85,8 +86,8 @@ class Int8Linear(nn.Module):
 
 
 def weight_max() -> float:
-    """Largest 8-bit weight whose products this CPU sums exactly."""
-    return INT8_MAX if torch.cpu._is_vnni_supported() else _INT7_MAX
+    """Largest 8-bit weight whose products this CPU is known to sum exactly."""
+    return INT8_MAX if torch.cpu._is_vnni_supported() or platform.machine() in ("aarch64", "arm64") else _INT7_MAX
 
 
 def quantize_int8(model: LaytonGenTransformer) -> LaytonGenTransformer:

@@ -99,6 +99,11 @@ class LatentPerceptualDistance(nn.Module):
         self.l2_weight = l2_weight
         self._net = [net.eval().requires_grad_(False)]  # in a list: neither trained, saved nor counted
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """What is evaluated, for those who count operations."""
+        return list(self._net)
+
     def forward(self, latents: Tensor, targets: Tensor) -> Tensor:
         """Distance () between two batches (B, C, h, w); gradients flow into the first, none into the second."""
         net = self._net[0].to(latents.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.condition import Condition
 from distill.method import DistillBatch, Networks
@@ -63,6 +63,12 @@ class PreferenceTerm(ExtraTerm):
     def attach(self, scorer: Scorer) -> None:
         """Take the scorer, where it can be made only later."""
         self._scorer = [scorer]
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The scorer's networks, as far as they are its attributes, for those who count operations."""
+        held = [value for scorer in self._scorer for value in vars(scorer).values()]
+        return [value for value in (*self._scorer, *held) if isinstance(value, nn.Module)]
 
     def student_loss(
         self, output: StudentOutput, networks: Networks, batch: DistillBatch, *, step: int, generator: torch.Generator

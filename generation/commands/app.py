@@ -88,28 +88,32 @@ class Studio:
         """With all its decoders."""
         return self.one.tokenizer
 
-    def reconstruct(self, path: str, decoder: str, steps: int = 0, seed: int = 0) -> tuple[Image.Image, str]:
+    def reconstruct(
+        self, path: str | None, decoder: str, steps: int = 0, seed: int | None = 0
+    ) -> tuple[Image.Image, str]:
         """A picture through its tokens and back, in its own size, and figures in words.
 
         Args:
-            path: An image file.
+            path: An image file; None is the empty field of a page.
             decoder: Name of the code decoder.
             steps: Its network evaluations; 0 for its own number.
-            seed: Of its noise.
+            seed: Of its noise; None, an empty field, is 0.
 
         Raises:
-            ValueError: The image is refused or unreadable, or the decoder refuses the steps.
+            ValueError: There is no image, it is refused or unreadable, or the decoder refuses the steps.
         """
         from layton.commands.images import FittedImages, ImageFiles
         from layton.commands.measures import in_words
 
+        if path is None:
+            raise ValueError("choose a picture first")
         fitted = FittedImages(
             ImageFiles([Path(path)]), self.tokenizer.image_size, policy="pad", max_bad=0, keep_original=True
         )
-        result = replace(self.one, decoder=decoder, num_steps=steps or None, seed=seed)(list(fitted))[0]
+        result = replace(self.one, decoder=decoder, num_steps=steps or None, seed=seed or 0)(list(fitted))[0]
         return result.picture, f"{self.tokenizer.num_tokens} tokens, {in_words(result.figures)}"
 
-    def draw(self, prompt: str, painter: str, seed: int = 0) -> Image.Image:
+    def draw(self, prompt: str, painter: str, seed: int | None = 0) -> Image.Image:
         """A picture from text; the same prompt and seed give the same picture.
 
         Raises:
@@ -119,7 +123,7 @@ class Studio:
 
         if painter not in self.painters:
             raise ValueError(f"{painter!r} draws nothing here; there are {', '.join(self.painters) or 'none'}")
-        return Image.fromarray(self.painters[painter]([prompt], [seed])[0])
+        return Image.fromarray(self.painters[painter]([prompt], [seed or 0])[0])
 
 
 def build_page(studio: Studio) -> Any:
@@ -138,12 +142,12 @@ def build_page(studio: Studio) -> Any:
         return call
 
     decoders = sorted(studio.tokenizer.decoders)
-    with gradio.Blocks(title="layton") as page:
+    with gradio.Blocks(title="layton", analytics_enabled=False) as page:
         gradio.Markdown(f"# layton\n`{studio.name}`: a picture is {studio.tokenizer.num_tokens} tokens.")
         with gradio.Tab("Reconstruct"):
             with gradio.Row():
                 given = gradio.Image(type="filepath", label="picture")
-                made = gradio.Image(type="pil", label="from its tokens")
+                made = gradio.Image(type="pil", format="png", label="from its tokens")
             decoder = gradio.Dropdown(decoders, value=studio.tokenizer.default_decoder, label="decoder")
             steps = gradio.Slider(0, 50, value=0, step=1, label="steps (0: the decoder's own number)")
             noise = gradio.Number(0, precision=0, minimum=0, label="seed")
@@ -155,7 +159,7 @@ def build_page(studio: Studio) -> Any:
                 prompt = gradio.Textbox("a red star", label="prompt")
                 painter = gradio.Dropdown(list(studio.painters), value=next(iter(studio.painters)), label="model")
                 seed = gradio.Number(0, precision=0, minimum=0, label="seed")
-                drawn = gradio.Image(type="pil", label="picture")
+                drawn = gradio.Image(type="pil", format="png", label="picture")
                 paint = gradio.Button("Draw", variant="primary")
                 paint.click(told(studio.draw), [prompt, painter, seed], drawn)
     return page

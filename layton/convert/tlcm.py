@@ -24,10 +24,21 @@ from layton.distillation.distilled import save_lora_tensors, save_sampling
 
 FLUX_GUIDANCE = 7.0  # the README's
 FLUX_SHIFT = math.exp(1.15)  # FLUX dev's for 1024 pixels; its pipeline shifts its even times so
+_UNET_TOP = ("conv_in.", "conv_out.", "time_embedding.", "add_embedding.")
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
 _READ = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
-_NOT_READ = ("use_dora", "fan_in_fan_out", "modules_to_save", "layers_to_transform", "lora_bias")
+_NOT_READ = (
+    "use_dora", "fan_in_fan_out", "modules_to_save", "layers_to_transform", "lora_bias", "exclude_modules",
+    "target_parameters",
+)  # fmt: skip
+_CHANGE_THE_BASE = (
+    "pissa",
+    "olora",
+    "loftq",
+    "corda",
+    "eva",
+)  # as ways to initialise: the rest of the weights moves too
 
 Part = Literal["unet", "transformer"]
 
@@ -48,11 +59,24 @@ def convert_tlcm(source: Path, folder: Path) -> FewStepSampling:
     """
     config = read_config(source)
     tensors = read_adapter(source)
-    part: Part = "unet" if any("down_blocks" in name for name in tensors) else "transformer"
+    part = part_of(tensors, source)
     sampling = flux_sampling() if part == "transformer" else unet_sampling()
     save_lora_tensors(tensors, config.to_dict(), folder, part=part)
     save_sampling(sampling, folder)
     return sampling
+
+
+def part_of(tensors: Mapping[str, Tensor], source: Path) -> Part:
+    """What the layers' names are of: a UNet or FLUX's transformer.
+
+    Raises:
+        ConvertError: Neither.
+    """
+    if all(name.startswith(("down_blocks.", "mid_block.", "up_blocks.", *_UNET_TOP)) for name in tensors):
+        return "unet"
+    if any(name.startswith("single_transformer_blocks.") for name in tensors):
+        return "transformer"
+    raise ConvertError(source, [f"neither a UNet's layers nor FLUX's, for instance {next(iter(tensors))}"])
 
 
 def read_config(source: Path) -> LoraConfig:
@@ -73,6 +97,9 @@ def read_config(source: Path) -> LoraConfig:
     asked = [f"{name} = {values[name]!r} is not supported" for name in _NOT_READ if values.get(name)]
     if values.get("bias", "none") != "none":
         asked.append(f"bias = {values['bias']!r} is not supported")
+    way = str(values.get("init_lora_weights", True)).lower()
+    if way.startswith(_CHANGE_THE_BASE):
+        asked.append(f"init_lora_weights = {way!r} changes the base model's weights too")
     missing = [f"no {name}" for name in ("r", "target_modules") if not values.get(name)]
     if asked or missing:
         raise ConvertError(path, [*asked, *missing])

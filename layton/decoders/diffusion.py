@@ -36,7 +36,8 @@ class DiffusionDecoder(LatentDecoder):
             ``s u / (1 + (s - 1) u)`` (arXiv 2403.03206, 5.3.2), as are the times that stage 1 trains at.
 
     Raises:
-        ValueError: ``temperature`` is negative or not finite, or ``time_shift`` is not above 0.
+        ValueError: ``temperature`` is negative or not finite, ``time_shift`` is below 1, or not 1 on a flow, whose
+            schedule has a shift of its own.
     """
 
     __module__ = "layton.decoders"  # what files say
@@ -54,8 +55,10 @@ class DiffusionDecoder(LatentDecoder):
         super().__init__(network, autoencoder, latents_per_token=latents_per_token)
         if not 0.0 <= temperature < float("inf"):
             raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
-        if not 0.0 < time_shift < float("inf"):
-            raise ValueError(f"time_shift must be finite and > 0, got {time_shift}")
+        if not 1.0 <= time_shift < float("inf"):
+            raise ValueError(f"time_shift must be finite and >= 1, got {time_shift}")
+        if time_shift != 1.0 and isinstance(network.schedule, FlowSchedule):
+            raise ValueError("a flow has a shift of its own: time_shift must be 1")
         self.temperature, self.time_shift = temperature, time_shift
 
     def sample(self, x_T: Tensor, embeddings: Tensor, *, num_steps: int, generator: Generators) -> Tensor:
@@ -67,7 +70,7 @@ class DiffusionDecoder(LatentDecoder):
     def times(self, num_steps: int) -> Tensor:
         """Times of the evaluations (N,) float64, noisiest first; those of a shift need not be whole."""
         times = timesteps(self.network.schedule, num_steps, "trailing")
-        if self.time_shift == 1.0 or isinstance(self.network.schedule, FlowSchedule):
+        if self.time_shift == 1.0:
             return times
         total = self.network.schedule.num_train_timesteps
         share = (times + 1.0) / total

@@ -19,7 +19,6 @@ from typing import Any, Literal, TypeAlias
 import torch
 from diffusers import (
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -44,7 +43,7 @@ from distill.few_step import FewStepSampling
 from distill.models import FlowTransformerDenoiser, UNetDenoiser
 from distill.stacked import StackedUNet2DConditionModel
 from layton.control import base_state_dict
-from layton.distillation.few_step_schedulers import few_step_scheduler
+from layton.distillation.few_step_schedulers import FlowMatchUNetScheduler, few_step_scheduler
 from layton.folder import CONFIG_NAME, load_tensors, save_config, save_tensors, write_atomically
 
 FEW_STEP_NAME = "few_step.json"
@@ -213,15 +212,15 @@ def student_pipeline(teacher: Path, export: Path, folder: Path) -> Path:
 
 
 def _be_flow(folder: Path) -> None:
-    """Give a pipeline folder the plain flow scheduler, if it has none with a shift of its own."""
+    """Give a pipeline folder a flow scheduler, if it has none with a shift of its own."""
     index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
     if "FlowMatch" in str(index["scheduler"]):
         return
-    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler = FlowMatchUNetScheduler()
     for file in (folder / "scheduler").iterdir():
         file.unlink()  # a link to the teacher's
     scheduler.save_pretrained(folder / "scheduler")
-    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    index["scheduler"] = [type(scheduler).__module__, type(scheduler).__name__]
     (folder / _INDEX).unlink()
     (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -261,7 +260,9 @@ def load_distilled(
     elif (root / CONFIG_NAME).is_file() and (root / NETWORK_NAME).is_file():
         old = getattr(pipeline, part)
         named = json.loads((root / CONFIG_NAME).read_text(encoding="utf-8")).get("_class_name")
-        kind = StackedUNet2DConditionModel if named == StackedUNet2DConditionModel.__name__ else type(old)
+        kind: Any = type(old)
+        for other in (StackedUNet2DConditionModel, UNet2DConditionModel):
+            kind = other if named == other.__name__ else kind
         network = kind.from_pretrained(root, local_files_only=True, torch_dtype=old.dtype)
         pipeline.register_modules(**{part: network.to(old.device)})
     else:

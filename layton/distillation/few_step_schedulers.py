@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, LCMScheduler, TCDScheduler
+from diffusers import SchedulerMixin as SchedulerMixin  # pipelines with a class of this module look for it here
 from diffusers.schedulers.scheduling_tcd import TCDSchedulerOutput
 
 from distill.few_step import FewStepSampling
@@ -98,6 +99,33 @@ class FewStepDDIMScheduler(_TrainedTimes, TCDScheduler):
             }[kind]()
             found = TCDSchedulerOutput(prev_sample=clean, pred_noised_sample=clean)
         return found if return_dict else (found.prev_sample, found.pred_noised_sample)
+
+
+class FlowMatchUNetScheduler(FlowMatchEulerDiscreteScheduler):
+    """diffusers' own, with what Stable Diffusion's pipelines ask of a scheduler beside: for UNets that became flows.
+
+    Attributes:
+        init_noise_sigma: What those pipelines multiply their noise by.
+    """
+
+    init_noise_sigma = 1.0
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | None = None) -> torch.Tensor:
+        """The sample itself: flow networks see states as they are."""
+        return sample
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
+        """Even steps from pure noise, ``1 - i / N``, as InstaFlow takes them, where nothing else is asked for."""
+        if sigmas is None and timesteps is None and num_inference_steps is not None:
+            sigmas = [1.0 - i / num_inference_steps for i in range(num_inference_steps)]
+        super().set_timesteps(device=device, sigmas=sigmas, mu=mu, timesteps=timesteps)
 
 
 class _TrainedFlowTimes:

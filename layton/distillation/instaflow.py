@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 import torch
-from diffusers import ControlNetModel, StableDiffusionPipeline
+from diffusers import ControlNetModel, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -79,15 +79,21 @@ class InstaFlowPipeline:
     Args:
         pipe: Its parts; only tokenizer, text encoder, U-Net and VAE are used, no safety checker.
         controlnet: A ControlNet for Stable Diffusion 1.5, used when a call is given a control picture.
-        toward_image: Sign of the U-Net's output: ``dZ/ds`` in the released models.
+        toward_image: Sign of the U-Net's output: ``dZ/ds`` in the released models, ``eps - x_0`` in those that
+            `layton distill reflow` makes. None tells them apart by the scheduler: only the latter have a flow's.
     """
 
     def __init__(
-        self, pipe: StableDiffusionPipeline, *, controlnet: ControlNetModel | None = None, toward_image: bool = True
+        self,
+        pipe: StableDiffusionPipeline,
+        *,
+        controlnet: ControlNetModel | None = None,
+        toward_image: bool | None = None,
     ) -> None:
         self.pipe = pipe
         self.controlnet = controlnet
-        self.toward_image = toward_image
+        ours = isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
+        self.toward_image = toward_image if toward_image is not None else not ours
 
     @classmethod
     def from_pretrained(
@@ -96,7 +102,7 @@ class InstaFlowPipeline:
         *,
         controlnet: str | Path | None = None,
         dtype: torch.dtype = torch.float32,
-        toward_image: bool = True,
+        toward_image: bool | None = None,
     ) -> InstaFlowPipeline:
         """Read a local pipeline folder, and a ControlNet's.
 

@@ -16,7 +16,7 @@ from layton.devices import choose_device
 from layton.distillation.pair_files import require_same
 from layton.distillation.pairs import PairPlan, PairSource, captions_digest, generate_pairs
 from layton.ldm.cache import digest
-from layton.ldm.conditions import PromptEncoder, latent_shape_of
+from layton.ldm.conditions import NETWORK_GUIDANCE, PromptEncoder, latent_shape_of
 from layton.ldm.teacher import open_pipeline
 
 _NETWORKS = ("unet", "transformer")
@@ -37,6 +37,7 @@ class TeacherPairs(SampleSource):
         part_size: Pairs in a file.
         batch_size: Pairs made at once.
         latent_size: h = w; by default what the pipeline makes by default.
+        network_guidance: What a network with guidance for an input is told (FLUX dev); of no effect on others.
         device: Where the teacher runs while pairs are made; the accelerator if there is one. Of several ranks each
             would make them: make them first, with ``layton pairs``.
 
@@ -56,6 +57,7 @@ class TeacherPairs(SampleSource):
         part_size: int = 1024,
         batch_size: int = 32,
         latent_size: int | None = None,
+        network_guidance: float = NETWORK_GUIDANCE,
         device: str | None = None,
     ) -> None:
         count = len(prompts) if num_pairs is None else num_pairs
@@ -65,6 +67,7 @@ class TeacherPairs(SampleSource):
             folder,
             lambda shape: PairPlan(count, shape, solver, seed, part_size, batch_size),
             latent_size=latent_size,
+            network_guidance=network_guidance,
             device=device,
         )
 
@@ -84,6 +87,7 @@ def open_or_make(
     plan_of: Callable[[tuple[int, int, int]], PairPlan],
     *,
     latent_size: int | None = None,
+    network_guidance: float = NETWORK_GUIDANCE,
     device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PairSource:
@@ -95,6 +99,7 @@ def open_or_make(
         folder: Of the pairs.
         plan_of: The plan for a latent shape (C, h, w).
         latent_size: h = w; by default the pipeline's.
+        network_guidance: See `TeacherPairs`.
         device: Where the teacher runs; the accelerator if there is one.
         progress: See `layton.distillation.pairs.generate_pairs`.
 
@@ -105,12 +110,14 @@ def open_or_make(
     shape = latent_shape_of(pipe, latent_size)
     plan = plan_of(shape)
     teacher_id = teacher_digest(Path(pipeline) if Path(pipeline).is_dir() else resolve(pipeline, part="ldm"))
+    encoder = PromptEncoder(pipe, latent_size=shape[1:], guidance_scale=network_guidance)
+    if encoder.has_guidance and network_guidance != NETWORK_GUIDANCE:
+        teacher_id += f"-told-{network_guidance:g}"
     if (Path(folder) / "cache.json").is_file():
         source = PairSource(folder)
         wanted = plan.fingerprint(teacher=teacher_id, captions=captions_digest(prompts, plan))
         require_same(Path(folder), source.cache.fingerprint, wanted)
         return source
-    encoder = PromptEncoder(pipe, latent_size=shape[1:])
     place = choose_device(device)
     teacher = denoiser_from_pipeline(pipe).eval().to(place)
     null = encoder.null(device=place) if plan.solver.is_guided else None

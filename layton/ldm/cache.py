@@ -69,6 +69,7 @@ class CachedLatents(SampleSource):
         }
         if images == "stored":
             fingerprint["images"] = True
+        fingerprint |= _precision_of(Path(folder))
         self._cache = CachedTensors.open_or_build(
             lambda: _batches(source, count, batch_size),
             _Encode(autoencoder, tokenizer, keep_images=images == "stored"),
@@ -97,6 +98,15 @@ class CachedLatents(SampleSource):
         elif self._images == "stored":
             sample["image"] = sample["image"].float() / 127.5 - 1.0
         return sample
+
+
+def _precision_of(folder: Path) -> dict[str, str]:
+    """The number format that an older cache says it was encoded in: no difference between caches."""
+    manifest = folder / "cache.json"
+    if not manifest.is_file():
+        return {}
+    stored = json.loads(manifest.read_text(encoding="utf-8")).get("fingerprint", {})
+    return {"precision": str(stored["precision"])} if "precision" in stored else {}
 
 
 class _Encode:

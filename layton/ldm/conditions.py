@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from distill.condition import Condition
 
+NETWORK_GUIDANCE = 3.5  # what FLUX dev is told by default
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
@@ -41,7 +43,7 @@ class PromptEncoder:
         pipe: DiffusionPipeline,
         *,
         latent_size: tuple[int, int],
-        guidance_scale: float = 3.5,
+        guidance_scale: float = NETWORK_GUIDANCE,
         max_length: int | None = None,
     ) -> None:
         known = (StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline, FluxPipeline)
@@ -59,6 +61,20 @@ class PromptEncoder:
     def has_guidance(self) -> bool:
         """Whether conditions hold ``guidance_scale``: the network takes guidance as an input (FLUX dev)."""
         return isinstance(self.pipe, FluxPipeline) and bool(self.pipe.transformer.config.guidance_embeds)
+
+    def told(self, condition: Condition) -> Condition:
+        """A condition (B, ...) with this encoder's guidance scale for the network's input.
+
+        Raises:
+            ValueError: It holds no text.
+        """
+        embeds = condition.embeds
+        if embeds is None:
+            raise ValueError("the condition holds no text")
+        return replace(condition, guidance=self._scales(len(embeds), embeds.device))
+
+    def _scales(self, count: int, device: torch.device | str) -> Tensor:
+        return torch.full((count,), self.guidance_scale, device=device)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], *, device: torch.device | str = "cpu") -> Condition:
@@ -108,9 +124,7 @@ class PromptEncoder:
 
     def _flux(self, prompts: list[str], device: torch.device) -> Condition:
         embeds, pooled, _ = self.pipe.encode_prompt(prompts, None, device=device, **self._lengths)
-        scale = None
-        if self.has_guidance:
-            scale = torch.full((len(prompts),), self.guidance_scale, device=device)
+        scale = self._scales(len(prompts), device) if self.has_guidance else None
         return Condition(embeds=embeds, pooled=pooled, guidance=scale)
 
     def _time_ids(self, embeds: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ PIPELINES: tuple[type[DiffusionPipeline], ...] = (
 )
 INDEX = "model_index.json"
 _LIBRARIES = ("diffusers", "transformers")
+_OURS = ("layton.distillation.few_step_schedulers", "distill.stacked")  # what distilled students bring
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # judges and inputs that training has no use for
 
 
@@ -54,7 +55,7 @@ def open_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> 
     if not isinstance(name, str) or name not in classes:
         raise ValueError(f"{root} holds a {name!r}; it must be one of {', '.join(classes)}")
     parts = {key: value for key, value in index.items() if isinstance(value, list) and key not in _UNUSED}
-    foreign = {key: value for key, value in parts.items() if value[0] not in (*_LIBRARIES, None)}
+    foreign = {key: value for key, value in parts.items() if value[0] not in (*_LIBRARIES, *_OURS, None)}
     if foreign:
         raise ValueError(f"{root}: parts from other libraries than {' and '.join(_LIBRARIES)}: {foreign}")
     left_out: dict[str, Any] = {key: None for key in _UNUSED if key in index}

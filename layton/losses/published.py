@@ -65,10 +65,11 @@ class PublishedPerceptualLoss(nn.Module):
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """Mean distance () between two batches (B, 3, H, W) in [-1, 1]; gradients flow into the first."""
         net = self._net[0].to(images.device)
-        if self.measure == "own":
-            distance: Tensor = net(images, targets)
-            return distance
-        if self.measure == "lpips":
-            return torch.as_tensor(net(images, targets)).mean()
-        found: Tensor = net((images + 1.0) / 2.0, (targets + 1.0) / 2.0, require_grad=True)
+        # in float32: DISTS takes differences of nearly equal means
+        with torch.autocast(images.device.type, enabled=False):
+            a, b = images.float(), targets.float()
+            if self.measure == "dists":
+                found: Tensor = net((a + 1.0) / 2.0, (b + 1.0) / 2.0, require_grad=True)
+            else:
+                found = torch.as_tensor(net(a, b))
         return found.mean()

@@ -23,7 +23,7 @@ class Setting:
         paper: The paper's figures for it, in words.
         phases: Step numbers that the budget decides.
         needs: Folder of a network that its run file names, trained beforehand; empty for none.
-        made_by: The run file that trains it.
+        made_by: The run file that trains it, and its data.
     """
 
     name: str

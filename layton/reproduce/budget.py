@@ -19,6 +19,8 @@ from distill.budget import BACKWARD, Budget, Handle, count_flops
 from distill.denoiser import Denoiser
 from distill.methods.discriminator import Discriminator
 from distill.methods.image_space import Frozen
+from distill.methods.latent_perceptual import LatentPerceptualDistance
+from distill.methods.preference import PreferenceTerm
 from layton.folder import write_atomically
 from layton.losses.pixel_supervision import PixelSupervision
 
@@ -180,6 +182,11 @@ def image_parts(task: nn.Module) -> list[nn.Module]:
     held = [module.module for module in task.modules() if isinstance(module, Frozen)]
     supervised = [module.perceptual for module in task.modules() if isinstance(module, PixelSupervision)]
     roots: list[nn.Module] = [*held, *(part for part in supervised if part is not None)]
+    # out of reach of modules(): kept in lists, so that they are in no checkpoint
+    roots += [
+        net for module in task.modules() if isinstance(module, LatentPerceptualDistance) for net in module.networks
+    ]
+    roots += [net for module in task.modules() if isinstance(module, PreferenceTerm) for net in module.networks]
     roots += getattr(task, "_autoencoder", [])
     roots += [head for module in task.modules() if isinstance(module, Discriminator) for head in module.heads]
     parts: dict[int, nn.Module] = {}

@@ -36,7 +36,7 @@ from distill.schedules import NoiseSchedule
 from distill.stacked import StackedUNet2DConditionModel, stack
 from layton.distillation.distilled import network_of, save_distilled, student_pipeline
 from layton.ldm.autoencoder import Autoencoder
-from layton.ldm.conditions import PromptEncoder, latent_shape_of
+from layton.ldm.conditions import NETWORK_GUIDANCE, PromptEncoder, latent_shape_of
 from layton.ldm.prompt_cache import condition_of_batch
 from layton.ldm.teacher import find_teacher, open_pipeline
 from layton.ldm.unet import use_fast_attention
@@ -107,7 +107,7 @@ class DistillTask(LaytonTask):
         adapter_share: float | None = None,
         critic: CriticSettings | None = None,
         negative_prompt: str | None = None,
-        network_guidance: float = 3.5,
+        network_guidance: float = NETWORK_GUIDANCE,
         latent_size: int | None = None,
         gradient_clip: float = 1.0,
         gradient_checkpointing: bool | Literal["cheap"] = False,
@@ -287,6 +287,8 @@ class DistillTask(LaytonTask):
             condition = condition_of_batch(batch)
             if condition is None:
                 condition = self.prompts(batch["caption"], device=self.device)
+            elif self.prompts.has_guidance:  # of a cache, whatever it was made with
+                condition = self.prompts.told(condition)
             if self._null is None or self._null.embeds is None or self._null.embeds.device != self.device:
                 # Kept for training, which cannot differentiate what is made in validation's inference mode.
                 with torch.inference_mode(False), torch.no_grad():

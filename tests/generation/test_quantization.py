@@ -10,6 +10,7 @@ from tiny_transformers import CODES, TOKENS, captions, codes, tiny_model
 from torch import nn
 from torch.testing import assert_close
 
+from generation import quantization
 from generation.decoding import generate_codes
 from generation.quantization import Int8Linear, quantize_int8, set_weights, weights_type
 from generation.sampling import SamplingOptions, seeded_generators
@@ -109,3 +110,20 @@ def test_weights_are_set_by_name() -> None:
     assert weights_type(small) == "int8" and set_weights(small, "int8") is small
     with pytest.raises(ValueError, match="bf16"):
         set_weights(small, "bf16")
+
+
+def test_weights_of_8_bits_are_brought_to_7_where_products_would_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(64, 48, bias=False), torch.ones(1, 64)  # the largest inputs there are
+    with torch.no_grad():
+        linear.weight.copy_(linear.weight.abs() + 0.5)  # all of one sign: nothing hides a clipped sum
+    monkeypatch.setattr(quantization, "weight_max", lambda: 127.0)
+    stored = Int8Linear(linear).state_dict()
+    assert stored["weight"].max() == 127
+    monkeypatch.setattr(quantization, "weight_max", lambda: 63.0)
+    loaded = Int8Linear(nn.Linear(64, 48, bias=False, device="meta"))
+    loaded.load_state_dict(stored)
+    made = Int8Linear(linear)
+    assert made.state_dict()["weight"].max() == 63 and loaded.state_dict()["weight"].max() <= 64
+    for layer in (loaded, made):
+        assert_close(layer(x), linear(x).detach(), rtol=0.01, atol=0.0)

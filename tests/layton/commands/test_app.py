@@ -20,6 +20,8 @@ def test_pictures_come_back_in_their_own_size_with_figures(both: Path, photos: P
     assert figures.startswith(f"{studio.tokenizer.num_tokens} tokens, ") and " dB, SSIM" in figures
     again, _ = studio.reconstruct(str(source), "light")
     assert again.tobytes() == picture.tobytes()
+    with pytest.raises(ValueError, match="choose a picture"):
+        studio.reconstruct(None, "light")
     two, _ = studio.reconstruct(str(source), "diffusion", 2)
     assert two.size == picture.size and two.tobytes() != picture.tobytes()
 

@@ -118,7 +118,9 @@ def test_a_flow_on_its_own_clock_and_its_stacked_one_step_student(tmp_path: Path
     own_clock = [f"{method}reading=reinterpret", f"{method}toward_image=false", f"{method}step_counts=[1,2]"]
     assert distill("reflow", folder, *pairs, *own_clock, "--run_dir=reflow") == 0
     flow = tmp_path / "reflow" / "export" / "pipeline"
-    released = InstaFlowPipeline.from_pretrained(flow, toward_image=False)
+    released = InstaFlowPipeline.from_pretrained(flow)
+    plain = DiffusionPipeline.from_pretrained(flow)  # diffusers alone draws from the folder, too
+    assert_same_pictures(plain, FewStepSampling(((1000.0, 500.0),), prediction="flow"), 2, released)
     assert denoiser_from_pipeline(released.pipe).prediction_type == "flow"
     pipe = DiffusionPipeline.from_pretrained(folder)
     assert_same_pictures(pipe, load_distilled(pipe, tmp_path / "reflow" / "export"), 2, released)
@@ -129,6 +131,8 @@ def test_a_flow_on_its_own_clock_and_its_stacked_one_step_student(tmp_path: Path
     assert isinstance(released.pipe.unet, StackedUNet2DConditionModel)
     assert sampling.times == ((1000.0,),)
     assert_same_pictures(released.pipe, sampling, 1, released)
+    released.pipe.save_pretrained(tmp_path / "whole")
+    assert_same_pictures(DiffusionPipeline.from_pretrained(tmp_path / "whole"), sampling, 1, released)
     task = load_task(checkpoint(tmp_path / "one", 2))
     assert isinstance(task, DistillTask)
     # 2 steps of 2 pairs, forward and backward through both halves

@@ -9,6 +9,7 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from distill.adapters import FLOW_LORA_TARGETS, TLCM_LORA_TARGETS
@@ -77,7 +78,13 @@ def test_what_is_no_plain_lora_is_refused(tmp_path: Path, capsys: pytest.Capture
     kept = json.loads(config.read_text())
     config.write_text(json.dumps(kept | {"use_dora": True}))
     assert "use_dora" in refused()
+    config.write_text(json.dumps(kept | {"init_lora_weights": "pissa_niter_4"}))
+    assert "base model" in refused()
     config.write_text(json.dumps(kept))
+    other = {"base_model.model.model.layers.0.q_proj.lora_A.weight": torch.zeros(4, 8)}
+    other["base_model.model.model.layers.0.q_proj.lora_B.weight"] = torch.zeros(8, 4)
+    save_file(other, folder / "adapter_model.safetensors")
+    assert "neither a UNet's layers nor FLUX's" in refused()
     (folder / "adapter_model.safetensors").write_bytes(b"broken")
     assert "safetensors" in refused()
     (folder / "adapter_model.safetensors").unlink()

@@ -93,7 +93,26 @@ def test_rows_whose_networks_are_not_there_are_told(tmp_path: Path, monkeypatch:
     assert set(needing) == {"perceptual", "preference"} and all(setting.missing for setting in needing.values())
     (tmp_path / needing["preference"].needs).mkdir(parents=True)
     assert not needing["preference"].missing
-    assert all((CONFIGS.parent / setting.made_by).is_file() for setting in needing.values())
+    for setting in needing.values():
+        run, option, data = setting.made_by.split()
+        assert option == "--data" and all((CONFIGS.parent / path).is_file() for path in (run, data))
+
+
+def test_terms_of_the_second_stage_begin_with_it_and_missing_rows_are_told(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_configs(tmp_path, "mlcm_ablation", budget=110, seeds=[0])
+    kept = [setting for setting in mlcm_ablation.SETTINGS if setting.name in ("perceptual", "matching")]
+    monkeypatch.setattr(mlcm_ablation, "SETTINGS", kept)
+    assert reproduce("mlcm_ablation", teacher, "--json=result.json") == 0
+    result = json.loads(Path("result.json").read_text())
+    assert [row["name"] for row in result["rows"]] == [kept[1].title]
+    assert "no runs/latent_perceptual/export: layton fit" in result["not_measured"][0]
+    method = yaml.safe_load(Path("out/arms/matching/train/run.yaml").read_text())["model"]["init_args"]["method"]
+    start = method["init_args"]["refinement"]["start"]
+    assert method["init_args"]["extras"][0]["init_args"]["start"] == start == 2
+    # the budget lasts into the second stage
+    assert result["arms"]["matching"]["stages"]["train"]["steps"] > start
 
 
 def test_what_is_missing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
