@@ -136,3 +136,13 @@ def test_bad_folders_are_refused_before_anything_is_loaded(tmp_path: Path) -> No
     weights.rename(weights.with_suffix(".bin"))  # never a fall-back to pickles
     with pytest.raises(ValueError, match="cannot be read"):
         open_pipeline(tmp_path)
+
+
+def test_cached_conditions_are_told_the_guidance_of_the_run_and_not_of_the_cache() -> None:
+    pipe = tiny.build("flux")
+    cached = PromptEncoder(pipe, latent_size=(8, 8))(["a star", "a ring"])
+    run = PromptEncoder(pipe, latent_size=(8, 8), guidance_scale=7.0)
+    assert run.has_guidance and cached.guidance is not None and cached.guidance.tolist() == [3.5, 3.5]
+    told = run.told(cached)
+    assert told.guidance is not None and told.guidance.tolist() == [7.0, 7.0]
+    assert told.embeds is cached.embeds and not PromptEncoder(tiny.build("sd"), latent_size=(8, 8)).has_guidance
