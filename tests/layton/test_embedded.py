@@ -33,7 +33,10 @@ def test_everything_shipped_fits_the_budget() -> None:
     assert sum(sizes) <= 64e6 and max(sizes) <= 40e6
 
 
-@pytest.mark.parametrize(("decoder", "steps", "decibels"), [("light", None, 5.0), ("consistency", 3, 2.0)])
+@pytest.mark.parametrize(
+    ("decoder", "steps", "decibels"),
+    [("light", None, 5.0), ("consistency", 1, 3.0), ("consistency", 3, 2.0), ("hipa", 1, 2.0), ("instaflow", 1, 2.0)],
+)
 def test_tokens_keep_more_than_the_mean_of_each_cell(
     mini: LaytonTokenizer, images: torch.Tensor, decoder: str, steps: int | None, decibels: float
 ) -> None:
@@ -45,7 +48,8 @@ def test_tokens_keep_more_than_the_mean_of_each_cell(
 
 
 def test_the_default_decoder_is_the_distilled_one(mini: LaytonTokenizer) -> None:
-    assert mini.default_decoder == "consistency" and {"light", "diffusion"} <= set(mini.decoders)
+    assert mini.default_decoder == "consistency"
+    assert set(mini.decoders) == {"light", "diffusion", "consistency", "instaflow", "hipa"}
 
 
 def test_plain_diffusers_draws_with_the_text_to_image_model() -> None:
