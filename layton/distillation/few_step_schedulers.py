@@ -101,11 +101,11 @@ class FewStepDDIMScheduler(_TrainedTimes, TCDScheduler):
         return found if return_dict else (found.prev_sample, found.pred_noised_sample)
 
 
-class FlowMatchUNetScheduler(FlowMatchEulerDiscreteScheduler):
-    """diffusers' own, with what Stable Diffusion's pipelines ask of a scheduler beside: for UNets that became flows.
+class _ForUNets:
+    """What Stable Diffusion's pipelines, made for other schedulers, ask of a flow's; goes before diffusers' class.
 
     Attributes:
-        init_noise_sigma: What those pipelines multiply their noise by.
+        init_noise_sigma: What they multiply their noise by.
     """
 
     init_noise_sigma = 1.0
@@ -113,6 +113,10 @@ class FlowMatchUNetScheduler(FlowMatchEulerDiscreteScheduler):
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | None = None) -> torch.Tensor:
         """The sample itself: flow networks see states as they are."""
         return sample
+
+
+class FlowMatchUNetScheduler(_ForUNets, FlowMatchEulerDiscreteScheduler):
+    """For UNets that became flows: diffusers' own with InstaFlow's times."""
 
     def set_timesteps(
         self,
@@ -128,19 +132,10 @@ class FlowMatchUNetScheduler(FlowMatchEulerDiscreteScheduler):
         super().set_timesteps(device=device, sigmas=sigmas, mu=mu, timesteps=timesteps)
 
 
-class _TrainedFlowTimes:
-    """For schedulers of flow networks; goes before diffusers' class.
-
-    Attributes:
-        init_noise_sigma: What Stable Diffusion's pipelines, made for other schedulers, multiply their noise by.
-    """
+class _TrainedFlowTimes(_ForUNets):
+    """For schedulers of flow networks; goes before diffusers' class."""
 
     config: Any
-    init_noise_sigma = 1.0
-
-    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | None = None) -> torch.Tensor:
-        """The sample itself: flow networks see states as they are."""
-        return sample
 
     def set_timesteps(
         self,
