@@ -233,7 +233,7 @@ class LaytonGenTask(LaytonTask):
             raise ValueError(f"the checkpoint was trained with another tokenizer ({differs})")
 
     def _hidden(self, codes: Tensor, batch: dict[str, Any], dropped: Tensor) -> Tensor:
-        text = self.text_of(batch)
+        text = _without_common_padding(self.text_of(batch))
         untold = torch.tensor([not caption for caption in batch["caption"]])
         condition = self.transformer.drop_condition(text.features, (dropped | untold).to(codes.device))
         return self.transformer.hidden(codes, condition, text.mask, positions=batch.get("positions"))
@@ -255,6 +255,12 @@ class LaytonGenTask(LaytonTask):
         vocabulary = transformer.vocabulary
         if isinstance(vocabulary, FactoredVocabulary) and vocabulary.factors.code_dim:
             transformer.set_codebook(self._tokenizer[0].quantizer.codebook)
+
+
+def _without_common_padding(text: TextFeatures) -> TextFeatures:
+    """Features from the longest caption's first token on; what stands before is padding of all and changes nothing."""
+    longest = max(1, int(text.mask.sum(1).max()))
+    return TextFeatures(text.features[:, -longest:], text.mask[:, -longest:], text.cut)
 
 
 def _with_quickest_decoder(name: str) -> LaytonTokenizer:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from distill.denoiser import Condition, GuidedDenoiser
@@ -27,7 +26,8 @@ from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
 class TextToImageTask(LaytonTask):
     """Latent diffusion with caption dropout (arXiv 2112.10752, eq. 3; arXiv 2207.12598 for the dropout).
 
-    Batches hold ``latent`` (B, C, h, w), scaled, and ``caption`` (`layton.ldm.cache.CachedLatents`).
+    Batches hold ``latent`` (B, C, h, w), scaled, and ``caption`` (`layton.ldm.cache.CachedLatents`), and optionally
+    ``weight`` (B, 1, h, w) of the squared errors in training (`layton.data.windows.ObjectWeights`).
 
     Args:
         autoencoder: Folder of the AutoencoderKL that made the latents; it goes into the exported pipeline.
@@ -38,6 +38,7 @@ class TextToImageTask(LaytonTask):
         text_depth: Its layers.
         caption_dropout: Share of captions replaced by the empty one.
         time_shift: Of the times trained at, see `draw`; 1 spreads them evenly.
+        logit_normal: Mean and spread of the times trained at, see `draw`; instead of ``time_shift``.
         optimizer: Makes the optimizer.
         lr_scheduler: Makes the learning-rate schedule.
         preview_steps: Sampling steps of the pictures made while training.
@@ -57,6 +58,7 @@ class TextToImageTask(LaytonTask):
         text_depth: int = 3,
         caption_dropout: float = 0.1,
         time_shift: float = 1.0,
+        logit_normal: tuple[float, float] | None = None,
         preview_steps: int = 20,
         preview_guidance: float = 3.0,
     ) -> None:
@@ -65,6 +67,8 @@ class TextToImageTask(LaytonTask):
             raise ValueError(f"caption_dropout must be in [0, 1), got {caption_dropout}")
         if time_shift <= 0:
             raise ValueError(f"time_shift must be above 0, got {time_shift}")
+        if logit_normal is not None and (logit_normal[1] <= 0 or time_shift != 1):
+            raise ValueError(f"logit_normal needs a spread above 0 and no time_shift, got {logit_normal}, {time_shift}")
         self._autoencoder = [Autoencoder.from_pretrained(autoencoder).eval()]  # in a list: no part of this model
         if pretrained is not None:
             pipeline = open_pipeline(pretrained)
@@ -81,7 +85,7 @@ class TextToImageTask(LaytonTask):
             )
         config = dict(build_scheduler().config)
         self.denoiser = UNetDenoiser(unet, schedule_from_config(config), prediction_type_from_config(config))
-        self.caption_dropout, self.time_shift = caption_dropout, time_shift
+        self.caption_dropout, self.time_shift, self.logit_normal = caption_dropout, time_shift, logit_normal
         self.preview_steps, self.preview_guidance = preview_steps, preview_guidance
 
     def setup(self, stage: str) -> None:
@@ -93,17 +97,19 @@ class TextToImageTask(LaytonTask):
         generator = self.step_generator("diffusion", device="cpu")
         dropped = torch.rand(len(batch["caption"]), generator=generator) < self.caption_dropout
         captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), batch["caption"], strict=True)]
-        return self._loss(batch["latent"].float(), captions, generator)
+        return self._loss(batch["latent"].float(), captions, generator, weight=batch.get("weight"))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss at times and noises that depend on the batch's position only, ()."""
         return self._loss(batch["latent"].float(), batch["caption"], torch.Generator().manual_seed(batch_idx))
 
-    def _loss(self, x_0: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
-        t, eps = draw(x_0, generator, shift=self.time_shift)
+    def _loss(
+        self, x_0: Tensor, captions: list[str], generator: torch.Generator, *, weight: Tensor | None = None
+    ) -> Tensor:
+        t, eps = draw(x_0, generator, shift=self.time_shift, logit_normal=self.logit_normal)
         condition = Condition(embeds=self.text(captions))
         prediction = self.denoiser(self.denoiser.schedule.add_noise(x_0, eps, t), t, condition)
-        loss = F.mse_loss(prediction.float(), self.denoiser.target(x_0, eps, t).float())
+        loss = weighted_mse(prediction, self.denoiser.target(x_0, eps, t), weight)
         return self.log_losses({"diffusion": loss}, batch_size=len(x_0))
 
     @torch.no_grad()
@@ -139,8 +145,19 @@ class TextToImageTask(LaytonTask):
         )
 
 
+def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean squared error, (), of (B, C, h, w); with ``weight`` (B, 1, h, w) of mean 1, by place."""
+    errors = (prediction.float() - target.float()).square()
+    return (errors if weight is None else errors * weight).mean()
+
+
 def draw(
-    x_0: Tensor, generator: torch.Generator, *, shift: float = 1.0, num_train_timesteps: int = 1000
+    x_0: Tensor,
+    generator: torch.Generator,
+    *,
+    shift: float = 1.0,
+    logit_normal: tuple[float, float] | None = None,
+    num_train_timesteps: int = 1000,
 ) -> tuple[Tensor, Tensor]:
     """Times (B,), stratified over the schedule, and noise like ``x_0`` (B, C, h, w).
 
@@ -150,10 +167,15 @@ def draw(
         shift: Above 1, more of the times are noisy ones: ``u -> shift u / (1 + (shift - 1) u)`` of even ``u``
             (arXiv 2403.03206, eq. 23). Where latents say things several times over, as those of many channels do,
             what a picture shows is settled at times that an even spread seldom draws.
+        logit_normal: Mean and spread of ``logit(t / 1000)``, normally distributed (arXiv 2403.03206, eq. 19); the
+            shift then moves the mean by its logarithm. None spreads the times evenly.
         num_train_timesteps: Times of the schedule.
     """
     batch = len(x_0)
     u = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
+    if logit_normal is not None:
+        mean, spread = logit_normal
+        u = torch.sigmoid(mean + spread * torch.special.ndtri(u.double().clamp(1e-6, 1 - 1e-6))).float()
     u = shift * u / (1 + (shift - 1) * u)
     t = (u * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
     eps = torch.randn(x_0.shape, generator=generator)

@@ -107,6 +107,18 @@ def test_an_empty_caption_is_no_caption(place: Path) -> None:
     torch.testing.assert_close(untold, null)
 
 
+def test_padding_that_all_captions_have_is_not_computed_and_changes_nothing(place: Path) -> None:
+    task, batch = task_of(place).eval(), batch_of(place)
+    text = task.text_of(batch)
+    assert not bool(text.mask[:, 0].any())  # there is such padding here
+    whole = task.transformer.hidden(batch["codes"], text.features, text.mask)
+    torch.testing.assert_close(task._hidden(batch["codes"], batch, torch.zeros(8, dtype=torch.bool)), whole)
+    seen: list[int] = []
+    task.transformer.prefix.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+    task._hidden(batch["codes"], batch, torch.zeros(8, dtype=torch.bool))
+    assert seen == [int(text.mask.sum(1).max())] and seen[0] < text.mask.shape[1]
+
+
 def test_dropout_is_the_same_after_a_resume_and_changes_what_is_fed(place: Path) -> None:
     options: dict[str, Any] = {"caption_dropout": 0.5, "code_dropout": 0.5}
     first, second = task_of(place, **options), task_of(place, **options)
