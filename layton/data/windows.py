@@ -1,4 +1,4 @@
-"""Training that looks at objects: windows of the grid that show one each, and weights for the cells they cover."""
+"""Samples cut down to windows of their grid that show one object each: shapes and words are learnt before layout is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from layton.data.randomness import mix
 from layton.data.sources import SampleSource, say
 from layton.scenes import sample_scene
-from layton.scenes.windows import ObjectWindow, object_cells, object_windows
+from layton.scenes.windows import ObjectWindow, object_windows
 
 _SCENES = "scenes/"
 _MAX_SCENES = 64  # looked at for one sample; nearly every scene has a window
@@ -77,41 +77,3 @@ class ObjectWindows(SampleSource):
             places = torch.arange(self.grid**2).view(self.grid, self.grid)[rows, columns].flatten()
             found |= {"codes": sample["codes"][places], "positions": places}
         return found
-
-
-class ObjectWeights(SampleSource):
-    """Latents of scenes with a ``weight`` (1, h, w), mean 1, that is larger in the cells that objects touch.
-
-    A weighted squared error has the same minimum as an even one; what changes is what a small network spends itself on.
-
-    Args:
-        source: Latents (`layton.ldm.cache.CachedLatents`) of scenes.
-        weight: Of an object's cell, relative to one of the background.
-
-    Raises:
-        ValueError: The weight is not above 0, or samples have no latents or are not of scenes.
-    """
-
-    def __init__(self, source: SampleSource, *, weight: float = 4.0) -> None:
-        if not 0 < weight < math.inf:
-            raise ValueError(f"weight must be above 0, got {weight}")
-        self._source, self.weight = source, weight
-        first = source.sample(0, seed=0)
-        if not str(first["key"]).startswith(_SCENES) or "latent" not in first:
-            raise ValueError(f"weights are for latents of scenes, got {first['key']!r} with {sorted(first)}")
-
-    def inner(self) -> tuple[SampleSource, ...]:
-        """What is weighted."""
-        return (self._source,)
-
-    def __len__(self) -> int:
-        """As many as the source has."""
-        return len(self._source)
-
-    def sample(self, index: int, *, seed: int) -> dict[str, Any]:
-        """The source's sample with its weights; see `SampleSource.sample`."""
-        sample = self._source.sample(index, seed=seed)
-        scene = sample_scene(int(str(sample["key"]).removeprefix(_SCENES)))
-        touched = torch.tensor(object_cells(scene, grid=int(sample["latent"].shape[-1])))
-        weight = torch.where(touched, self.weight, 1.0)[None]
-        return {**sample, "weight": weight / weight.mean()}

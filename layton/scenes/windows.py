@@ -1,4 +1,4 @@
-"""Where a scene's objects are on a grid: windows that show one whole object and no part of another, and cells."""
+"""Windows of a scene's grid that show one whole object and no part of another."""
 
 from __future__ import annotations
 
@@ -52,17 +52,6 @@ def object_windows(scene: Scene, *, grid: int, side: int) -> list[ObjectWindow]:
             if not any(_touches(box, top, left, side) for box in others)
         ]
     return found
-
-
-def object_cells(scene: Scene, *, grid: int) -> list[list[bool]]:
-    """Which of ``grid`` x ``grid`` cells an object's circle touches, row by row."""
-
-    def near(row: int, column: int, item: SceneObject) -> bool:
-        dx = item.cx * grid - min(max(item.cx * grid, column), column + 1)
-        dy = item.cy * grid - min(max(item.cy * grid, row), row + 1)
-        return math.hypot(dx, dy) < item.diameter / 2 * grid
-
-    return [[any(near(row, column, item) for item in scene.objects) for column in range(grid)] for row in range(grid)]
 
 
 def _box(item: SceneObject, grid: int) -> tuple[float, float, float, float]:

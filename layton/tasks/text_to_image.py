@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from distill.denoiser import Condition, GuidedDenoiser
@@ -26,8 +27,7 @@ from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
 class TextToImageTask(LaytonTask):
     """Latent diffusion with caption dropout (arXiv 2112.10752, eq. 3; arXiv 2207.12598 for the dropout).
 
-    Batches hold ``latent`` (B, C, h, w), scaled, and ``caption`` (`layton.ldm.cache.CachedLatents`), and optionally
-    ``weight`` (B, 1, h, w) of the squared errors in training (`layton.data.windows.ObjectWeights`).
+    Batches hold ``latent`` (B, C, h, w), scaled, and ``caption`` (`layton.ldm.cache.CachedLatents`).
 
     Args:
         autoencoder: Folder of the AutoencoderKL that made the latents; it goes into the exported pipeline.
@@ -97,19 +97,17 @@ class TextToImageTask(LaytonTask):
         generator = self.step_generator("diffusion", device="cpu")
         dropped = torch.rand(len(batch["caption"]), generator=generator) < self.caption_dropout
         captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), batch["caption"], strict=True)]
-        return self._loss(batch["latent"].float(), captions, generator, weight=batch.get("weight"))
+        return self._loss(batch["latent"].float(), captions, generator)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss at times and noises that depend on the batch's position only, ()."""
         return self._loss(batch["latent"].float(), batch["caption"], torch.Generator().manual_seed(batch_idx))
 
-    def _loss(
-        self, x_0: Tensor, captions: list[str], generator: torch.Generator, *, weight: Tensor | None = None
-    ) -> Tensor:
+    def _loss(self, x_0: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
         t, eps = draw(x_0, generator, shift=self.time_shift, logit_normal=self.logit_normal)
         condition = Condition(embeds=self.text(captions))
         prediction = self.denoiser(self.denoiser.schedule.add_noise(x_0, eps, t), t, condition)
-        loss = weighted_mse(prediction, self.denoiser.target(x_0, eps, t), weight)
+        loss = F.mse_loss(prediction.float(), self.denoiser.target(x_0, eps, t).float())
         return self.log_losses({"diffusion": loss}, batch_size=len(x_0))
 
     @torch.no_grad()
@@ -143,12 +141,6 @@ class TextToImageTask(LaytonTask):
             tokenizer=self.text.tokenizer,
             unet=self.denoiser.unet,
         )
-
-
-def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean squared error, (), of (B, C, h, w); with ``weight`` (B, 1, h, w) of mean 1, by place."""
-    errors = (prediction.float() - target.float()).square()
-    return (errors if weight is None else errors * weight).mean()
 
 
 def draw(

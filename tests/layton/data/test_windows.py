@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layton.data.windows import ObjectWeights, ObjectWindows
+from layton.data.windows import ObjectWindows
 from layton.scenes import render, sample_scene
 from layton.scenes.splits import is_unseen_caption
 from layton.scenes.windows import object_windows
@@ -97,25 +97,3 @@ def test_wrong_latents_are_refused():
         ObjectWindows(Latents(grid=4), side=8)
     with pytest.raises(ValueError, match="photos-0001"):
         ObjectWindows(Latents(key="photos-0001"), side=4)
-
-
-def test_cells_of_objects_weigh_more():
-    source = ObjectWeights(Latents(), weight=3.0)
-    for index in range(20):
-        sample = source.sample(index, seed=0)
-        scene = sample_scene(int(sample["key"].split("/")[1]))
-        empty = render(scene.__class__(scene.task, (), scene.background, scene.seed), 256).astype(int)
-        painted = torch.from_numpy(abs(render(scene, 256).astype(int) - empty).sum(-1) > 60)
-        cells = painted.view(GRID, 16, GRID, 16).any(3).any(1)
-        weight = sample["weight"]
-        assert weight.shape == (1, GRID, GRID) and weight.mean() == pytest.approx(1)
-        assert (weight[0][cells] == weight.max()).all()  # wherever there is paint
-        assert weight.max() == pytest.approx(3 * weight.min()) and (weight == weight.min()).float().mean() > 0.2
-        assert sample["caption"] == "several things"
-
-
-def test_wrong_weights_are_refused():
-    with pytest.raises(ValueError, match="weight must be above 0, got 0"):
-        ObjectWeights(Latents(), weight=0.0)
-    with pytest.raises(ValueError, match="photos-0001"):
-        ObjectWeights(Latents(key="photos-0001"))

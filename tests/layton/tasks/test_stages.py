@@ -19,7 +19,7 @@ from layton.ldm.cache import load_code_parts
 from layton.pixel_decoder import PixelDecoder
 from layton.quantizer import CosineVQ
 from layton.tasks.decoder import DecoderTask
-from layton.tasks.text_to_image import TextToImageTask, draw, weighted_mse
+from layton.tasks.text_to_image import TextToImageTask, draw
 from layton.tasks.tokenizer import TokenizerTask
 
 STEPS = 2
@@ -240,9 +240,6 @@ def test_text_to_image_run_then_stage_1_on_its_export(tmp_path: Path) -> None:
     optimizer = run["model"]["init_args"]["optimizer"]
     further = {"autoencoder": "ae/export", "pretrained": str(ldm), "logit_normal": [0.8, 0.9], "preview_steps": 2}
     run["model"]["init_args"] = {**further, "optimizer": optimizer}
-    (latents,) = run["data"]["init_args"]["train"]
-    weighted = {"class_path": "layton.data.windows.ObjectWeights", "init_args": {"source": latents, "weight": 4.0}}
-    run["data"]["init_args"]["train"] = [weighted]
     after = fit(tmp_path, "t2i_on", run)
     weights = [load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in (ldm, after)]
     assert {k: v.shape for k, v in weights[0].items()} == {k: v.shape for k, v in weights[1].items()}
@@ -295,13 +292,6 @@ def test_times_can_be_logit_normal() -> None:
     assert float(logits.mean()) == pytest.approx(0.8, abs=0.02) and float(logits.std()) == pytest.approx(0.9, abs=0.02)
     with pytest.raises(ValueError, match="logit_normal"):
         TextToImageTask("anywhere", optimizer=torch.optim.AdamW, time_shift=2.0, logit_normal=(0.8, 0.9))
-
-
-def test_errors_are_weighted_by_place() -> None:
-    errors = torch.arange(4.0).view(1, 1, 2, 2).expand(3, 5, 2, 2).sqrt()  # squared: 0, 1, 2, 3
-    weight = torch.tensor([[0.0, 2.0], [0.0, 2.0]]).expand(3, 1, 2, 2)
-    assert float(weighted_mse(errors, torch.zeros_like(errors), weight)) == pytest.approx(2.0)
-    assert float(weighted_mse(errors, torch.zeros_like(errors))) == pytest.approx(1.5)
 
 
 def test_tokenizer_overfits_one_batch() -> None:
