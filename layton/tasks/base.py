@@ -12,13 +12,18 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.cli import ReduceLROnPlateau as MonitoredPlateau
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from distill.methods.image_space import Frozen
+from layton.losses.published import PublishedPerceptualLoss
 from layton.tasks.guard import StepGuard
 from layton.tasks.seeding import Randomness, derive_seed
 
 __all__ = ["LRSchedulerCallable", "LaytonTask", "OptimizerCallable"]
+
+_MEASURES = "perceptual_measures"  # key of checkpoints
 
 
 class LaytonTask(LightningModule, ABC):
@@ -161,6 +166,33 @@ class LaytonTask(LightningModule, ABC):
                 sync_dist=not training,
             )
         return total
+
+    def measures(self) -> list[str]:
+        """The perceptual measures in the losses that depend on what lies on disk (`PublishedPerceptualLoss`)."""
+        held = [part.module if isinstance(part, Frozen) else part for part in self.modules()]
+        return sorted({part.measure for part in held if isinstance(part, PublishedPerceptualLoss)})
+
+    def on_fit_start(self) -> None:
+        """Say which perceptual measures were found."""
+        super().on_fit_start()
+        if self.measures():
+            rank_zero_info(f"perceptual loss: {', '.join(self.measures())}")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Record the perceptual measures."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[_MEASURES] = self.measures()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with another loss than the run began with.
+
+        Raises:
+            ValueError: With the measures of both.
+        """
+        super().on_load_checkpoint(checkpoint)
+        before = checkpoint.get(_MEASURES, self.measures())
+        if before != self.measures():
+            raise ValueError(f"the run learnt by the perceptual measures {before}, here are {self.measures()}")
 
     def configure_callbacks(self) -> list[Callback]:
         """The two callbacks that no run goes without: `StepGuard` and `Randomness`."""

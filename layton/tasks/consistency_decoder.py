@@ -134,13 +134,16 @@ class ConsistencyDecoderTask(LaytonTask):
 
     def on_fit_start(self) -> None:
         """Bring what is no part of this model to its device, and pick the attention that is quick there."""
+        super().on_fit_start()
+        self.on_validation_start()
+
+    def on_validation_start(self) -> None:
+        """As `on_fit_start`."""
         for network in {id(net): net for net in (self.ladd, self._teacher[0], self._target[0])}.values():
             network.to(self.device)
             use_fast_attention(network.unet, self.device)
             use_fast_attention(network.controlnet, self.device)
         self._autoencoder[0].to(self.device)
-
-    on_validation_start = on_fit_start
 
     def configure_optimizers(self) -> Any:
         """One optimizer with its schedule, and one for the critic if there is one."""
@@ -212,12 +215,14 @@ class ConsistencyDecoderTask(LaytonTask):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the averaged target."""
+        super().on_save_checkpoint(checkpoint)
         if self._target[0] is not self.ladd:
             averaged = self.difference.tensors(self._target[0])
             checkpoint[_TARGET_KEY] = {name: value.detach().clone() for name, value in averaged.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the averaged target back."""
+        super().on_load_checkpoint(checkpoint)
         if _TARGET_KEY in checkpoint and self._target[0] is not self.ladd:
             self.difference.load(self._target[0], checkpoint[_TARGET_KEY], source="the checkpoint's averaged target")
 

@@ -185,6 +185,7 @@ class DistillTask(LaytonTask):
 
     def on_fit_start(self) -> None:
         """Tell which parts of the method a run of so few steps never comes to."""
+        super().on_fit_start()
         limit = int(self.trainer.max_steps)
         missed = {name: start for name, start in self.method.parts.items() if 0 < limit <= start}
         if missed:
@@ -334,6 +335,7 @@ class DistillTask(LaytonTask):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is learnt: the pipeline folder has the rest."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in self._learned}
         checkpoint[_FORWARDS] = self.budget.state_dict()
 
@@ -343,6 +345,7 @@ class DistillTask(LaytonTask):
         Raises:
             ValueError: It holds other weights than this task learns.
         """
+        super().on_load_checkpoint(checkpoint)
         odd = sorted(self._learned ^ checkpoint["state_dict"].keys())
         if odd:
             raise ValueError(f"the checkpoint holds other weights than this run trains; {len(odd)} differ: {odd[:4]}")
