@@ -37,6 +37,9 @@ from layton.data.types import ImageSample
 from layton.lock import lock_folder
 from layton.tokenizer import LaytonTokenizer
 
+Progress = Callable[[int], object]
+ShardRunner = Callable[[Path, Sequence[int]], "Iterator[ShardResult]"]
+
 
 @dataclass(frozen=True, slots=True)
 class TokenizeReport:
@@ -123,17 +126,71 @@ class TokenizeJob:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class ShardResult:
+    """One shard that is there.
+
+    Attributes:
+        number: Of the shard.
+        samples: Images in it.
+        skipped: "key: reason" of those that are not.
+        sha256: Of its file.
+        reused: Whether it was there already.
+        cut_captions: Captions longer than the text encoder reads, if it was written now.
+    """
+
+    number: int
+    samples: int
+    skipped: tuple[str, ...]
+    sha256: str
+    reused: bool
+    cut_captions: int
+
+    @property
+    def inputs(self) -> int:
+        """Images that it was made of."""
+        return self.samples + len(self.skipped)
+
+
+class ShardWriter:
+    """Writes any shard of a job, in any order and process: each is made of its own inputs and appears when it is whole.
+
+    Args:
+        job: What is to be done.
+        out: Folder of the dataset.
+    """
+
+    def __init__(self, job: TokenizeJob, out: Path) -> None:
+        self.job, self.out, self.header = job, out, job.header()
+        self._written = _hashes(out)
+
+    def __call__(self, number: int, *, on_progress: Progress | None = None) -> ShardResult:
+        """Write shard ``number``, unless it is there."""
+        job = self.job
+        start = number * job.shard_size
+        indices = range(start, min(start + job.shard_size, len(job.source)))
+        path = self.out / shard_name(number)
+        shard = _finished(path, self.header, len(indices), sha256=self._written.get(path.name))
+        reused, cut = shard is not None, 0
+        if shard is None:
+            shard, cut = _make(job, indices, on_progress)
+            write_shard(path, self.header, shard)
+        return ShardResult(number, len(shard), tuple(shard.skipped), sha256_of(path), reused, cut)
+
+
 def tokenize_dataset(
-    job: TokenizeJob, out: Path, *, on_progress: Callable[[int], object] | None = None
+    job: TokenizeJob, out: Path, *, on_progress: Progress | None = None, elsewhere: ShardRunner | None = None
 ) -> TokenizeReport:
     """Write a token dataset, or the shards of it that are not there yet.
 
-    Killed at any time and started again it gives the same bytes as one clean run; at most one shard is done twice.
+    Killed at any time and started again it gives the same bytes as one clean run; at most one shard (for each worker)
+    is done twice.
 
     Args:
         job: What is to be done.
         out: Folder to write.
         on_progress: Told how many inputs are done with, several at a time.
+        elsewhere: Has other processes write the shards (`generation.scaling.RayRunner`); None writes them here.
 
     Raises:
         ValueError: If the folder holds a dataset made by something else; the message names what differs.
@@ -142,35 +199,49 @@ def tokenize_dataset(
     if job.shard_size < 1 or job.batch_size < 1:
         raise ValueError(f"shard_size and batch_size must be >= 1, got {job.shard_size} and {job.batch_size}")
     plan = job.plan()
-    header = job.header()
     with lock_folder(out):
         _check_plan(out, plan)
         for orphan in out.glob(".*.part"):  # of a process that was killed while it wrote
             orphan.unlink()
-        starts = range(0, len(job.source), job.shard_size)
-        entries: list[dict[str, Any]] = []
-        written = _hashes(out)
-        skipped = _missing(job.source)
-        reused = cut = 0
-        for number, start in enumerate(starts):
-            indices = range(start, min(start + job.shard_size, len(job.source)))
-            path = out / shard_name(number)
-            shard = _finished(path, header, len(indices), sha256=written.get(path.name))
-            if shard is None:
-                shard, cuts = _make(job, indices, on_progress)
-                cut += cuts
-                write_shard(path, header, shard)
-            else:
-                reused += 1
+        numbers = range(-(-len(job.source) // job.shard_size))
+        found: list[ShardResult] = []
+        if elsewhere is None:
+            write = ShardWriter(job, out)
+            for number in numbers:
+                found.append(write(number, on_progress=on_progress))
+                if found[-1].reused and on_progress is not None:
+                    on_progress(found[-1].inputs)
+        else:
+            for result in elsewhere(out, numbers):
+                found.append(result)
                 if on_progress is not None:
-                    on_progress(len(indices))
-            skipped += shard.skipped
-            entries.append({"file": path.name, "samples": len(shard), "skipped": len(shard.skipped)})
-            entries[-1]["sha256"] = sha256_of(path)
-        samples = sum(int(entry["samples"]) for entry in entries)
-        counts = {"inputs": samples + len(skipped), "samples": samples, "skipped": len(skipped)}
-        write_json(out / MANIFEST_NAME, {**plan, "shards": entries, "counts": counts, "skipped": skipped})
-    return TokenizeReport(counts["inputs"], samples, tuple(skipped), len(entries), reused, cut)
+                    on_progress(result.inputs)
+        return _finish(out, plan, sorted(found, key=lambda each: each.number), _missing(job.source))
+
+
+def _finish(out: Path, plan: dict[str, Any], found: Sequence[ShardResult], missing: list[str]) -> TokenizeReport:
+    """Write the manifest of all shards, in order."""
+    skipped = missing + [reason for result in found for reason in result.skipped]
+    entries = [
+        {
+            "file": shard_name(result.number),
+            "samples": result.samples,
+            "skipped": len(result.skipped),
+            "sha256": result.sha256,
+        }
+        for result in found
+    ]
+    samples = sum(result.samples for result in found)
+    counts = {"inputs": samples + len(skipped), "samples": samples, "skipped": len(skipped)}
+    write_json(out / MANIFEST_NAME, {**plan, "shards": entries, "counts": counts, "skipped": skipped})
+    return TokenizeReport(
+        counts["inputs"],
+        samples,
+        tuple(skipped),
+        len(entries),
+        sum(result.reused for result in found),
+        sum(result.cut_captions for result in found),
+    )
 
 
 def weights_digest(module: nn.Module) -> str:
@@ -226,9 +297,7 @@ def _finished(path: Path, header: TokenHeader, inputs: int, *, sha256: str | Non
     return shard if found == header and len(shard) + len(shard.skipped) == inputs else None
 
 
-def _make(
-    job: TokenizeJob, indices: Sequence[int], on_progress: Callable[[int], object] | None
-) -> tuple[TokenShard, int]:
+def _make(job: TokenizeJob, indices: Sequence[int], on_progress: Progress | None) -> tuple[TokenShard, int]:
     codes: list[Tensor] = []
     keys: list[str] = []
     captions: list[str] = []

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from generation.token_shards import (
     write_json,
     write_shard,
 )
-from generation.tokenizing import TokenizeJob, tokenize_dataset
+from generation.tokenizing import ShardResult, ShardWriter, TokenizeJob, tokenize_dataset
 from layton.data.folder import ImageFolderSource
 from layton.data.shards import ShardSource
 from layton.data.sources import ScenesSource
@@ -112,6 +113,20 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tokenizer: LaytonTokenizer
         tokenize_dataset(scenes_job(tokenizer, count=11), tmp_path / "whole")
     with pytest.raises(ValueError, match="fingerprint: stored"):
         tokenize_dataset(scenes_job(tiny_tokenizer(seed=1)), tmp_path / "whole")
+
+
+def test_shards_written_elsewhere_and_in_any_order_are_the_same(tokenizer: LaytonTokenizer, tmp_path: Path) -> None:
+    tokenize_dataset(scenes_job(tokenizer), tmp_path / "here")
+
+    def backwards(out: Path, numbers: Sequence[int]) -> Iterator[ShardResult]:
+        for number in reversed(numbers):
+            yield ShardWriter(scenes_job(tokenizer), out)(number)
+
+    told: list[int] = []
+    report = tokenize_dataset(scenes_job(tokenizer), tmp_path / "there", on_progress=told.append, elsewhere=backwards)
+    assert (report.samples, report.shards, report.reused, told) == (10, 3, 0, [2, 4, 4])
+    assert tree(tmp_path / "there") == tree(tmp_path / "here")
+    assert tokenize_dataset(scenes_job(tokenizer), tmp_path / "there", elsewhere=backwards).reused == 3
 
 
 def test_a_damaged_shard_is_found_and_made_again(tokenizer: LaytonTokenizer, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ RUNS = [
     (CONFIGS / "mini" / "laytongen.yaml", "scenes_latents"),
     (CONFIGS / "mini" / "laytongen.yaml", "scenes_tokens"),
     (CONFIGS / "mini" / "laytongen_windows.yaml", "scenes_windows"),
+    (CONFIGS / "mini" / "laytongen_windows.yaml", "scenes_tokens_windows"),
     *((path, "tokens") for path in sorted((CONFIGS / "laytongen").glob("*.yaml"))),
 ]
 

@@ -107,6 +107,20 @@ def test_tokenize_fit_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "was trained for 1 steps, not for 9" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning")  # theirs
+def test_workers_of_ray_write_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("ray", reason="the extra 'scale' is not installed")
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    words = ["tokenize", "scenes", "--count", "10", "--tokenizer", str(tmp_path / "tokenizer"), "--shard-size", "3"]
+    here, there = tmp_path / "here", tmp_path / "there"
+    assert main([*words, "--out", str(here)]) == 0
+    assert main([*words, "--out", str(there), "--workers", "2"]) == 0
+    files = {path.name: path.read_bytes() for path in here.iterdir() if not path.name.startswith(".")}
+    assert len(files) == 6 and files == {name: (there / name).read_bytes() for name in files}
+    assert main([*words, "--out", str(there), "--workers", "2"]) == 0
+    assert "(4 were there)" in capsys.readouterr().out
+
+
 def test_wrong_calls_end_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "tokenizer"
     tiny_tokenizer().save_pretrained(folder)
