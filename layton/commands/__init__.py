@@ -54,6 +54,11 @@ COMMANDS: dict[str, Command] = {
         "evaluate_generation",
         "generated images against real ones: FD-effnet, CLIP score, with protocol",
     ),
+    "evaluate next_codes": Command(
+        "generation.commands.evaluate_next_codes",
+        "evaluate_next_codes",
+        "how well a generator foresees a token dataset, and what smaller weights change",
+    ),
     "evaluate reconstruction": Command(
         "layton.commands.evaluate_reconstruction",
         "evaluate_reconstruction",

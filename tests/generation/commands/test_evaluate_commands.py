@@ -77,3 +77,17 @@ def test_demo_shows_laytongen(
     assert report["generations"]["protocol"]["pipeline_class"] == "LaytonGenPipeline"
     assert (tmp_path / "demo" / "generations.png").is_file()
     assert "drawn from text with decoder light" in capsys.readouterr().out
+
+
+def test_next_codes_of_a_token_dataset(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokens, figures = str(tmp_path / "tokens"), tmp_path / "f.json"
+    assert main(["tokenize", "scenes", "--count", "6", "--split", "test", "--tokenizer", model, "--out", tokens]) == 0
+    words = ["evaluate", "next_codes", tokens, "--model", model]
+    assert main([*words, "--weights", "int8", "--json", str(figures)]) == 0
+    report = json.loads(figures.read_text())
+    assert (report["images"], report["codes"]) == (6, 96)
+    assert 0.5 < report["agreement"] <= 1 and report["protocol"]["compared_with"] == "int8"
+    assert "the same likeliest code with int8 weights" in capsys.readouterr().out
+    assert main([*words, "--count", "0"]) == 2
+    assert main([*words, "--split", "train"]) == 1
+    assert "holds no samples" in capsys.readouterr().err

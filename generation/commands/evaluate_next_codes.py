@@ -1,0 +1,77 @@
+"""``layton evaluate next_codes``: how well a generator foresees the codes of a token dataset."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from generation.commands.options import Weights, require_least
+from layton.commands.calling import progress
+from layton.commands.reports import write_json
+from layton.data.types import Split
+
+
+def evaluate_next_codes(
+    tokens: Path,
+    *,
+    model: str = "mini",
+    split: Split | None = None,
+    count: int | None = None,
+    weights: Weights | None = None,
+    batch_size: int = 8,
+    device: str | None = None,
+    allow: list[str] | None = None,
+    json: Path | None = None,
+) -> None:
+    """Score every code given its caption and all true codes before it.
+
+    Args:
+        tokens: a token dataset that `layton tokenize` wrote with the generator's tokenizer.
+        model: embedded model or folder with a generator.
+        split: keep only this split of the dataset.
+        count: only the first so many images.
+        weights: also compare the likeliest codes with those of the same model in these: bf16, or int8 on a CPU.
+        batch_size: images at once.
+        device: where to run; the accelerator if there is one.
+        allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
+        json: write figures and protocol to this file as well.
+    """
+    import copy
+
+    from generation.data import TokenShards
+    from generation.drawing import weights_digest
+    from generation.generator import find_generator, load_generator
+    from generation.likelihood import score_next_codes
+    from generation.quantization import set_weights
+    from layton.devices import choose_device
+    from layton.metrics.protocol import library_versions
+
+    require_least(1, {"count": count, "batch_size": batch_size})
+    generator = load_generator(find_generator(model), allow=allow or ())
+    place = choose_device(device)
+    generator.transformer.to(place), generator.text_encoder.to(place)
+    digest = weights_digest(generator.transformer)
+    other = None if weights is None else set_weights(copy.deepcopy(generator.transformer), weights)
+    shards = TokenShards(str(tokens), split=split, use_text=False)
+    with progress(min(len(shards), count or len(shards)), "score") as bar:
+        scores = score_next_codes(
+            generator, shards, count=count, batch_size=batch_size, other=other, on_progress=bar.update
+        )
+    words = [
+        f"{scores.codes} codes of {scores.images} images: cross-entropy {scores.cross_entropy:.3f}",
+        f"+- {scores.standard_error:.3f}, likeliest {scores.accuracy:.1%}, among five {scores.accuracy_top5:.1%}",
+    ]
+    if scores.agreement is not None:
+        words.append(f"the same likeliest code with {weights} weights: {scores.agreement:.2%}")
+    sys.stdout.write(", ".join([" ".join(words[:2]), *words[2:]]) + "\n")
+    if json is not None:
+        protocol = {
+            "model": model,
+            "weights": digest,
+            "compared_with": weights,
+            "tokens": tokens.name,
+            "split": split,
+            "captions": "as stored",
+            "versions": library_versions(),
+        }
+        write_json(json, {**scores.to_dict(), "protocol": protocol})
