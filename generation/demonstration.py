@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from generation.drawing import LaytonGenDrawer
-from generation.generator import find_generator
+from generation.generator import find_generator, is_interim
 from generation.pipeline import LaytonGenPipeline
 from layton.data.images import to_image
 from layton.devices import choose_device
@@ -31,12 +31,11 @@ class Demonstration:
 
 
 def has_generator(name: str) -> bool:
-    """Whether there is a LaytonGen of this name or in this folder."""
+    """Whether there is a finished LaytonGen of this name or in this folder."""
     try:
-        find_generator(name)
+        return not is_interim(find_generator(name))
     except ValueError:
         return False
-    return True
 
 
 def draw_samples(

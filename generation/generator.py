@@ -178,17 +178,30 @@ def load_generator(
 def find_generator(name: str | Path) -> Path:
     """The folder of a generator: a path, an embedded model, or a tokenizer with one in ``laytongen/``.
 
+    A finished embedded one wins over an interim one (`is_interim`).
+
     Raises:
         ValueError: If there is none.
     """
-    try:
-        folder = assets.resolve(name)
-    except ValueError:
-        folder = assets.resolve(name, part=PART)
-    for place in (folder, folder / PART):
-        if (place / CONFIG_NAME).is_file() and read_class(place) == CLASS_NAME:
-            return place
-    raise ValueError(f"{folder} holds no generator: neither it nor its {PART}/ has a config.json of {CLASS_NAME}")
+    problems: list[ValueError] = []
+    for part in ("", PART):
+        try:
+            folder = assets.resolve(name, part=part)
+        except ValueError as error:
+            problems.append(error)
+            continue
+        for place in (folder, folder / PART):
+            if (place / CONFIG_NAME).is_file() and read_class(place) == CLASS_NAME:
+                return place
+        problems.append(
+            ValueError(f"{folder} holds no generator: neither it nor its {PART}/ has a config.json of {CLASS_NAME}")
+        )
+    raise problems[0]
+
+
+def is_interim(folder: Path) -> bool:
+    """Whether a generator that `find_generator` found is embedded as one that is still in training."""
+    return assets.INTERIM in folder.parents
 
 
 def find_tokenizer(name: str | Path, folder: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
+INTERIM = ASSETS / "interim"  # weights of trainings that go on
 INDEX_FILES = ("config.json", "model_index.json")  # of a part or a tokenizer; of a diffusers pipeline
 
 
@@ -24,7 +25,7 @@ def resolve(name: Path | str, *, part: str = "") -> Path:
     folder = Path(name)
     if folder.is_dir():
         return folder
-    for root in (ASSETS, ASSETS / "interim"):
+    for root in (ASSETS, INTERIM):
         embedded = root / str(name) / part
         if Path(name).name == str(name) and any((embedded / index).is_file() for index in INDEX_FILES):
             return embedded

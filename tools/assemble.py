@@ -3,7 +3,7 @@
 python tools/assemble.py --tokenizer runs/tokenizer/export --out layton/assets/mini \
         [--ldm runs/text_to_image/export] [--decoder runs/decoder/export/decoder] \
         [--consistency runs/consistency_pixel/export/decoder] [--instaflow runs/instaflow/export/decoder] \
-        [--hipa runs/hipa/export/decoder]
+        [--hipa runs/hipa/export/decoder] [--laytongen runs/laytongen/export]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from generation.decoders import HiPADecoder, InstaFlowDecoder
+from generation.generator import PART, load_generator, save_generator
 from layton.decoders import ConsistencyDecoder, DiffusionDecoder, LightDecoder
 from layton.interface import CodeDecoder
 from layton.ladd import LADD
@@ -42,9 +43,11 @@ def main() -> None:
     parser.add_argument(
         "--time_shift", type=float, default=1.0, help="of the stage-1 decoder's times, > 1 to noisy ones"
     )
+    parser.add_argument("--condition_scale", type=float, default=1.0, help="of the codes in the stage-1 decoder")
     parser.add_argument("--consistency", type=Path, help="decoder of the stage-2 run; needs --decoder")
     parser.add_argument("--instaflow", type=Path, help="decoder of the InstaFlow run; needs --decoder")
     parser.add_argument("--hipa", type=Path, help="decoder of the HiPA run; needs --decoder")
+    parser.add_argument("--laytongen", type=Path, help="export of the LaytonGen run, trained on this tokenizer")
     arguments = parser.parse_args()
     encoder, quantizer = load_code_parts(arguments.tokenizer)
     decoders: dict[str, CodeDecoder] = {"light": light_decoder(arguments.tokenizer)}
@@ -57,6 +60,7 @@ def main() -> None:
 
         unet = UNet2DConditionModel.from_pretrained(arguments.ldm / "unet")
         network = LADD.from_pretrained(arguments.decoder, unet=unet)
+        network.conditioning_scale = arguments.condition_scale
         autoencoder = Autoencoder.from_pretrained(arguments.ldm / "vae")
         decoders["diffusion"] = DiffusionDecoder(
             network, autoencoder, temperature=arguments.temperature, time_shift=arguments.time_shift
@@ -70,6 +74,11 @@ def main() -> None:
         decoders[name] = kind.from_pretrained(folder, ldm=arguments.ldm, base=arguments.decoder)
     tokenizer = LaytonTokenizer(encoder, quantizer, decoders)
     tokenizer.save_pretrained(arguments.out, dtype=torch.float16)
+    if arguments.laytongen is not None:
+        generator = load_generator(arguments.laytongen)
+        generator.card.require_tokenizer(tokenizer)
+        save_generator(arguments.out / PART, generator, dtype=torch.float16)
+        clean_configs(arguments.out / PART)
 
 
 def light_decoder(folder: Path) -> LightDecoder:

@@ -63,6 +63,7 @@ def generate(
     import torch
 
     from generation.drawing import LaytonGenDrawer
+    from generation.generator import find_generator, is_interim
     from generation.pipeline import MAX_IMAGES
     from layton.commands.staging import staged
 
@@ -76,6 +77,8 @@ def generate(
     there = [name for name in names if (out / name).exists()]
     if there and not overwrite:
         raise UsageError(f"{out / there[0]} exists already: take another --out, or say --overwrite")
+    if is_interim(find_generator(model)):
+        sys.stderr.write(f"layton: the LaytonGen of {model!r} is an interim one, still in training\n")
     started = time.perf_counter()
     draw = LaytonGenDrawer.load(
         model,

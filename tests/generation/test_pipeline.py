@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import pytest
 import torch
 from laytongen_parts import CODES, SIZE, TOKENS, tiny_generator, tiny_tokenizer, write_model
 
-from generation.generator import load_generator, save_generator
+from generation.demonstration import has_generator
+from generation.generator import find_generator, find_tokenizer, is_interim, load_generator, save_generator
 from generation.pipeline import LaytonGenPipeline, PromptCutWarning
+from layton import assets
 
 PROMPTS = ["a red circle", "", "two blue stars", "写 😀\n\0"]
 
@@ -160,3 +163,22 @@ def test_an_empty_prompt_is_no_condition_as_in_training(pipe: LaytonGenPipeline)
     text = pipe.encode_prompt(["", "a red star"])
     assert torch.equal(text.features[:1], pipe.transformer.null_condition(text.features[:1]))
     assert not torch.equal(text.features[1:], pipe.transformer.null_condition(text.features[1:]))
+
+
+def test_a_finished_generator_wins_over_an_interim_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets, "ASSETS", tmp_path)
+    monkeypatch.setattr(assets, "INTERIM", tmp_path / "interim")
+    write_model(tmp_path / "small")
+    shutil.move(tmp_path / "small" / "laytongen", tmp_path / "interim" / "small" / "laytongen")
+    interim = find_generator("small")
+    assert is_interim(interim) and not has_generator("small")
+    assert find_tokenizer("small", interim) == tmp_path / "small"
+    assert LaytonGenPipeline.from_pretrained("small").num_tokens == TOKENS
+    shutil.copytree(interim, tmp_path / "small" / "laytongen")
+    assert find_generator("small") == tmp_path / "small" / "laytongen" and has_generator("small")
+    shutil.rmtree(tmp_path / "interim")
+    shutil.rmtree(tmp_path / "small" / "laytongen")
+    with pytest.raises(ValueError, match="holds no generator"):
+        find_generator("small")
+    with pytest.raises(ValueError, match="neither a folder nor an embedded model"):
+        find_generator("another")

@@ -9,6 +9,8 @@ import torch
 from torch.nn import functional as F
 
 import layton
+from generation.generator import find_generator, load_generator
+from generation.pipeline import LaytonGenPipeline
 from layton.data.sources import ScenesSource
 from layton.metrics.image import psnr
 from layton.tokenizer import LaytonTokenizer
@@ -59,3 +61,33 @@ def test_plain_diffusers_draws_with_the_text_to_image_model() -> None:
     pipe.set_progress_bar_config(disable=True)
     drawn = pipe("a red star", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt")
     assert drawn.images.shape == (1, 3, 256, 256) and bool(drawn.images.isfinite().all())
+
+
+def test_the_embedded_laytongen_draws_the_same_in_any_batch() -> None:
+    pipe = LaytonGenPipeline.from_pretrained("mini", decoders=["light"])
+    prompts = ["a yellow ring", "two green rings"]
+    alone = [
+        pipe(prompt, generator=torch.Generator().manual_seed(number), output_type="codes").codes
+        for number, prompt in enumerate(prompts)
+    ]
+    seeds = [torch.Generator().manual_seed(number) for number in range(2)]
+    both = pipe(prompts, generator=seeds, decoder="light")
+    assert both.codes.equal(torch.cat(alone)) and both.codes.unique().numel() > 50
+    assert [image.size for image in both.images] == [(256, 256)] * 2
+
+
+def test_the_embedded_laytongen_foresees_codes_and_reads_its_captions() -> None:
+    generator = load_generator(find_generator("mini"))
+    tokenizer = LaytonTokenizer.from_pretrained("mini", decoders=[])
+    generator.card.require_tokenizer(tokenizer)
+    source = ScenesSource(split="test", length=8)
+    samples = [source.sample(index, seed=0) for index in range(8)]
+    codes = tokenizer.encode(torch.stack([sample["image"] for sample in samples]))
+    captions = [sample["caption"] for sample in samples]
+    losses = []
+    for told in (captions, captions[1:] + captions[:1]):
+        text = generator.text_encoder.encode(told)
+        with torch.no_grad():
+            logits = generator.transformer(codes, text.features, text.mask)
+        losses.append(float(F.cross_entropy(logits.flatten(0, 1), codes.flatten())))
+    assert losses[0] < 3.2 and losses[0] < losses[1] - 0.05  # nothing known would be 9.7
