@@ -31,7 +31,7 @@ _SAMPLES = (
     ("480x240", 240, 2, 1),
     ("160x320", 160, 1, 2),
 )
-IMAGES_PER_TASK = 5
+IMAGES_PER_TASK = 3
 IMAGES_BY_EVERY_DECODER = 2  # of them
 _GENERATOR = "generation.demonstration"  # resolved when it is needed: this package does not import that one
 
