@@ -16,7 +16,7 @@ JobMaker = Callable[[], TokenizeJob]
 
 @dataclass(frozen=True, slots=True)
 class RayRunner:
-    """Has Ray Data's actors write the shards; a lost actor's shard is done again by another, with the same bytes.
+    """Has Ray Data's actors write the shards. They are written whole or not at all, so that one may be done twice.
 
     Attributes:
         make_job: Makes the job in each worker; must be picklable, and what it reads must be there on every machine.
