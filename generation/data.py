@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from generation.stored_text import StoredText
 from generation.token_shards import TokenHeader, differences, read_shard, shard_files
 from layton.data.sources import SampleSource, say
 from layton.data.types import Split, check_split, split_of_key
-from layton.scenes import sample_scene
+from layton.scenes import Texture, begun_cells, check_textures, sample_scene, texture_of
 from layton.scenes.splits import split_of_seed
 
 _SCENES = "scenes/"
@@ -36,6 +38,9 @@ class TokenShards(SampleSource):
         chinese: For scenes, share of captions said anew in Chinese, in [0, 1]; chosen by the sample's seed.
         reworded: For scenes, share of captions said anew in another true way, in [0, 1]; chosen likewise.
         related: For scenes, share of captions of two objects that say how they stand, where that is clear.
+        textures: Keep only scenes with one of these backgrounds, and no other images; all by default.
+        unbegun: For scenes, weight of codes that come before any object is next to them (`layton.scenes.begun_cells`),
+            in (0, 1]; below 1 samples also hold ``weights`` (N,), see `generation.tasks.LaytonGenTask`.
         use_text: Whether cached text features are given out, where there are any.
 
     Raises:
@@ -51,17 +56,23 @@ class TokenShards(SampleSource):
         chinese: float = 0.0,
         reworded: float = 0.0,
         related: float = 0.0,
+        textures: Sequence[Texture] | None = None,
+        unbegun: float = 1.0,
         use_text: bool = True,
     ) -> None:
         shares = {"chinese": chinese, "reworded": reworded, "related": related}
         if not all(0.0 <= share <= 1.0 for share in shares.values()) or (length is not None and length < 1):
             raise ValueError(f"need shares in [0, 1] and length >= 1, got {shares}, {length}")
-        self.folder, self.split = Path(folder), check_split(split)
+        if not 0.0 < unbegun <= 1.0:
+            raise ValueError(f"unbegun must be in (0, 1], got {unbegun}")
+        if textures is not None:
+            check_textures(textures)
+        self.folder, self.split, self._unbegun = Path(folder), check_split(split), unbegun
         self._shares = shares if any(shares.values()) else None
         paths = shard_files(self.folder)
-        kept = _read_all(paths, self.split, length)
+        kept = _read_all(paths, partial(_is_wanted, split=self.split, textures=textures), length)
         if not kept.keys:
-            raise ValueError(f"split {split!r} of {folder} holds no samples")
+            raise ValueError(f"split {split!r} of {folder} holds no samples" + (f" on {textures}" if textures else ""))
         self.header, self._keys, self._captions = kept.header, kept.keys, kept.captions
         self._codes, self._places = kept.codes.numpy(), kept.places  # torch cannot pickle its uint16
         self._texts: StoredText | None = None
@@ -91,6 +102,8 @@ class TokenShards(SampleSource):
             "caption": self._caption(index, key, seed),
             "key": key,
         }
+        if self._unbegun < 1 and key.startswith(_SCENES):
+            sample["weights"] = self._weights(key)
         if self._texts is not None:
             shard, row = self._places[index].tolist()
             text, mask = self._texts.padded(shard, row)
@@ -115,6 +128,17 @@ class TokenShards(SampleSource):
             return self._captions[index]
         return say(sample_scene(int(key.removeprefix(_SCENES))), seed, **self._shares)
 
+    def _weights(self, key: str) -> Tensor:
+        grid = math.isqrt(self.header.num_tokens)
+        begun = begun_cells(sample_scene(int(key.removeprefix(_SCENES))), grid)
+        return torch.from_numpy(np.where(begun, 1.0, self._unbegun).astype(np.float32).ravel())
+
+
+def _is_wanted(key: str, *, split: Split | None, textures: Sequence[Texture] | None) -> bool:
+    if split is not None and split_of(key) != split:
+        return False
+    return textures is None or (key.startswith(_SCENES) and texture_of(int(key.removeprefix(_SCENES))) in textures)
+
 
 def split_of(key: str) -> Split:
     """Split of a sample: of a scene by its seed, of any other by its key."""
@@ -138,8 +162,8 @@ class _Kept:
     places: Tensor
 
 
-def _read_all(paths: Sequence[Path], split: Split | None, length: int | None) -> _Kept:
-    """The samples of a split; one shard is held at a time.
+def _read_all(paths: Sequence[Path], wanted: Callable[[str], bool], length: int | None) -> _Kept:
+    """The samples whose keys are wanted; one shard is held at a time.
 
     Raises:
         ValueError: If there is no shard, one is damaged, or they were made by different things.
@@ -154,7 +178,7 @@ def _read_all(paths: Sequence[Path], split: Split | None, length: int | None) ->
         headers.append(header)
         if header != headers[0]:
             raise ValueError(f"{path.parent}: shards were made by different things")
-        rows = [row for row, key in enumerate(shard.keys) if split is None or split_of(key) == split]
+        rows = [row for row, key in enumerate(shard.keys) if wanted(key)]
         rows = rows if length is None else rows[: length - len(keys)]
         keys += [shard.keys[row] for row in rows]
         captions += [shard.captions[row] for row in rows]

@@ -42,7 +42,12 @@ def next_code_loss(
 
 
 def next_code_loss_in_chunks(
-    head: LinearHead, codes: Tensor, *, valid: Tensor | None = None, label_smoothing: float = 0.0
+    head: LinearHead,
+    codes: Tensor,
+    *,
+    valid: Tensor | None = None,
+    weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """`next_code_loss` of the head's logits, which are never all there at once (torch's ``linear_cross_entropy``).
 
@@ -52,6 +57,8 @@ def next_code_loss_in_chunks(
         head: Features (B, N, c) with the weights of the last layer.
         codes: (B, N) int64.
         valid: (B,) or (B, N) bool; None when all count.
+        weights: (B, N) of the codes' terms, of few different values; the sum is still divided by the number of codes.
+            None when all are 1.
         label_smoothing: Share of the target that is spread over all codes, in [0, 1).
 
     Returns:
@@ -62,14 +69,29 @@ def next_code_loss_in_chunks(
     """
     _check_smoothing(label_smoothing)
     if not hasattr(F, "linear_cross_entropy"):  # an older torch
+        if weights is not None:
+            raise ValueError("weighted codes need a torch that has linear_cross_entropy")
         return next_code_loss(F.linear(*head), codes, valid=valid, label_smoothing=label_smoothing)
     targets = codes
     if valid is not None:
         counted = valid.bool()[:, None].expand_as(codes) if valid.ndim == 1 else valid.bool()
         targets = codes.masked_fill(~counted, _IGNORED)
-    with torch.autocast(codes.device.type, enabled=False):
-        total = F.linear_cross_entropy(
-            head.features.flatten(0, 1).float(),
+    if weights is None:
+        total = _summed(head, targets, label_smoothing)
+    else:
+        total = head.features.new_zeros((), dtype=torch.float32)
+        for weight in weights.unique():
+            chosen = weights == weight
+            part = LinearHead(head.features[chosen], head.weight, head.bias)
+            total = total + weight * _summed(part, targets[chosen], label_smoothing)
+    return total / (targets != _IGNORED).sum().clamp_min(1)
+
+
+def _summed(head: LinearHead, targets: Tensor, label_smoothing: float) -> Tensor:
+    """Sum of the terms of targets (...), those that are ignored left out."""
+    with torch.autocast(targets.device.type, enabled=False):
+        total: Tensor = F.linear_cross_entropy(
+            head.features.flatten(0, -2).float(),
             head.weight.float(),
             targets.flatten(),
             linear_bias=None if head.bias is None else head.bias.float(),
@@ -78,7 +100,7 @@ def next_code_loss_in_chunks(
             label_smoothing=label_smoothing,
             options=None if label_smoothing else torch.nn.LinearCrossEntropyOptions(),  # chunks know no smoothing
         )
-    return total / (targets != _IGNORED).sum().clamp_min(1)
+    return total
 
 
 def _check_smoothing(label_smoothing: float) -> None:

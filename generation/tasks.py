@@ -36,8 +36,10 @@ class LaytonGenTask(LaytonTask):
 
     Batches hold ``caption`` and either ``codes`` (B, N) (`generation.data.TokenShards`) or ``image`` (B, 3, H, W);
     optionally ``text`` and ``text_mask`` (cached features) and ``valid`` (B,), false for missing samples, which then
-    count nothing; with ``positions`` (B, n) the codes are windows (`layton.data.windows.ObjectWindows`). An empty
-    caption trains the unconditional model. Images must not be mirrored: captions say "left".
+    count nothing; with ``positions`` (B, n) the codes are windows (`layton.data.windows.ObjectWindows`). In training
+    ``weights`` (B, N) may weigh the codes: weights that depend on nothing but what comes before a code leave the best
+    model as it is, and quieten the noise of codes that nobody can foresee. An empty caption trains the unconditional
+    model. Images must not be mirrored: captions say "left".
 
     Args:
         transformer: The generator.
@@ -143,7 +145,13 @@ class LaytonGenTask(LaytonTask):
             replaced = torch.rand(codes.shape, generator=generator) < self.code_dropout
             fed = torch.where(replaced.to(codes.device), noise.to(codes.device), codes)
         head = self.transformer.vocabulary.linear_head(self._hidden(fed, batch, dropped))
-        loss = next_code_loss_in_chunks(head, codes, valid=batch.get("valid"), label_smoothing=self.label_smoothing)
+        loss = next_code_loss_in_chunks(
+            head,
+            codes,
+            valid=batch.get("valid"),
+            weights=batch.get("weights"),
+            label_smoothing=self.label_smoothing,
+        )
         return self.log_losses({"cross_entropy": loss}, batch_size=len(codes))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

@@ -17,6 +17,7 @@ from layton.commands.reports import write_json
 from layton.data.geometry import FitPolicy
 from layton.data.types import Split, check_split
 from layton.errors import UsageError
+from layton.scenes import Texture
 
 if TYPE_CHECKING:
     from generation.tokenizing import TokenizeJob
@@ -38,6 +39,7 @@ def tokenize(
     offset: int = 0,
     chinese: float = 0.0,
     reworded: float = 0.0,
+    textures: list[Texture] | None = None,
     shard_size: int = 4096,
     batch_size: int = 16,
     max_bad: int = 0,
@@ -64,6 +66,7 @@ def tokenize(
         offset: scenes to pass over at the beginning of the split.
         chinese: share of scene captions in Chinese.
         reworded: share of scene captions said in another way than the canonical one.
+        textures: only scenes with one of these backgrounds; all by default.
         shard_size: images in a shard.
         batch_size: images encoded at once.
         max_bad: broken images that are accepted.
@@ -98,6 +101,7 @@ def tokenize(
         offset=offset,
         chinese=chinese,
         reworded=reworded,
+        textures=textures,
         shard_size=shard_size,
         batch_size=batch_size,
         precision=precision,
@@ -138,6 +142,7 @@ def build_job(
     offset: int,
     chinese: float,
     reworded: float,
+    textures: list[Texture] | None,
     shard_size: int,
     batch_size: int,
     precision: Literal["fp32", "bf16"],
@@ -154,7 +159,14 @@ def build_job(
 
     model = LaytonTokenizer.from_pretrained(tokenizer, decoders=[], allow=allow).to(choose_device(device))
     source, name = open_source(
-        sources, split=split, count=count, offset=offset, size=model.image_size, chinese=chinese, reworded=reworded
+        sources,
+        split=split,
+        count=count,
+        offset=offset,
+        size=model.image_size,
+        chinese=chinese,
+        reworded=reworded,
+        textures=textures,
     )
     encoder = None
     if text_encoder is not None:
@@ -168,7 +180,15 @@ def _absolute(name: str) -> str:
 
 
 def open_source(
-    sources: Sequence[str], *, split: str, count: int | None, offset: int, size: int, chinese: float, reworded: float
+    sources: Sequence[str],
+    *,
+    split: str,
+    count: int | None,
+    offset: int,
+    size: int,
+    chinese: float,
+    reworded: float,
+    textures: list[Texture] | None = None,
 ) -> tuple[ImageSource, str]:
     """The images that are meant, and a name for them.
 
@@ -191,10 +211,14 @@ def open_source(
             offset=offset,
             chinese=chinese,
             reworded=reworded,
+            textures=textures,
         )
-        return scenes, f"scenes {known or 'train'} {offset} {len(scenes)} {chinese:g} {reworded:g}"
-    if count is not None or offset or chinese or reworded:
-        raise UsageError("--count, --offset, --chinese and --reworded are for scenes alone")
+        name = " ".join(
+            [f"scenes {known or 'train'} {offset} {len(scenes)} {chinese:g} {reworded:g}", *(textures or [])]
+        )
+        return scenes, name
+    if count is not None or offset or chinese or reworded or textures:
+        raise UsageError("--count, --offset, --chinese, --reworded and --textures are for scenes alone")
     folder = Path(sources[0]) if len(sources) == 1 and Path(sources[0]).is_dir() else None
     name = " ".join([Path(item).name for item in sources] + ([] if known is None else [known]))
     if folder is not None and not any(folder.glob("*.tar")):

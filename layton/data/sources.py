@@ -17,7 +17,7 @@ from layton.data.images import ImageError
 from layton.data.randomness import mix, permute
 from layton.data.transforms import Fit, SampleTransform
 from layton.data.types import ImageSample, Split, check_split
-from layton.scenes import Scene, as_position, render, sample_scene, split_seeds
+from layton.scenes import Scene, Texture, as_position, render, sample_scene, split_seeds, textured_seeds
 from layton.scenes import caption as scene_caption
 
 _MAX_REPLACEMENTS = 20
@@ -153,6 +153,7 @@ class ScenesSource(ImageSource):
         chinese: Share of captions in Chinese, in [0, 1]; chosen by the sample's seed.
         reworded: Share of captions said in another true way than the canonical one, in [0, 1]; chosen likewise.
         related: Share of the captions "a star and a ring" that say instead how the two stand, where that is clear.
+        textures: Only scenes with one of these backgrounds: plain, stripes, checks, noise; all by default.
         transform: Applied to the rendered scene; by default none, it has the right size already.
     """
 
@@ -166,6 +167,7 @@ class ScenesSource(ImageSource):
         chinese: float = 0.0,
         reworded: float = 0.0,
         related: float = 0.0,
+        textures: Sequence[Texture] | None = None,
         transform: SampleTransform | None = None,
     ) -> None:
         if length < 1 or size < 1:
@@ -175,7 +177,11 @@ class ScenesSource(ImageSource):
         known = check_split(split)
         if known is None:
             raise ValueError("scenes have no common order of all splits: choose one")
-        self.seeds = split_seeds(known, length, offset=offset)
+        self.seeds: Sequence[int] = (
+            split_seeds(known, length, offset=offset)
+            if textures is None
+            else textured_seeds(known, length, textures, offset=offset)
+        )
         self.size = size
         self.chinese = chinese
         self.reworded = reworded

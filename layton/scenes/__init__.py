@@ -7,10 +7,11 @@
 from __future__ import annotations
 
 from layton.scenes.captions import canonical_caption, caption, vocabulary
-from layton.scenes.layout import as_position, sample_scene
+from layton.scenes.cells import begun_cells, object_cells
+from layton.scenes.layout import as_position, check_textures, sample_scene, texture_of, textured_seeds
 from layton.scenes.render import coverage, render
 from layton.scenes.splits import Split, is_unseen, split_of_seed, split_seeds
-from layton.scenes.world import COLOURS, SHAPES, TASKS, Background, Colour, Scene, SceneObject, Shape, Task
+from layton.scenes.world import COLOURS, SHAPES, TASKS, Background, Colour, Scene, SceneObject, Shape, Task, Texture
 
 __all__ = [
     "COLOURS",
@@ -23,14 +24,20 @@ __all__ = [
     "Shape",
     "Split",
     "Task",
+    "Texture",
     "as_position",
+    "begun_cells",
     "canonical_caption",
     "caption",
+    "check_textures",
     "coverage",
     "is_unseen",
+    "object_cells",
     "render",
     "sample_scene",
     "split_of_seed",
     "split_seeds",
+    "texture_of",
+    "textured_seeds",
     "vocabulary",
 ]

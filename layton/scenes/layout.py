@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Final, get_args
 
 import numpy as np
 
-from layton.scenes.splits import is_unseen, split_of_seed
+from layton.scenes.splits import SPLIT_STRIDE, Split, is_unseen, split_of_seed, split_seeds
 from layton.scenes.world import (
     COLOURS,
     MAX_DIAMETER,
@@ -76,6 +78,32 @@ def sample_scene(seed: int, *, task: Task | None = None) -> Scene:
         limit = SHAPES[shape].max_rotation
         objects.append(SceneObject(shape, colour, cx, cy, diameter, float(rng.uniform(-limit, limit))))
     return Scene(task, tuple(objects), background, seed, relation)
+
+
+def textured_seeds(split: Split, count: int, textures: Sequence[Texture], *, offset: int = 0) -> list[int]:
+    """The first ``count`` seeds of a split, ``offset`` passed over, whose backgrounds have one of some textures.
+
+    Raises:
+        ValueError: If a texture is unknown, or none is named.
+    """
+    check_textures(textures)
+    seeds = split_seeds(split, SPLIT_STRIDE - offset, offset=offset)
+    return list(islice((seed for seed in seeds if texture_of(seed) in textures), count))
+
+
+def texture_of(seed: int) -> Texture:
+    """Texture of the background of `sample_scene`'s scene for a seed >= 0; the rest is not drawn."""
+    return _background(np.random.default_rng(seed)).texture
+
+
+def check_textures(textures: Sequence[Texture]) -> None:
+    """Refuse unknown textures, and none at all.
+
+    Raises:
+        ValueError: With what was given.
+    """
+    if not textures or isinstance(textures, str) or not set(textures) <= set(_TEXTURES):
+        raise ValueError(f"textures must be some of {', '.join(_TEXTURES)}, got {textures!r}")
 
 
 def _attributes(rng: np.random.Generator, task: Task) -> tuple[list[tuple[Shape, Colour]], Relation | None]:

@@ -14,7 +14,7 @@ from generation.token_shards import read_shard, shard_files, write_shard
 from generation.tokenizing import TokenizeJob, tokenize_dataset
 from layton.data.loader import collate
 from layton.data.sources import ScenesSource
-from layton.scenes import caption, sample_scene
+from layton.scenes import begun_cells, caption, sample_scene
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +114,23 @@ def test_features_that_do_not_fit_their_captions_are_found(folder: str, tmp_path
     write_shard(path, header, replace(shard, text=None, text_ends=None))
     with pytest.raises(ValueError, match="damaged text features"):
         read_shard(path)
+
+
+def test_scenes_are_kept_by_their_backgrounds(folder: str) -> None:
+    rough = [f"scenes/{seed}" for seed in range(10) if sample_scene(seed).background.texture in ("checks", "noise")]
+    assert TokenShards(folder, textures=["checks", "noise"]).keys == rough
+    assert TokenShards(folder, textures=["checks", "noise"], length=1).keys == rough[:1]
+    with pytest.raises(ValueError, match="holds no samples"):
+        TokenShards(folder, textures=["plain"])
+    with pytest.raises(ValueError, match="textures"):
+        TokenShards(folder, textures=[])
+
+
+def test_codes_before_an_object_begins_weigh_less(folder: str) -> None:
+    tokens = TokenShards(folder, unbegun=0.4)
+    for index in range(3):
+        begun = torch.from_numpy(begun_cells(sample_scene(index), 4)).flatten()
+        assert tokens.sample(index, seed=0)["weights"].tolist() == torch.where(begun, 1.0, 0.4).tolist()
+    assert "weights" not in TokenShards(folder).sample(0, seed=0)
+    with pytest.raises(ValueError, match=r"unbegun must be in \(0, 1\], got 0"):
+        TokenShards(folder, unbegun=0)

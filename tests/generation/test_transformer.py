@@ -209,6 +209,21 @@ def test_the_loss_in_chunks_and_its_gradients_are_those_of_all_logits(
         next_code_loss_in_chunks(head, given, label_smoothing=1.5)
 
 
+@pytest.mark.parametrize("valid", [None, torch.tensor([True, False])])
+def test_codes_may_weigh_less(valid: torch.Tensor | None) -> None:
+    model, given, features = tiny_model(factors=FACTORS), codes(2), captions(2)
+    weights = torch.where(torch.arange(given.numel()).view_as(given) % 3 == 0, 1.0, 0.4)
+    logits = model(given, features)
+    terms = torch.nn.functional.cross_entropy(logits.flatten(0, 1), given.flatten(), reduction="none").view_as(given)
+    counted = torch.ones(2) if valid is None else valid.float()
+    whole = (terms * weights * counted[:, None]).sum() / (counted.sum() * given.shape[1])
+    (expected,) = torch.autograd.grad(whole, model.vocabulary.into.weight)
+    head = model.vocabulary.linear_head(model.hidden(given, features))
+    chunked = next_code_loss_in_chunks(head, given, valid=valid, weights=weights)
+    assert_close(chunked, whole)
+    assert_close(torch.autograd.grad(chunked, model.vocabulary.into.weight)[0], expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("factors", [None, FACTORS])
 def test_a_saved_model_comes_back(factors: Factors | None, tmp_path: Path) -> None:
     model = tiny_model(factors=factors, rotary="zero")

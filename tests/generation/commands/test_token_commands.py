@@ -16,7 +16,8 @@ from layton.cli import main
 
 
 def run_file(folder: Path, tokens: Path, steps: int) -> Path:
-    sources = [{"class_path": "generation.data.TokenShards", "init_args": {"folder": str(tokens), "reworded": 0.5}}]
+    options = {"folder": str(tokens), "reworded": 0.5, "unbegun": 0.4}
+    sources = [{"class_path": "generation.data.TokenShards", "init_args": options}]
     transformer = {
         "class_path": "generation.transformer.LaytonGenTransformer",
         "init_args": {
@@ -65,6 +66,7 @@ def test_tokenize_fit_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
     place, tokens = str(tmp_path / "tokenizer"), tmp_path / "tokens"
     words = ["tokenize", "scenes", "--count", "10", "--out", str(tokens), "--tokenizer", place, "--shard-size", "6"]
+    words += ["--textures", "stripes", "noise"]
     assert main(words) == 0
     assert "10 images in 2 shards (0 were there)" in capsys.readouterr().out
     assert main(words) == 0
@@ -128,6 +130,7 @@ def test_wrong_calls_end_with_one_line(tmp_path: Path, capsys: pytest.CaptureFix
         ("tokenize", "nowhere", "--out", str(tmp_path / "t"), "--tokenizer", str(folder)): 1,
         ("tokenize", "scenes", "x", "--out", str(tmp_path / "t"), "--tokenizer", str(folder), "--count", "3"): 2,
         ("generate", "a", "--model", str(folder)): 1,
+        ("tokenize", str(folder), "--textures", "plain", "--out", str(tmp_path / "t"), "--tokenizer", str(folder)): 2,
         ("data", "verify", str(folder)): 1,
     }
     for words, status in wrong.items():

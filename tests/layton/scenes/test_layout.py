@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from layton.scenes import COLOURS, SHAPES, TASKS, Scene, as_position, coverage, is_unseen, sample_scene
+from layton.scenes import COLOURS, SHAPES, TASKS, Scene, as_position, coverage, is_unseen, sample_scene, textured_seeds
 from layton.scenes.layout import circle_overlap
 
 TEST = 2_000_000_000
@@ -139,3 +139,12 @@ def test_wrong_arguments_are_named() -> None:
         sample_scene(-1)
     with pytest.raises(ValueError, match="juggling"):
         sample_scene(1, task="juggling")
+
+
+def test_seeds_are_chosen_by_their_backgrounds_in_order() -> None:
+    chosen = textured_seeds("test", 40, ["plain", "noise"], offset=5)
+    wanted = [s for s in range(TEST + 5, TEST + 400) if sample_scene(s).background.texture in ("plain", "noise")]
+    assert chosen == wanted[:40]
+    for textures in ([], ["plain", "fur"], "plain"):
+        with pytest.raises(ValueError, match="textures must be some of plain, stripes, checks, noise"):
+            textured_seeds("test", 1, textures)  # type: ignore[arg-type]
