@@ -55,7 +55,7 @@ def convert(
     """Convert a released tokenizer checkpoint into a folder that `LaytonTokenizer.from_pretrained` loads.
 
     Every tensor of the file must be known, and every tensor needed must be there with its shape; else nothing is
-    written and the first problems are listed. The released LaCTok decoder becomes the decoder "diffusion".
+    written and the first problems are listed. The released LaCTok decoder becomes the decoder "consistency".
 
     Args:
         checkpoint: a .pth, .pt or .safetensors file; nothing in it is executed.
@@ -185,8 +185,8 @@ def write_released(
 
     from layton.control import save_unet
     from layton.convert.released import SDXL_SCHEDULER
-    from layton.decoders import SAMPLING_FOLDER, DiffusionDecoder
-    from layton.folder import save_config
+    from layton.decoders import ConsistencyDecoder
+    from layton.decoders.consistency import sampling_at
     from layton.ldm.autoencoder import Autoencoder
     from layton.tokenizer import LDM_FOLDER, LaytonTokenizer
 
@@ -195,11 +195,11 @@ def write_released(
     scale, rest = divmod(output_size, autoencoder.downsample_factor * max(tokens, 1))
     if rest or scale < 1:
         raise ValueError(f"an output of {output_size} pixels is no whole number of latents for each of {tokens} tokens")
-    decoder = DiffusionDecoder(parts.decoder, autoencoder, latents_per_token=scale)
-    model = LaytonTokenizer(parts.encoder, parts.quantizer, {"diffusion": decoder}, image_size=image_size)
+    times = {steps: parts.timesteps[:steps] for steps in range(1, len(parts.timesteps) + 1)}
+    sampling = sampling_at(times, parts.decoder)
+    decoder = ConsistencyDecoder(parts.decoder, autoencoder, sampling=sampling, latents_per_token=scale)
+    model = LaytonTokenizer(parts.encoder, parts.quantizer, {"consistency": decoder}, image_size=image_size)
     model.save_pretrained(folder)
-    place = folder / "decoders" / "diffusion" / SAMPLING_FOLDER
-    save_config(place, {**decoder.sampling_record(), "trained_timesteps": list(parts.timesteps)})
     ldm = folder / LDM_FOLDER
     save_unet(parts.decoder.unet, ldm / "unet")
     autoencoder.model.save_pretrained(str(ldm / "vae"), safe_serialization=True)

@@ -136,8 +136,12 @@ class _Encode:
         return tensors
 
 
-def load_code_parts(folder: str | Path) -> tuple[Any, Any]:
-    """Encoder and quantizer of an export of stage 0 or of a tokenizer folder, in eval mode.
+def load_code_parts(folder: str | Path, *, frozen: bool = True) -> tuple[Any, Any]:
+    """Encoder and quantizer of an export of stage 0 or of a tokenizer folder.
+
+    Args:
+        folder: The export or the tokenizer.
+        frozen: Both in evaluation mode and as they are; else both in training mode and learning.
 
     Raises:
         ValueError: If a part is missing or names a class that is not allowed.
@@ -150,7 +154,9 @@ def load_code_parts(folder: str | Path) -> tuple[Any, Any]:
     root = Path(folder)
     encoder = resolve_class(read_class(root / "encoder"), ImageEncoder).from_pretrained(root / "encoder")
     quantizer = Quantizer.from_pretrained(root / "quantizer")
-    return encoder.eval(), quantizer.freeze().eval()
+    if not frozen:
+        return encoder.requires_grad_(True).train(), quantizer.train()
+    return encoder.requires_grad_(False).eval(), quantizer.freeze().eval()
 
 
 def _batches(source: ImageSource, count: int, batch_size: int) -> Iterator[dict[str, Any]]:

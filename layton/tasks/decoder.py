@@ -61,13 +61,8 @@ class DecoderTask(LaytonTask):
         preview_steps: int = 25,
     ) -> None:
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
-        self.encoder, self.quantizer = load_code_parts(tokenizer)
+        self.encoder, self.quantizer = load_code_parts(tokenizer, frozen=not train_tokenizer)
         self.train_tokenizer = train_tokenizer
-        if train_tokenizer:
-            self.encoder.requires_grad_(True)
-            self.quantizer.requires_grad_(True)
-        else:
-            self.encoder.requires_grad_(False)
         self.ladd = LADD.from_pipeline(
             ldm,
             code_dim=self.quantizer.code_dim,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from layton.convert.llamagen import VQGANShape, codebook_layout, vqgan_layout
-from layton.decoders import DiffusionDecoder
+from layton.decoders import ConsistencyDecoder
 from layton.ldm.autoencoder import build_autoencoder
 from layton.tokenizer import LaytonTokenizer
 from layton.vqgan_decoder import VQGANCodeDecoder
@@ -92,11 +92,13 @@ def test_released_layout_becomes_a_tokenizer(run: Run, tmp_path: Path, lora: str
     images = recorded["images"]
     features = model.encoder(images)
     torch.testing.assert_close(features, recorded["pre_quant"], rtol=1e-4, atol=1e-5)
-    decoder = model.decoder("diffusion")
-    assert isinstance(decoder, DiffusionDecoder)
+    decoder = model.decoder(None)
+    assert isinstance(decoder, ConsistencyDecoder)
     assert decoder.latents_per_token == 2
     assert (decoder.network.lora is None) == (lora == "merge")
     pictures = model.decode(torch.zeros(1, 16, dtype=torch.int64), num_steps=1)
     assert pictures.shape == (1, 3, 16, 16)
-    sampling = json.loads((tmp_path / "out" / "decoders" / "diffusion" / "sampling" / "config.json").read_text())
-    assert sampling["trained_timesteps"] == [999, 499, 124]
+    assert decoder.sampling.times == ((999.0,), (999.0, 499.0), (999.0, 499.0, 124.0))
+    assert (decoder.sampling.kind, decoder.default_steps) == ("renoise", 3)
+    with pytest.raises(ValueError, match="trained for 1, 2, 3 steps, not for 25"):
+        model.decode(torch.zeros(1, 16, dtype=torch.int64), num_steps=25)

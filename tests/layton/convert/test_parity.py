@@ -7,6 +7,7 @@ import torch
 
 from distill.denoiser import Condition
 from layton.convert import ConvertedParts, convert_tokenizer
+from layton.decoders.consistency import sampling_at
 from layton.ladd import LADD
 from layton.quantizer import CosineVQ
 from layton.vqgan import VQGANEncoder
@@ -23,21 +24,23 @@ def parts(recorded, request, tmp_path) -> ConvertedParts:
     return convert_tokenizer(path, lora=request.param, unet_config=recorded.config["unet"], vae_config=None)
 
 
-@torch.no_grad()
-def three_evaluations(decoder, recorded, timesteps):
-    """The released sampler: ask for x_0, noise it again with fresh noise, and so on."""
-    condition = Condition(spatial=recorded.ladd["codes_embedding"])
-    x_t = recorded.ladd["init_noise"]
-    for number, t in enumerate(timesteps):
-        x_0 = decoder.predict(x_t, t, condition).x_0
-        if t == timesteps[-1]:
-            return x_0
-        coef = decoder.schedule.coefficients(timesteps[number + 1])
-        x_t = (coef.alpha * x_0 + coef.sigma * recorded.ladd[f"renoise_{number + 1}"]).float()
-    raise AssertionError("no time steps")
+@pytest.fixture
+def three_evaluations(monkeypatch):
+    """The decoder as the command writes it, with the noises that the official sampler drew."""
+
+    @torch.no_grad()
+    def decode(network, recorded, timesteps):
+        noises = iter([recorded.ladd["renoise_1"], recorded.ladd["renoise_2"]])
+        monkeypatch.setattr("distill.samplers.gaussian_like", lambda x, generator: next(noises).to(x))
+        condition = Condition(spatial=recorded.ladd["codes_embedding"])
+        sampling = sampling_at({len(timesteps): timesteps}, network)
+        x_T, unused = recorded.ladd["init_noise"], torch.Generator()
+        return sampling.sample(network, x_T, condition, num_steps=len(timesteps), generator=unused)
+
+    return decode
 
 
-def test_converted_tokenizer_computes_what_the_official_one_did(parts, recorded):
+def test_converted_tokenizer_computes_what_the_official_one_did(parts, recorded, three_evaluations):
     assert parts.timesteps == tuple(recorded.config["timesteps"])
     assert parts.decoder.conditioning_scale == recorded.config["condition_scale"]
     with torch.no_grad():
@@ -53,7 +56,7 @@ def test_converted_tokenizer_computes_what_the_official_one_did(parts, recorded)
     assert_relative(latent, recorded.ladd["decoded_latent"])
 
 
-def test_saved_parts_load_with_the_same_outputs(cut_down, tmp_path):
+def test_saved_parts_load_with_the_same_outputs(cut_down, tmp_path, three_evaluations):
     parts = convert_tokenizer(cut_down.save(tmp_path), unet_config=cut_down.config["unet"], vae_config=None)
     parts.save_pretrained(tmp_path / "out")
     encoder = VQGANEncoder.from_pretrained(tmp_path / "out" / "encoder")
@@ -65,7 +68,7 @@ def test_saved_parts_load_with_the_same_outputs(cut_down, tmp_path):
     assert_relative(latent, cut_down.ladd["decoded_latent"])
 
 
-def test_alpha_of_the_adaptors_matters(cut_down, tmp_path):
+def test_alpha_of_the_adaptors_matters(cut_down, tmp_path, three_evaluations):
     """The file does not hold alpha: taking it equal to the rank, as many tools do, gives another model."""
     unet_config = cut_down.config["unet"]
     parts = convert_tokenizer(cut_down.save(tmp_path), lora_alpha=4, unet_config=unet_config, vae_config=None)

@@ -272,7 +272,10 @@ def test_text_to_image_run_then_stage_1_on_its_export(tmp_path: Path) -> None:
     assert {name.partition(".")[0] for name in state.keys() - saved.keys()} == {"lora"}
     decoder["init_args"]["train_tokenizer"] = True
     export = fit(tmp_path, "joint", run_file(decoder, source("train", 8), source("validation", 4)))
-    assert (export / "encoder" / "model.safetensors").is_file()
+    learnt = (("encoder", "model.safetensors"), ("quantizer", "model.safetensors"))
+    for part in learnt:  # jointly: the diffusion loss reaches the encoder, and the codebook follows its features
+        before, after = (load_file(folder.joinpath(*part)) for folder in (tmp_path / "tok/export", export))
+        assert any(not torch.equal(before[name], after[name]) for name in before), part
 
 
 def test_times_are_stratified_and_a_shift_draws_noisier_ones() -> None:
