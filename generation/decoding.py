@@ -60,7 +60,9 @@ def generate_codes(
     options, guided = sampling or SamplingOptions(), guidance or Guidance()
     count = model.num_tokens if num_codes is None else num_codes
     batch = condition.shape[0]
-    given = _checked_known(known, batch=batch, count=count, vocab_size=model.vocab_size)
+    if not 1 <= count <= model.num_tokens:
+        raise ValueError(f"num_codes must be in [1, {model.num_tokens}], got {count}")
+    given = None if known is None else _checked_known(known, model, batch=batch)[:, :count].clone()
     codes = torch.full((batch, count), FREE, dtype=torch.int64, device=condition.device)
     codes = codes if given is None else given.to(codes)
     last = guided.last(model.num_tokens)
@@ -103,14 +105,12 @@ def _first_free(codes: Tensor) -> int:
     return int(columns[0]) if len(columns) else codes.shape[1]
 
 
-def _checked_known(known: Tensor | None, *, batch: int, count: int, vocab_size: int) -> Tensor | None:
-    if known is None:
-        return None
-    if known.ndim != 2 or known.shape[0] != batch or known.shape[1] < count:
-        raise ValueError(f"known codes must be ({batch}, at least {count}), got {tuple(known.shape)}")
+def _checked_known(known: Tensor, model: LaytonGenTransformer, *, batch: int) -> Tensor:
+    vocab_size = model.vocab_size
+    if known.shape != (batch, model.num_tokens):
+        raise ValueError(f"known codes must be ({batch}, {model.num_tokens}), got {tuple(known.shape)}")
     if known.is_floating_point() or known.dtype == torch.bool:
         raise ValueError(f"known codes must be integers, got {known.dtype}")
-    known = known[:, :count].clone()
     if known.numel() and (int(known.min()) < FREE or int(known.max()) >= vocab_size):
         raise ValueError(
             f"known codes must be {FREE} or in [0, {vocab_size}), got {int(known.min())}..{int(known.max())}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,22 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from generation.guidance import Guidance
 from generation.pipeline import LaytonGenPipeline
 from generation.quantization import set_weights, weights_type
 from generation.weight_types import Weights
-
-
-def weights_digest(*parts: nn.Module) -> str:
-    """16 hex digits over all weights of networks, as they are in memory."""
-    total = hashlib.sha256()
-    for part in parts:
-        for name, value in sorted(part.state_dict().items()):
-            total.update(name.encode())
-            total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()[:16]
+from layton.modules import weights_digest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +30,7 @@ class LaytonGenDrawer:
         temperature: Of the logits.
         top_k: Number of likeliest codes; 0 for all.
         top_p: Share of the likeliest codes.
+        interim: Whether the model is one that is still in training.
     """
 
     pipeline: LaytonGenPipeline
@@ -51,6 +41,7 @@ class LaytonGenDrawer:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    interim: bool = False
 
     @classmethod
     def load(
@@ -75,11 +66,12 @@ class LaytonGenDrawer:
         Raises:
             ValueError: If it does not exist or is damaged, or a setting is out of range.
         """
-        from generation.generator import find_generator, find_tokenizer
+        from generation.generator import find_generator, find_tokenizer, is_interim
         from layton.commands.models import default_decoder
         from layton.devices import choose_device
 
-        beside = tokenizer if tokenizer is not None else str(find_tokenizer(name, find_generator(name)))
+        folder = find_generator(name)
+        beside = tokenizer if tokenizer is not None else str(find_tokenizer(name, folder))
         chosen = decoder if decoder is not None else default_decoder(beside)
         pipeline = LaytonGenPipeline.from_pretrained(name, tokenizer=beside, decoders=[chosen], allow=allow)
         pipeline.tokenizer.decoder(chosen).check_steps(num_steps)
@@ -87,7 +79,7 @@ class LaytonGenDrawer:
         placed = pipeline.to(choose_device(device))
         if weights is not None:
             set_weights(placed.transformer, weights)
-        return cls(placed, name, chosen, num_steps, guidance_scale, temperature, top_k, top_p)
+        return cls(placed, name, chosen, num_steps, guidance_scale, temperature, top_k, top_p, is_interim(folder))
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[NDArray[np.uint8]]:
         """One image uint8 (H, W, 3) for each prompt and seed, which depends on these two alone."""
@@ -114,6 +106,7 @@ class LaytonGenDrawer:
         scale: Guidance = guidance
         return {
             "model": self.name,
+            "interim": self.interim,
             "weight_type": weights_type(self.pipeline.transformer),
             "weights": weights_digest(self.pipeline.transformer, decoder),
             "pipeline_class": type(self.pipeline).__name__,
@@ -123,6 +116,8 @@ class LaytonGenDrawer:
             "decoder": self.decoder,
             "decoder_class": type(decoder).__name__,
             "num_inference_steps": decoder.check_steps(self.num_steps),
+            "condition_scale": decoder.default_scale,
+            "decoder_sampling": decoder.sampling_record(),
             "guidance_scale": scale.scale,
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,

@@ -83,8 +83,10 @@ def evaluate_generation(
         on_progress: Told how many images are done with.
 
     Raises:
-        ValueError: If there are fewer than two images.
+        ValueError: If there are fewer than two images, or one resample, which has no spread.
     """
+    if num_resamples == 1:
+        raise ValueError("num_resamples must be 0 or at least 2, got 1")
     places = sources or ExternalSources()
     absent: dict[str, str] = {}
     extract = features if features is not None else _effnet(absent)

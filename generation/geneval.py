@@ -192,7 +192,10 @@ def _claim(out: Path, record: Mapping[str, Any]) -> None:
             raise ValueError(f"{out} holds images of a run without {SETTINGS_NAME}: take another folder")
         write_atomically(path, partial(_write_text, text=text))
         return
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        stored = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): take another folder") from error
     wanted = json.loads(text)
     if stored != wanted:
         names = sorted(name for name in {*stored, *wanted} if stored.get(name) != wanted.get(name))

@@ -27,7 +27,7 @@ class NextCodeScores:
         accuracy: Share of the codes that were the likeliest.
         accuracy_top5: Share of those among the five likeliest.
         agreement: Share of places at which the other weights have the same likeliest code; None without others.
-        standard_error: Of the cross-entropy, over images.
+        standard_error: Of the cross-entropy, over images; None for one image.
     """
 
     images: int
@@ -36,7 +36,7 @@ class NextCodeScores:
     accuracy: float
     accuracy_top5: float
     agreement: float | None
-    standard_error: float
+    standard_error: float | None
 
     def to_dict(self) -> dict[str, int | float | None]:
         """For JSON."""
@@ -95,7 +95,7 @@ def score_next_codes(
         accuracy=right / total,
         accuracy_top5=near / total,
         agreement=None if other is None else same / total,
-        standard_error=float(each.std() / images**0.5) if images > 1 else float("nan"),
+        standard_error=float(each.std() / images**0.5) if images > 1 else None,
     )
 
 

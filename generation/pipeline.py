@@ -199,6 +199,10 @@ class LaytonGenPipeline:
             self.tokenizer.decoder(decoder).check_steps(num_inference_steps)
         if not all(isinstance(each, str) for each in prompts):
             raise ValueError(f"prompts must be texts, got {str(prompts)[:80]}")
+        if known_codes is not None and known_codes.shape != (total, self.num_tokens):
+            raise ValueError(
+                f"known_codes must be ({total}, {self.num_tokens}), one row an image, got {tuple(known_codes.shape)}"
+            )
         generators = image_generators(generator, total)
         noise = [child_generator(each) for each in generators]
         sampling, guidance = self.options(guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)

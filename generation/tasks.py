@@ -24,11 +24,12 @@ from layton import assets
 from layton.data.sources import walk
 from layton.folder import load_config
 from layton.ldm.cache import CachedLatents
+from layton.modules import weights_digest
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
 from layton.tokenizer import CLASS_NAME, LaytonTokenizer
 
 _PREVIEWS = 8
-_FACTS = "tokenizer_facts"  # key of checkpoints
+_FACTS, _TEXT = "tokenizer_facts", "frozen_text_encoder"  # keys of checkpoints
 
 
 class LaytonGenTask(LaytonTask):
@@ -120,6 +121,11 @@ class LaytonGenTask(LaytonTask):
     def require_shards(self, source: TokenShards) -> None:
         """See `setup`."""
         source.require_tokenizer(self.facts.fingerprint)
+        encoder = weights_digest(self._tokenizer[0].encoder)
+        if source.header.encoder != encoder:
+            raise ValueError(
+                f"{source.folder} holds codes of another encoder (stored {source.header.encoder}, wanted {encoder})"
+            )
         stored, wanted = (
             {name: getattr(facts, name) for name in ("vocab_size", "num_tokens", "image_size")}
             for facts in (source.header, self.facts)
@@ -225,12 +231,13 @@ class LaytonGenTask(LaytonTask):
         save_generator(folder, Generator(self.transformer, encoder, card))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record which tokenizer the codes are of."""
+        """Record which tokenizer the codes are of, and which frozen text encoder the captions were read by."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[_FACTS] = asdict(self.facts)
+        checkpoint[_TEXT] = self._frozen_text()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that was trained on another tokenizer's codes.
+        """Refuse a checkpoint that was trained on another tokenizer's codes, or with another frozen text encoder.
 
         Raises:
             ValueError: With every fact that differs.
@@ -239,6 +246,16 @@ class LaytonGenTask(LaytonTask):
         differs = differences(checkpoint.get(_FACTS) or {}, asdict(self.facts))
         if differs:
             raise ValueError(f"the checkpoint was trained with another tokenizer ({differs})")
+        stored, wanted = checkpoint.get(_TEXT), self._frozen_text()
+        if stored != wanted:
+            raise ValueError(
+                f"the checkpoint was trained with another frozen text encoder (stored {stored}, wanted {wanted})"
+            )
+
+    def _frozen_text(self) -> str | None:
+        """Fingerprint of a text encoder that is no part of checkpoints; None if it learns, and so is."""
+        encoder = self._text_encoder[0]
+        return None if encoder.trainable else encoder.fingerprint()
 
     def _hidden(self, codes: Tensor, batch: dict[str, Any], dropped: Tensor) -> Tensor:
         text = _without_common_padding(self.text_of(batch))

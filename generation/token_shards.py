@@ -202,15 +202,30 @@ def shard_files(folder: Path) -> list[Path]:
     Raises:
         ValueError: If it is none, is not finished, or a shard is missing.
     """
+    paths = [folder / name for name, _ in _listed(_manifest(folder), folder)]
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{folder}: shard {path.name!r} of the manifest is not there")
+    return paths
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST_NAME).is_file():
         begun = (folder / PLAN_NAME).is_file()
         raise ValueError(f"{folder} holds " + ("an unfinished token dataset: run it again" if begun else "no tokens"))
-    manifest = read_json(folder / MANIFEST_NAME)
-    names = [str(entry["file"]) for entry in manifest["shards"]]
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"{folder}: shard {name!r} of the manifest is not there")
-    return [folder / name for name in names]
+    return read_json(folder / MANIFEST_NAME)
+
+
+def _listed(manifest: Mapping[str, Any], folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    """Shards of a manifest by name, with what it says of each."""
+    entries = manifest.get("shards")
+    fields = {"file", "sha256", "samples", "skipped"}
+    if not isinstance(entries, list) or not all(isinstance(each, dict) and fields <= each.keys() for each in entries):
+        raise ValueError(f"{folder / MANIFEST_NAME} is damaged: it does not list its shards")
+    for entry in entries:
+        if Path(str(entry["file"])).name != entry["file"]:
+            raise ValueError(f"{folder}: the manifest names {entry['file']!r}, which is no file of this folder")
+    return [(str(entry["file"]), entry) for entry in entries]
 
 
 def verify(folder: Path) -> list[str]:
@@ -219,11 +234,15 @@ def verify(folder: Path) -> list[str]:
     Raises:
         ValueError: If there is no finished token dataset.
     """
-    paths, manifest = shard_files(folder), read_json(folder / MANIFEST_NAME)
-    header = TokenHeader.from_values(manifest["header"], source=folder / MANIFEST_NAME)
+    manifest = _manifest(folder)
+    header = TokenHeader.from_values(manifest.get("header"), source=folder / MANIFEST_NAME)
     faults: list[str] = []
     owner: dict[str, str] = {}
-    for path, entry in zip(paths, manifest["shards"], strict=True):
+    for name, entry in _listed(manifest, folder):
+        path = folder / name
+        if not path.is_file():
+            faults.append(f"{name}: is not there")
+            continue
         if sha256_of(path) != entry["sha256"]:
             faults.append(f"{path.name}: its bytes are not those that were written (sha256)")
             continue

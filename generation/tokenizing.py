@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from generation.text_encoders import TextEncoder
 from generation.token_shards import (
@@ -35,6 +35,7 @@ from layton.data.images import ImageError, to_tensor
 from layton.data.sources import ImageSource, StoredSource
 from layton.data.types import ImageSample
 from layton.lock import lock_folder
+from layton.modules import weights_digest
 from layton.tokenizer import LaytonTokenizer
 
 Progress = Callable[[int], object]
@@ -242,16 +243,6 @@ def _finish(out: Path, plan: dict[str, Any], found: Sequence[ShardResult], missi
         sum(result.reused for result in found),
         sum(result.cut_captions for result in found),
     )
-
-
-def weights_digest(module: nn.Module) -> str:
-    """16 hex digits over the weights of a module."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        value = tensor.detach().cpu()
-        digest.update((value.float() if value.is_floating_point() else value).contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _check_plan(out: Path, plan: dict[str, Any]) -> None:

@@ -13,6 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from layton.folder import JsonValue
+
 Generators = torch.Generator | Sequence[torch.Generator]
 
 
@@ -81,6 +83,15 @@ class CodeDecoder(nn.Module, ABC):
         Raises:
             ValueError: For a number of steps that the decoder was not trained for.
         """
+
+    @property
+    def default_scale(self) -> float | None:
+        """Strength of the codes when none is asked for; None where the decoder has no such thing."""
+        return None
+
+    def sampling_record(self) -> dict[str, JsonValue]:
+        """How it is sampled beside steps and scale, as it is saved and as evaluations record it."""
+        return {}
 
     @abstractmethod
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:

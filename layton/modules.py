@@ -1,9 +1,11 @@
-"""Transformer parts shared by the token encoder and the light decoder.
+"""Transformer parts shared by the token encoder and the light decoder, and the digest of any module's weights.
 
 Legend: B batch, N tokens, D width, K heads, h w token grid.
 """
 
 from __future__ import annotations
+
+import hashlib
 
 import torch
 import torch.nn.functional as F
@@ -149,3 +151,14 @@ def init_linear(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def weights_digest(*modules: nn.Module) -> str:
+    """16 hex digits over the weights of modules; the same on every device, and in half precision for equal values."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(name.encode())
+            value = tensor.detach().cpu()
+            digest.update((value.float() if value.is_floating_point() else value).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

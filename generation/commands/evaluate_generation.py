@@ -12,6 +12,7 @@ from generation.commands.options import Weights, require_least
 from layton.commands.calling import progress
 from layton.commands.reports import write_json
 from layton.data.types import Split
+from layton.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +77,11 @@ def evaluate_generation(
 
     require_least(1, {"count": count, "size": size, "batch_size": batch_size})
     require_least(0, {"seed": seed, "resamples": resamples})
+    if resamples == 1:
+        raise UsageError("--resamples must be 0 or at least 2: one draw has no spread")
     images = open_images(data, split=split, count=count, size=size, batch_size=batch_size)
+    if images.count < 2:
+        raise UsageError(f"two sets are compared: at least two images are needed, got {images.count}")
     loaded = load_drawer(
         kind,
         model,

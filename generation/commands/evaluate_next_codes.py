@@ -39,12 +39,12 @@ def evaluate_next_codes(
     import copy
 
     from generation.data import TokenShards
-    from generation.drawing import weights_digest
     from generation.generator import find_generator, load_generator
     from generation.likelihood import score_next_codes
     from generation.quantization import set_weights
     from layton.devices import choose_device
     from layton.metrics.protocol import library_versions
+    from layton.modules import weights_digest
 
     require_least(1, {"count": count, "batch_size": batch_size})
     generator = load_generator(find_generator(model), allow=allow or ())
@@ -57,13 +57,14 @@ def evaluate_next_codes(
         scores = score_next_codes(
             generator, shards, count=count, batch_size=batch_size, other=other, on_progress=bar.update
         )
+    error = "" if scores.standard_error is None else f" +- {scores.standard_error:.3f}"
     words = [
-        f"{scores.codes} codes of {scores.images} images: cross-entropy {scores.cross_entropy:.3f}",
-        f"+- {scores.standard_error:.3f}, likeliest {scores.accuracy:.1%}, among five {scores.accuracy_top5:.1%}",
+        f"{scores.codes} codes of {scores.images} images: cross-entropy {scores.cross_entropy:.3f}{error}",
+        f"likeliest {scores.accuracy:.1%}, among five {scores.accuracy_top5:.1%}",
     ]
     if scores.agreement is not None:
         words.append(f"the same likeliest code with {weights} weights: {scores.agreement:.2%}")
-    sys.stdout.write(", ".join([" ".join(words[:2]), *words[2:]]) + "\n")
+    sys.stdout.write(", ".join(words) + "\n")
     if json is not None:
         protocol = {
             "model": model,

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from layton.data.geometry import FIT_POLICIES, FitPolicy, Geometry
+from layton.data.images import DEFAULT_LIMITS
 from layton.folder import write_atomically
 
 FORMAT = "layton codes 1"
@@ -203,10 +204,12 @@ class CodesFile:
         """How some images were fitted.
 
         Raises:
-            ValueError: If one makes no sense.
+            ValueError: If one makes no sense, or is of an image that is larger than any that is read.
         """
         rows = self._file.get_slice("geometry")[start:stop].tolist()
         try:
+            for row in rows:
+                DEFAULT_LIMITS.check_size(width=row[1], height=row[0])
             return [
                 Geometry((row[0], row[1]), self.header.image_size, self.header.policy, tuple(row[2:])) for row in rows
             ]

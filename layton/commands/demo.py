@@ -111,7 +111,9 @@ def reconstruct_samples(model: LaytonTokenizer, name: str) -> tuple[list[Row], d
             seconds = time.perf_counter() - started
             cells = [Cell(r.picture, f"{r.figures['psnr']:.1f} dB") for r in results]
             rows.append(Row(describe(model.decoder(decoder), decoder, None), cells))
-            protocol = one.protocol(model=name, dataset="demo scenes", policy="pad", num_images=len(samples))
+            protocol = one.protocol(
+                model=name, dataset="demo scenes", split="test", policy="pad", num_images=len(samples)
+            )
             figures[decoder] = {
                 "mean": mean_figures([result.figures for result in results]),
                 "images": {item.name: result.figures for item, result in zip(samples, results, strict=True)},

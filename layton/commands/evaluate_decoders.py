@@ -47,7 +47,8 @@ class Variant:
     @property
     def description(self) -> str:
         """For the protocol."""
-        return f"decoder {self.decoder!r} in {self.steps} steps"
+        part = self.model.decoder(self.decoder)
+        return f"decoder {self.decoder!r} in {self.steps} steps, scale {part.default_scale}, {part.sampling_record()}"
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, N) -> images (B, 3, S, S) in [-1, 1], on the CPU."""
@@ -197,6 +198,7 @@ def seconds_per_image(variants: Sequence[Variant], codes: Tensor, *, repeats: in
 
 def measure(variants: Sequence[Variant], images: EvaluationImages, name: str) -> ReconstructionReport:
     """One report of all variants on the same images: the first as its model, the others as its references."""
+    from layton.commands.models import decoding_facts
     from layton.metrics import Protocol, evaluate_reconstruction
 
     first = variants[0]
@@ -205,9 +207,7 @@ def measure(variants: Sequence[Variant], images: EvaluationImages, name: str) ->
         split=images.split,
         preprocessing=images.preprocessing,
         model=f"{name}, codebook {first.model.fingerprint()}",
-        decoder=first.decoder,
-        num_inference_steps=first.steps,
-        seeds={"noise of every image": first.seed},
+        **decoding_facts(first.model, first.decoder, num_steps=first.steps, conditioning_scale=None, seed=first.seed),
     )
     with progress(images.count, "evaluate") as bar:
         return evaluate_reconstruction(

@@ -145,7 +145,7 @@ def tokenizer_with(
     Raises:
         ValueError: If one of them does not exist, or the decoder refuses the steps.
     """
-    from layton.commands.models import load_with_decoder, same_noise
+    from layton.commands.models import decoding_facts, load_with_decoder, same_noise
 
     model, chosen = load_with_decoder(name, decoder, num_steps=steps, device=device, allow=allow)
 
@@ -157,10 +157,7 @@ def tokenizer_with(
 
     facts = {
         "model": f"{name}, codebook {model.fingerprint()}",
-        "decoder": chosen,
-        "num_inference_steps": model.decoder(chosen).check_steps(steps),
-        "condition_scale": scale,
-        "seeds": {"noise of every image": seed},
+        **decoding_facts(model, chosen, num_steps=steps, conditioning_scale=scale, seed=seed),
     }
     return Subject(reconstruct, model.encode, model.vocab_size, _LATENT_NUMBERS, facts)
 

@@ -87,12 +87,17 @@ def _cell(value: float | None) -> str:
 def _run(
     draw: TextToImage, name: str, source: str, specs: list[PromptSpec], images_per_prompt: int, seed: int
 ) -> dict[str, Any]:
-    from layton.metrics.protocol import library_versions
+    import torch
 
+    from layton.metrics.protocol import library_versions
+    from layton.modules import weights_digest
+
+    networks = [draw.pipeline.components[name] for name in sorted(draw.pipeline.components)]
     text = "".join(spec.to_json() + "\n" for spec in specs)
     return {
         "pipeline": name,
         "pipeline_class": type(draw.pipeline).__name__,
+        "weights": weights_digest(*(part for part in networks if isinstance(part, torch.nn.Module))),
         "scheduler": type(draw.pipeline.scheduler).__name__,
         "num_inference_steps": draw.num_steps,
         "guidance_scale": draw.guidance_scale,

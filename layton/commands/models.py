@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +60,23 @@ def load_with_decoder(
     tokenizer = load_tokenizer(name, decoders=[chosen], device=device, allow=allow)
     tokenizer.decoder(chosen).check_steps(num_steps)
     return tokenizer, chosen
+
+
+def decoding_facts(
+    tokenizer: LaytonTokenizer, decoder: str, *, num_steps: int | None, conditioning_scale: float | None, seed: int
+) -> dict[str, Any]:
+    """What a `layton.metrics.protocol.Protocol` says of a tokenizer's pictures: whose weights, how decoded."""
+    from layton.modules import weights_digest
+
+    part = tokenizer.decoder(decoder)
+    return {
+        "weights": weights_digest(tokenizer.encoder, tokenizer.quantizer, part),
+        "decoder": decoder,
+        "num_inference_steps": part.check_steps(num_steps),
+        "decoder_sampling": part.sampling_record(),
+        "condition_scale": part.default_scale if conditioning_scale is None else conditioning_scale,
+        "seeds": {"noise of every image": seed},
+    }
 
 
 def default_decoder(name: str) -> str:

@@ -94,7 +94,9 @@ def reconstruct(
     lines += [f"no {name.upper()}: {reason}" for name, reason in one.measures.absent.items()]
     sys.stdout.write("\n".join(lines) + "\n")
     if json is not None:
-        protocol = one.protocol(model=tokenizer, dataset="given files", policy=policy, num_images=len(rows))
+        protocol = one.protocol(
+            model=tokenizer, dataset="given files", split="all", policy=policy, num_images=len(rows)
+        )
         figures = {"mean": means, "images": [row.to_dict() for row in rows], "absent": one.measures.absent}
         write_json(json, {**figures, "passed_over": fitted.bad, "protocol": protocol.to_dict()})
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from layton.commands.images import FittedImage
-from layton.commands.models import same_noise
+from layton.commands.models import decoding_facts, same_noise
 from layton.data.geometry import FitPolicy, fit_image
 
 if TYPE_CHECKING:
@@ -74,22 +74,25 @@ class Reconstructor:
             for item, square, figures in zip(items, squares, self.measures(squares, originals), strict=True)
         ]
 
-    def protocol(self, *, model: str, dataset: str, policy: FitPolicy, num_images: int) -> Protocol:
-        """How the figures were taken."""
+    def protocol(self, *, model: str, dataset: str, split: str, policy: FitPolicy, num_images: int) -> Protocol:
+        """How the figures were taken; the arguments are fields of the record."""
         from layton.metrics.effnet import NETWORK
         from layton.metrics.protocol import Protocol
 
-        chosen, network = self.tokenizer.decoder(self.decoder), self.measures.network
+        network = self.measures.network
         return Protocol(
             dataset=dataset,
-            split="test",
+            split=split,
             preprocessing=f"{policy} to the decoder's square, Pillow's bicubic filter",
             model=f"{model}, codebook {self.tokenizer.fingerprint()}",
             num_images=num_images,
-            decoder=self.decoder,
-            num_inference_steps=chosen.check_steps(self.num_steps),
-            condition_scale=self.conditioning_scale,
-            seeds={"noise of every image": self.seed},
+            **decoding_facts(
+                self.tokenizer,
+                self.decoder,
+                num_steps=self.num_steps,
+                conditioning_scale=self.conditioning_scale,
+                seed=self.seed,
+            ),
             feature_network=None if network is None else NETWORK,
             feature_weights_sha256=None if network is None else network.weights_sha256,
             feature_preprocessing=None if network is None else "native size, [-1, 1] (mean 0.5, std 0.5)",

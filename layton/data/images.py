@@ -87,6 +87,17 @@ class ImageLimits:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
 
+    def check_size(self, *, width: int, height: int) -> None:
+        """Refuse an image of these many pixels if it is too large.
+
+        Raises:
+            ValueError: If it is.
+        """
+        if max(width, height) > self.max_side or width * height > self.max_pixels:
+            raise ValueError(
+                f"{width}x{height} pixels, more than the allowed {self.max_pixels} or a side over {self.max_side}"
+            )
+
 
 DEFAULT_LIMITS = ImageLimits()
 
@@ -218,11 +229,10 @@ def _check_size(header: ImageHeader, name: str, limits: ImageLimits) -> None:
     width, height = header.width, header.height
     if width < 1 or height < 1:
         raise ImageError(f"{name}: header says {width}x{height} pixels")
-    if max(width, height) > limits.max_side or width * height > limits.max_pixels:
-        raise ImageError(
-            f"{name}: {width}x{height} pixels, more than the allowed {limits.max_pixels} "
-            f"or a side over {limits.max_side}"
-        )
+    try:
+        limits.check_size(width=width, height=height)
+    except ValueError as error:
+        raise ImageError(f"{name}: {error}") from error
 
 
 def _upright_rgb(image: Image.Image, header: ImageHeader, background: tuple[int, int, int]) -> Image.Image:

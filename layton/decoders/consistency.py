@@ -73,12 +73,16 @@ class ConsistencyDecoder(LatentDecoder):
         condition = Condition(spatial=embeddings)
         return self.sampling.sample(self.network, x_T, condition, num_steps=num_steps, generator=generator)
 
+    def sampling_record(self) -> dict[str, JsonValue]:
+        """The times of every number of steps; see `CodeDecoder.sampling_record`."""
+        return self.sampling.to_json()
+
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write the times, and the difference from the base or, without one, the network as `LADD` does."""
         root = Path(folder)
         config: dict[str, JsonValue] = {
             "class": class_name(type(self)),
-            "sampling": self.sampling.to_json(),
+            "sampling": self.sampling_record(),
             "default_steps": self.default_steps,
             "latents_per_token": self.latents_per_token,
             "conditioning_scale": self.network.conditioning_scale,

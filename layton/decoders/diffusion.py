@@ -82,7 +82,7 @@ class DiffusionDecoder(LatentDecoder):
         save_config(Path(folder) / SAMPLING_FOLDER, self.sampling_record())
 
     def sampling_record(self) -> dict[str, JsonValue]:
-        """What ``sampling/config.json`` says."""
+        """What ``sampling/config.json`` says; see `CodeDecoder.sampling_record`."""
         return {
             "class": class_name(DiffusionDecoder),
             "latents_per_token": self.latents_per_token,

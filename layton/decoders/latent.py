@@ -35,6 +35,11 @@ class LatentDecoder(CodeDecoder):
         self.autoencoder = autoencoder.requires_grad_(False).eval()
         self.latents_per_token = latents_per_token
 
+    @property
+    def default_scale(self) -> float:
+        """Factor on the control branch's residuals."""
+        return self.network.conditioning_scale
+
     def decode(
         self,
         embeddings: Tensor,

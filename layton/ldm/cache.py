@@ -25,7 +25,8 @@ Images = Literal["none", "read", "stored"]
 class CachedLatents(SampleSource):
     """A source of latents, made from an image source when first asked for and then read from disk.
 
-    A sample holds ``latent`` (C, h, w) float16, ``caption`` and ``key``, and with a tokenizer ``codes`` (N,) int16.
+    A sample holds ``latent`` (C, h, w) float16, ``caption`` and ``key``, and with a tokenizer ``codes`` (N,), int16 or,
+    of a codebook with more than 32,768, int32.
 
     Args:
         source: Images of equal size.
@@ -65,7 +66,7 @@ class CachedLatents(SampleSource):
             "tokenizer": "" if tokenizer is None else digest(Path(tokenizer)),
             "source": type(source).__name__,
             "num_samples": count,
-            "first_key": source.sample(0, seed=0)["key"],
+            **_looks(source, count),
         }
         if images == "stored":
             fingerprint["images"] = True
@@ -100,6 +101,17 @@ class CachedLatents(SampleSource):
         return sample
 
 
+def _looks(source: ImageSource, count: int) -> dict[str, str]:
+    """What tells a cache's images from others of the same source: size, keys and brightness of three of them."""
+    seen = [_original(source, index) for index in sorted({0, count // 2, count - 1})]
+    return {
+        "image_shape": " ".join(map(str, seen[0]["image"].shape)),
+        "keys": hashlib.sha256("\n".join(sample["key"] for sample in seen).encode("utf-8")).hexdigest()[:16],
+        # to a hundredth, so that another machine's rounding makes no difference
+        "brightness": " ".join(f"{float(sample['image'].mean()):.2f}" for sample in seen),
+    }
+
+
 def _precision_of(folder: Path) -> dict[str, str]:
     """The number format that an older cache says it was encoded in: no difference between caches."""
     manifest = folder / "cache.json"
@@ -130,7 +142,8 @@ class _Encode:
             tensors = {"latent": autoencoder.encode(images.to(memory_format=torch.channels_last)).half().contiguous()}
         if codes_of is not None:
             encoder, quantizer = codes_of
-            tensors["codes"] = quantizer.encode(encoder(images).float()).to(torch.int16)
+            codes = quantizer.encode(encoder(images).float())
+            tensors["codes"] = codes.to(torch.int16 if quantizer.vocab_size <= 2**15 else torch.int32)
         if self.keep_images:
             tensors["image"] = ((images + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return tensors

@@ -32,13 +32,15 @@ class Protocol:
 
     Attributes:
         dataset: Name of the data, for example "scenes" or "photos shards 0-5".
-        split: "train", "validation" or "test".
+        split: "train", "validation", "test", or "all" for files of the user's own, which have none.
         num_images: Images measured; filled in by the evaluation.
         image_size: Height and width in pixels; filled in by the evaluation, None if they vary.
         preprocessing: How files became images of that size: resize rule, filter, crop.
         model: What was measured, for example "mini" or a folder's name and hash.
         decoder: Name of the code decoder, None for an autoencoder alone.
         num_inference_steps: Decoder steps, None where there are none.
+        decoder_sampling: How the decoder is sampled beside these: times, temperature, what a file of it says.
+        weights: Hash of the model's weights as they are used, None where there is one only in the making.
         condition_scale: Weight of the codes' condition in the decoder, None where there is none.
         guidance_scale: Classifier-free guidance, None where there is none.
         seeds: Every seed that the figure depends on, by its use.
@@ -62,6 +64,8 @@ class Protocol:
     image_size: tuple[int, int] | None = None
     decoder: str | None = None
     num_inference_steps: int | None = None
+    decoder_sampling: Mapping[str, object] = field(default_factory=dict)
+    weights: str | None = None
     condition_scale: float | None = None
     guidance_scale: float | None = None
     seeds: Mapping[str, int] = field(default_factory=dict)
@@ -82,8 +86,8 @@ class Protocol:
         Raises:
             ValueError: The split is unknown.
         """
-        if self.split not in ("train", "validation", "test"):
-            raise ValueError(f"split must be train, validation or test, got {self.split!r}")
+        if self.split not in ("train", "validation", "test", "all"):
+            raise ValueError(f"split must be train, validation, test or all, got {self.split!r}")
 
     def to_dict(self) -> dict[str, object]:
         """The fields under their names, as JSON can hold them."""

@@ -59,3 +59,5 @@ def test_a_shifted_copy_is_further_away() -> None:
 def test_one_image_is_no_set() -> None:
     with pytest.raises(ValueError, match="at least two"):
         evaluate_generation(Copier(), [(IMAGES[:1], CAPTIONS[:1])], protocol={}, features=features)
+    with pytest.raises(ValueError, match="got 1"):  # before anything is drawn
+        evaluate_generation(Copier(), iter(()), protocol={}, features=features, num_resamples=1)

@@ -62,6 +62,10 @@ def test_agreement_with_equal_and_with_other_weights(generator: Generator, shard
     assert score_next_codes(generator, shards, other=other).agreement < 0.5
 
 
+def test_one_image_has_no_error(generator: Generator, shards: TokenShards) -> None:
+    assert score_next_codes(generator, shards, count=1).standard_error is None
+
+
 def test_tokens_of_another_tokenizer_are_refused(shards: TokenShards) -> None:
     with pytest.raises(ValueError, match="another tokenizer"):
         score_next_codes(tiny_generator(tiny_tokenizer(seed=1)), shards)

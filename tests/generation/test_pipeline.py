@@ -87,6 +87,8 @@ def test_a_long_prompt_is_cut_and_says_so(pipe: LaytonGenPipeline) -> None:
         {"generator": [torch.Generator()] * 3},
         {"batch_size": 0},
         {"known_codes": torch.full((1, TOKENS), CODES)},
+        {"known_codes": torch.full((2, TOKENS), -1)},
+        {"known_codes": torch.full((1, TOKENS + 4), -1)},
     ],
     ids=lambda wrong: ",".join(wrong),
 )

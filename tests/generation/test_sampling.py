@@ -77,6 +77,8 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         ({"num_codes": 0, "sampling": GREEDY}, "got 0"),
         ({"num_codes": TOKENS + 1, "sampling": GREEDY}, "got 17"),
         ({"known": torch.full((2, TOKENS), CODES), "sampling": GREEDY}, "known codes"),
+        ({"num_codes": -1, "sampling": GREEDY}, "got -1"),
+        ({"known": torch.zeros(2, TOKENS + 1, dtype=torch.int64), "sampling": GREEDY}, "known codes"),
         ({"known": torch.zeros(1, TOKENS, dtype=torch.int64), "sampling": GREEDY}, "known codes"),
     ):
         with pytest.raises(ValueError, match=text):

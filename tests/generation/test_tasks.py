@@ -85,8 +85,12 @@ def test_shards_of_another_tokenizer_are_refused_inside_windows_too(
     source = ObjectWindows(shards, side=1)
     task._trainer = cast(Any, SimpleNamespace(datamodule=SimpleNamespace(train=[source])))
     task.setup("fit")
-    monkeypatch.setattr(shards, "header", replace(shards.header, fingerprint="another"))
+    header = shards.header
+    monkeypatch.setattr(shards, "header", replace(header, fingerprint="another"))
     with pytest.raises(ValueError, match="another tokenizer"):
+        task.setup("fit")
+    monkeypatch.setattr(shards, "header", replace(header, encoder="another"))
+    with pytest.raises(ValueError, match="codes of another encoder"):
         task.setup("fit")
 
 
@@ -179,6 +183,17 @@ def test_a_checkpoint_names_its_tokenizer_and_another_one_is_refused(place: Path
         changed = {**stored["tokenizer_facts"], name: "0" * 16 if isinstance(value, str) else value + 1}
         with pytest.raises(ValueError, match=f"another tokenizer \\({name}: stored"):
             task_of(place).on_load_checkpoint({**stored, "tokenizer_facts": changed})
+
+
+def test_a_checkpoint_names_its_frozen_text_encoder(place: Path) -> None:
+    checkpoints: list[dict[str, Any]] = [{"state_dict": {}}, {"state_dict": {}}]
+    task_of(place, trainable=False).on_save_checkpoint(checkpoints[0])
+    task_of(place).on_save_checkpoint(checkpoints[1])
+    task_of(place, trainable=False).on_load_checkpoint(checkpoints[0])
+    task_of(place).on_load_checkpoint(checkpoints[1])
+    for checkpoint in ({**checkpoints[0], "frozen_text_encoder": "0" * 16}, checkpoints[1]):
+        with pytest.raises(ValueError, match="another frozen text encoder"):
+            task_of(place, trainable=False).on_load_checkpoint(checkpoint)
 
 
 def test_a_checkpoint_that_names_no_tokenizer_is_refused(place: Path) -> None:

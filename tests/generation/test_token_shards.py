@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -140,6 +141,14 @@ def test_a_damaged_shard_is_found_and_made_again(tokenizer: LaytonTokenizer, tmp
     path.write_bytes(content[:-9])
     assert tokenize_dataset(scenes_job(tokenizer), tmp_path).reused == 2
     assert tree(tmp_path) == before
+    for missing in shard_files(tmp_path)[:2]:
+        missing.unlink()
+    assert [fault.split(":")[0] for fault in verify(tmp_path)] == [f"tokens-0000{n}.safetensors" for n in (0, 1)]
+    manifest = tmp_path / "manifest.json"
+    for part in ("header", "shards"):
+        manifest.write_text(json.dumps({k: v for k, v in json.loads(before["manifest.json"]).items() if k != part}))
+        with pytest.raises(ValueError, match=r"manifest\.json.*damaged"):
+            verify(tmp_path)
 
 
 def test_a_second_writer_is_refused(tokenizer: LaytonTokenizer, tmp_path: Path) -> None:

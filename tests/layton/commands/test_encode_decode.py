@@ -232,6 +232,7 @@ def with_code(codes: torch.Tensor, value: int) -> torch.Tensor:
         (lambda c: {"format": "something else"}, "is no codes file"),
         (lambda c: {"geometry": None}, "has no geometry"),
         (lambda c: {"geometry": torch.zeros(5, 6, dtype=torch.int32)}, "sizes must be >= 1"),
+        (lambda c: {"geometry": torch.full((5, 6), 2**30, dtype=torch.int32)}, "more than the allowed"),
         (lambda c: {"geometry": torch.ones(5, 5, dtype=torch.int32)}, "geometry is [5, 5], expected [5, 6]"),
         (lambda c: {"names": torch.tensor(list(b'["a"'), dtype=torch.uint8)}, "names are damaged"),
         (lambda c: {"names": torch.tensor(list(b"[1, 2]"), dtype=torch.uint8)}, "names are damaged"),

@@ -89,7 +89,10 @@ def test_demo_with_every_part(run: Run, both: Path, tmp_path: Path, monkeypatch:
     samples = {"256x256", "64x64", "200x200", "1024x1024", "480x240", "160x320"}
     for decoder in ("light", "diffusion"):
         assert set(report["reconstructions"][decoder]["images"]) == samples
-        assert report["reconstructions"][decoder]["protocol"]["split"] == "test"
+        protocol = report["reconstructions"][decoder]["protocol"]
+        assert (protocol["split"], len(protocol["weights"])) == ("test", 16)
+        assert protocol["condition_scale"] == (None if decoder == "light" else 1.0)
+        assert protocol["decoder_sampling"].get("temperature") == (None if decoder == "light" else 1.0)
         assert f"reconstructed with {decoder}" in written
     assert report["generations"]["of"] == 6
     assert report["generations"]["protocol"]["steps"] == 2

@@ -11,6 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from layton.data.sources import ScenesSource
+from layton.data.transforms import RandomCrop
 from layton.ldm.autoencoder import Autoencoder, build_autoencoder, standardise_latents
 from layton.ldm.cache import CachedLatents
 from layton.ldm.pipeline import save_pipeline
@@ -133,6 +134,14 @@ def test_cached_latents_equal_those_made_directly_and_refuse_another_autoencoder
     )
     with pytest.raises(ValueError, match="autoencoder"):
         CachedLatents(source, autoencoder=str(tmp_path / "other"), folder=str(tmp_path / "cache"))
+    others = {
+        "image_shape": ScenesSource(split="train", length=3, size=32),
+        "keys": ScenesSource(split="train", length=3, size=64, offset=1),
+        "brightness": ScenesSource(split="train", length=3, size=64, transform=RandomCrop(64, shorter_side=192)),
+    }
+    for field, images in others.items():
+        with pytest.raises(ValueError, match=field):
+            CachedLatents(images, autoencoder=str(tmp_path / "vae"), folder=str(tmp_path / "cache"))
 
 
 def test_fresh_captions_of_cached_latents_are_the_sources_own_with_each_seed(tmp_path: Path) -> None:
