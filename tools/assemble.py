@@ -51,8 +51,6 @@ def main() -> None:
     arguments = parser.parse_args()
     encoder, quantizer = load_code_parts(arguments.tokenizer)
     decoders: dict[str, CodeDecoder] = {"light": light_decoder(arguments.tokenizer)}
-    if arguments.ldm is not None:
-        copy_pipeline(arguments.ldm, arguments.out / LDM_FOLDER)
     if arguments.decoder is not None:
         if arguments.ldm is None:
             parser.error("--decoder needs --ldm")
@@ -73,10 +71,13 @@ def main() -> None:
             parser.error(f"--{name} needs --decoder, the stage-1 decoder that it was trained on")
         decoders[name] = kind.from_pretrained(folder, ldm=arguments.ldm, base=arguments.decoder)
     tokenizer = LaytonTokenizer(encoder, quantizer, decoders)
-    tokenizer.save_pretrained(arguments.out, dtype=torch.float16)
-    if arguments.laytongen is not None:
-        generator = load_generator(arguments.laytongen)
+    generator = None if arguments.laytongen is None else load_generator(arguments.laytongen)
+    if generator is not None:
         generator.card.require_tokenizer(tokenizer)
+    if arguments.ldm is not None:
+        copy_pipeline(arguments.ldm, arguments.out / LDM_FOLDER)
+    tokenizer.save_pretrained(arguments.out, dtype=torch.float16)
+    if generator is not None:
         save_generator(arguments.out / PART, generator, dtype=torch.float16)
         clean_configs(arguments.out / PART)
 

@@ -12,6 +12,7 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 RUNS = [
     (CONFIGS / "mini" / "laytongen.yaml", "scenes_latents"),
     (CONFIGS / "mini" / "laytongen.yaml", "scenes_tokens"),
+    (CONFIGS / "mini" / "laytongen_plain.yaml", "scenes_tokens_plain"),
     (CONFIGS / "mini" / "laytongen_windows.yaml", "scenes_windows"),
     (CONFIGS / "mini" / "laytongen_windows.yaml", "scenes_tokens_windows"),
     *((path, "tokens") for path in sorted((CONFIGS / "laytongen").glob("*.yaml"))),
