@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class TooManyBadImagesError(RuntimeError):
@@ -14,12 +14,13 @@ class BadImages:
 
     Args:
         max_bad: How many different broken images are tolerated; None for any number.
+        tell: Called once for each with "name: what is wrong with it" and how many there are by now.
     """
 
-    def __init__(self, max_bad: int | None = None) -> None:
+    def __init__(self, max_bad: int | None = None, *, tell: Callable[[str, int], None] | None = None) -> None:
         if max_bad is not None and max_bad < 0:
             raise ValueError(f"max_bad must be >= 0 or None, got {max_bad}")
-        self.max_bad = max_bad
+        self.max_bad, self._tell = max_bad, tell
         self._reasons: dict[str, None] = {}  # in order, each once
 
     def record(self, reason: str) -> None:
@@ -31,7 +32,10 @@ class BadImages:
         Raises:
             TooManyBadImagesError: If there are now more than `max_bad`.
         """
-        self._reasons[reason] = None
+        if reason not in self._reasons:
+            self._reasons[reason] = None
+            if self._tell is not None:
+                self._tell(reason, self.count)
         if self.max_bad is not None and self.count > self.max_bad:
             raise TooManyBadImagesError(
                 f"{self.count} broken images, {self.max_bad} allowed; the last: {'; '.join(self.reasons[-3:])}"
@@ -45,6 +49,14 @@ class BadImages:
         """
         for reason in reasons:
             self.record(reason)
+
+    def restore(self, reasons: Iterable[str]) -> None:
+        """Take over what an earlier part of a run has met and told.
+
+        Args:
+            reasons: Its `reasons`.
+        """
+        self._reasons = dict.fromkeys([*reasons, *self._reasons])
 
     @property
     def count(self) -> int:

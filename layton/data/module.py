@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,7 +66,7 @@ class ImageDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.pin_memory = pin_memory
-        self.bad = BadImages(max_bad)
+        self.bad = BadImages(max_bad, tell=_say_bad)
         self._loader: ResumableLoader | None = None
         self._resume_from: dict[str, Any] | None = None
 
@@ -93,12 +94,13 @@ class ImageDataModule(LightningDataModule):
         return loader
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the training data, for the checkpoint.
+        """Position in the training data and the broken images so far, for the checkpoint.
 
         Lightning saves the loader's state too, but does not load it when the checkpoint was written at the end of an
         epoch; the run would then see its first epoch again.
         """
-        return {} if self._loader is None else {"train": self._loader.state_dict()}
+        position = {} if self._loader is None else {"train": self._loader.state_dict()}
+        return {**position, "bad": self.bad.reasons}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint: the next training loader begins there.
@@ -107,6 +109,7 @@ class ImageDataModule(LightningDataModule):
             state_dict: What `state_dict` gave.
         """
         self._resume_from = state_dict.get("train")
+        self.bad.restore(state_dict.get("bad", []))
 
     def val_dataloader(self) -> OrderedLoader | list[OrderedLoader]:
         """Loader of this rank over the validation sources; no loader without them."""
@@ -132,6 +135,10 @@ class ImageDataModule(LightningDataModule):
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+
+def _say_bad(reason: str, count: int) -> None:
+    sys.stderr.write(f"layton: broken image {count} passed over: {reason}\n")
 
 
 def _as_list(sources: list[SampleSource] | SampleSource | None) -> list[SampleSource]:

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from PIL import Image
 
+from layton.data.folder import ImageFolderSource
 from layton.data.module import ImageDataModule
 from layton.data.sources import ScenesSource
+from layton.data.transforms import Fit
 
 warnings.filterwarnings("ignore", category=DeprecationWarning)
 pytest.importorskip("lightning")
@@ -139,3 +143,27 @@ def test_stored_sources_are_built_from_class_paths(shards):
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="got 0"):
         ImageDataModule(batch_size=0)
+
+
+def test_broken_images_are_named_once_and_remembered_over_a_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(7):
+        Image.new("RGB", (32, 32), (30 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    whole = (tmp_path / "3.png").read_bytes()
+    (tmp_path / "3.png").write_bytes(whole[:40])
+
+    def module() -> ImageDataModule:
+        source = ImageFolderSource(str(tmp_path), split=None, transform=Fit(16))
+        return ImageDataModule(train=[source], batch_size=2, epoch_length=14)
+
+    first = module()
+    for _ in first.train_dataloader():
+        pass
+    said = capsys.readouterr().err
+    assert said.startswith("layton: broken image 1 passed over: ") and "3.png" in said and said.count("\n") == 1
+    second = module()
+    second.load_state_dict(first.state_dict())
+    for _ in second.train_dataloader():
+        pass
+    assert capsys.readouterr().err == "" and second.bad.count == 1
