@@ -24,6 +24,7 @@ ALLOWED_MODULES = (
     "lightning.pytorch.cli.ReduceLROnPlateau",
 )
 _REFUSED_MODULES = ("*", "lightning.pytorch.cli", "lightning.fabric.utilities", "layton.training", "layton.cli")
+SCENES_SOURCE = "layton.data.sources.ScenesSource"
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 64
 MAX_ALIASES = 64
@@ -165,3 +166,15 @@ def moved(value: Any, places: Mapping[str, Path]) -> Any:
             if value == start or value.startswith(start + "/"):
                 return str(places[start]) + value[len(start) :]
     return value
+
+
+def set_scene_size(value: Any, size: int) -> None:
+    """Let every source of Scenes in a run file render at a size in pixels, in place."""
+    if isinstance(value, list):
+        for item in value:
+            set_scene_size(item, size)
+    elif isinstance(value, dict):
+        if value.get("class_path") == SCENES_SOURCE:
+            value.setdefault("init_args", {})["size"] = size
+        for item in value.values():
+            set_scene_size(item, size)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml  # type: ignore[import-untyped]
 
 from layton.assets import INDEX_FILES, resolve
 from layton.errors import UsageError
-from layton.run_files import moved
+from layton.run_files import moved, set_scene_size
 
 HELP = """usage: layton distill METHOD [--pipeline FOLDER] [--prompts FILE] [--run_dir DIR] [--max_steps N] [OVERRIDES]
 
@@ -29,6 +29,8 @@ Everything else is as for `layton fit` on configs/distill/METHOD.yaml, for examp
 """
 LATENT_DATA = "layton.ldm.latent_data.LatentDataModule"
 PAIRS = "layton.distillation.pair_data.TeacherPairs"
+_LATENT_SIZE = "--model.init_args.latent_size"
+_FLUX_SIZE = 128  # h = w; its configuration names none (diffusers: FluxPipeline.default_sample_size)
 _SHORT = ("--pipeline", "--prompts", "--max_steps")
 
 
@@ -48,6 +50,8 @@ def fit_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
     if "--pipeline" in short:
         folder = _pipeline_folder(short["--pipeline"])
         own_data = _has_data(rest) or "--prompts" in short
+        if needs_pictures:
+            arguments += _sized_scenes(run_file, folder, rest)
         arguments += _moved_arguments(run_file, folder, parts=("model",) if own_data else ("model", "data"))
     if "--prompts" in short:
         if needs_pictures:
@@ -72,6 +76,47 @@ def _moved_arguments(run_file: Path, folder: Path, *, parts: Sequence[str]) -> l
                 text = found if isinstance(found, str) else json.dumps(found)
                 arguments.append(f"--{part}.init_args.{name}={text}")
     return arguments
+
+
+def _sized_scenes(run_file: Path, folder: Path, rest: Sequence[str]) -> list[str]:
+    """Changes that render a run file's Scenes in the size that a pipeline's network is for."""
+    size = picture_size(folder, latent_size=_value_of(_LATENT_SIZE, rest))
+    if size is None:
+        return []
+    run = yaml.safe_load(run_file.read_text(encoding="utf-8"))
+    arguments = []
+    for role in ("train", "validation", "test"):
+        sources = run["data"]["init_args"].get(role)
+        if sources:
+            set_scene_size(sources, size)
+            arguments.append(f"--data.init_args.{role}={json.dumps(sources)}")
+    return arguments
+
+
+def picture_size(folder: Path, *, latent_size: str | None = None) -> int | None:
+    """Side in pixels of what a pipeline folder makes by default, or with another h = w of its latents.
+
+    None where its files do not say: whoever loads them will tell why.
+    """
+    try:
+        network = next(folder / name for name in ("unet", "transformer") if (folder / name).is_dir())
+        side = latent_size or _config(network).get("sample_size") or _FLUX_SIZE
+        return int(side) * 2 ** (len(_config(folder / "vae")["block_out_channels"]) - 1)
+    except (StopIteration, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _config(part: Path) -> dict[str, Any]:
+    return cast("dict[str, Any]", json.loads((part / "config.json").read_text(encoding="utf-8")))
+
+
+def _value_of(option: str, words: Sequence[str]) -> str | None:
+    """The value of an option in words that Lightning's command line will read."""
+    for number, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == option:
+            return value if equals else next(iter(words[number + 1 :]), None)
+    return None
 
 
 def _take_short(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:

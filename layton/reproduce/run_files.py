@@ -10,8 +10,6 @@ import yaml  # type: ignore[import-untyped]
 
 from layton.folder import write_atomically
 
-SCENES_SOURCE = "layton.data.sources.ScenesSource"
-
 
 def read_run(path: Path, *overlays: Path | None) -> dict[str, Any]:
     """A run file, with others laid over it one after another: their values win, their lists replace.
@@ -42,18 +40,6 @@ def assign(run: dict[str, Any], option: str, value: Any) -> None:
             place[last] = value
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"the run file has no place for {option!r}") from error
-
-
-def set_scene_size(value: Any, size: int) -> None:
-    """Let every source of Scenes in a run file render at a size in pixels, in place."""
-    if isinstance(value, list):
-        for item in value:
-            set_scene_size(item, size)
-    elif isinstance(value, dict):
-        if value.get("class_path") == SCENES_SOURCE:
-            value.setdefault("init_args", {})["size"] = size
-        for item in value.values():
-            set_scene_size(item, size)
 
 
 def batch_size_of(run: Mapping[str, Any]) -> int:

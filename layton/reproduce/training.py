@@ -10,8 +10,8 @@ from typing import Any
 
 from layton.distillation.distilled import student_pipeline
 from layton.reproduce.claim import QUICK_OVERLAY, Arm, Context, Stage
-from layton.reproduce.run_files import assign, batch_size_of, read_run, set_scene_size, write_run
-from layton.run_files import moved
+from layton.reproduce.run_files import assign, batch_size_of, read_run, write_run
+from layton.run_files import moved, set_scene_size
 
 SPENT_FILE = "spent.json"
 RUN_FILE = "run.yaml"

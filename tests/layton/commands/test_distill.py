@@ -16,6 +16,7 @@ from distill.few_step import FewStepSampling
 from distill.models import denoiser_from_pipeline
 from distill.stacked import StackedUNet2DConditionModel
 from layton.cli import main
+from layton.commands.distill import fit_arguments, picture_size
 from layton.distillation.distilled import load_distilled, load_sampling, pipeline_arguments
 from layton.distillation.instaflow import InstaFlowPipeline
 from layton.ldm.conditions import PromptEncoder
@@ -97,6 +98,31 @@ def test_the_exported_lora_is_what_was_trained(tmp_path: Path, method: str, kind
     assert task.sampling.guidance == (3.5 if kind == "flux" else None)  # what FLUX was told, and is to be told again
     assert task.sampling.prediction == {"sd-v": "v", "sd3": "flow", "flux": "flow"}.get(kind, "eps")
     load_distilled(DiffusionPipeline.from_pretrained(folder), run / "export")  # its scheduler exists
+
+
+@pytest.mark.parametrize(("kind", "more", "side"), [("sd", 0, 16), ("sdxl", 0, 16), ("sd3", 0, 16), ("flux", 8, 16)])
+def test_scenes_have_the_size_that_the_pipeline_is_for(tmp_path: Path, kind: str, more: int, side: int) -> None:
+    words = ["--pipeline", str(folder_of(kind, tmp_path))]
+    words += [f"--model.init_args.latent_size={more}"] if more else []
+    for method in ("lcm", "scott", "progressive"):
+        found = fit_arguments(CONFIGS / "distill" / f"{method}.yaml", words)
+        for role in ("train", "validation"):
+            (given,) = [word for word in found if word.startswith(f"--data.init_args.{role}=")]
+            (source,) = json.loads(given.partition("=")[2])
+            assert source["init_args"]["size"] == side, (method, role)
+    assert not any('"size"' in word for word in fit_arguments(CONFIGS / "distill" / "mlcm.yaml", words[:2]))
+    own = [*words, "--data", str(CONFIGS / "data" / "scenes_pipeline_latents.yaml")]
+    assert not any("ScenesSource" in word for word in fit_arguments(CONFIGS / "distill" / "lcm.yaml", own))
+
+
+def test_sizes_of_the_real_shapes(tmp_path: Path) -> None:
+    for part, config in (("vae", {"block_out_channels": [128, 256, 512, 512]}), ("transformer", {"in_channels": 64})):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(config))
+    assert picture_size(tmp_path) == 1024  # FLUX
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps({"sample_size": 64}))
+    assert (picture_size(tmp_path), picture_size(tmp_path, latent_size="32")) == (512, 256)
+    assert picture_size(tmp_path / "nowhere") is None
 
 
 def test_full_fine_tuning_exports_a_network(tmp_path: Path) -> None:
