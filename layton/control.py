@@ -129,7 +129,7 @@ def read_pipeline(folder: Path) -> PipelineParts:
         configs[needed] = json.loads((folder / needed).read_text(encoding="utf-8"))
     levels = cast("list[int]", configs["vae/config.json"]["block_out_channels"])
     return PipelineParts(
-        unet=UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True),
+        unet=UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True, use_safetensors=True),
         scheduler_config=configs["scheduler/scheduler_config.json"],
         pixels_per_latent=2 ** (len(levels) - 1),
     )
@@ -154,6 +154,8 @@ def encode_null_caption(folder: str | Path) -> Tensor:
         if not (root / needed).is_dir():
             raise ValueError(f"{root} has no {needed} to encode the empty caption with")
     tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer", local_files_only=True)
-    text_encoder = CLIPTextModel.from_pretrained(root / "text_encoder", local_files_only=True).eval()
+    text_encoder = CLIPTextModel.from_pretrained(
+        root / "text_encoder", local_files_only=True, use_safetensors=True
+    ).eval()
     tokens = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
     return cast(Tensor, text_encoder(tokens.input_ids)[0][0])

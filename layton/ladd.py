@@ -278,7 +278,7 @@ class LADD(Denoiser):
             candidates = [place for place in (root / "unet", root.parent / "unet") if place.is_dir()]
             if not candidates:
                 raise ValueError(f"{root} refers to a UNet that is neither in it nor beside it; pass unet=...")
-            unet = UNet2DConditionModel.from_pretrained(candidates[0], local_files_only=True)
+            unet = UNet2DConditionModel.from_pretrained(candidates[0], local_files_only=True, use_safetensors=True)
         lora = cast("dict[str, JsonValue] | None", config["lora"])
         state = load_tensors(root / WEIGHTS_NAME)
         decoder = cls(

@@ -48,7 +48,7 @@ class TextToImage:
 
     @classmethod
     def load(cls, folder: Path, *, num_steps: int, guidance_scale: float, device: str | None = None) -> TextToImage:
-        """Read a local pipeline folder; safetensors only, nothing of it is executed.
+        """Read a local pipeline folder; safetensors only, parts of known libraries, nothing of it is executed.
 
         Raises:
             ValueError: If it cannot be read, draws nothing from text, or a setting makes no sense.
@@ -61,11 +61,12 @@ class TextToImage:
         from transformers.utils import logging as transformers_logging
 
         from layton.devices import choose_device
-        from layton.ldm.teacher import set_dtype
+        from layton.ldm.teacher import checked_index, set_dtype
 
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
         try:
+            checked_index(folder)
             pipeline = DiffusionPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder} is no diffusers pipeline that can be loaded: {error}") from error

@@ -112,7 +112,7 @@ def read_network(folder: Path, ldm: str | Path | None) -> tuple[LADD, Autoencode
     """
     if ldm is None:
         raise ValueError(f"{folder}: this decoder needs the latent diffusion model it was trained on")
-    unet = UNet2DConditionModel.from_pretrained(Path(ldm) / "unet", local_files_only=True).float()
+    unet = UNet2DConditionModel.from_pretrained(Path(ldm) / "unet", local_files_only=True, use_safetensors=True).float()
     return LADD.from_pretrained(folder, unet=unet), Autoencoder.from_pretrained(Path(ldm) / "vae")
 
 

@@ -263,7 +263,7 @@ def load_distilled(
         kind: Any = type(old)
         for other in (StackedUNet2DConditionModel, UNet2DConditionModel):
             kind = other if named == other.__name__ else kind
-        network = kind.from_pretrained(root, local_files_only=True, torch_dtype=old.dtype)
+        network = kind.from_pretrained(root, local_files_only=True, use_safetensors=True, torch_dtype=old.dtype)
         pipeline.register_modules(**{part: network.to(old.device)})
     else:
         raise ValueError(f"{root} holds neither {LORA_NAME} nor {CONFIG_NAME} with {NETWORK_NAME}")

@@ -114,6 +114,18 @@ class _ForUNets:
         """The sample itself: flow networks see states as they are."""
         return sample
 
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Clean samples at times of the schedule: ``(1 - sigma) x_0 + sigma noise``; for image-to-image and inpainting.
+
+        Args:
+            original_samples: (B, C, h, w) clean latents.
+            noise: (B, C, h, w).
+            timesteps: (B,) or (1,), of those that were set.
+        """
+        sigma = timesteps.to(original_samples) / float(cast(Any, self).config.num_train_timesteps)
+        sigma = sigma.reshape(-1, *([1] * (original_samples.ndim - 1)))
+        return (1.0 - sigma) * original_samples + sigma * noise
+
 
 class FlowMatchUNetScheduler(_ForUNets, FlowMatchEulerDiscreteScheduler):
     """For UNets that became flows: diffusers' own with InstaFlow's times."""

@@ -28,6 +28,7 @@ from distill.models import UNetDenoiser
 from distill.noise import Generators, gaussian_like
 from distill.samplers import euler, sample
 from distill.schedules import FlowSchedule
+from layton.ldm.teacher import checked_index
 
 OutputType = Literal["pil", "pt", "latent"]
 
@@ -107,18 +108,21 @@ class InstaFlowPipeline:
         """Read a local pipeline folder, and a ControlNet's.
 
         Raises:
-            ValueError: A folder is not there.
+            ValueError: A folder is not there, or names a part of another library.
         """
         for path in (folder, controlnet):
             if path is not None and not Path(path).is_dir():
                 raise ValueError(f"{path} is not a folder")
         # not by open_pipeline: the released folders may name a class of their own, which means nothing here
+        checked_index(Path(folder))
+        unused = {"safety_checker": None, "requires_safety_checker": False}
         pipe = StableDiffusionPipeline.from_pretrained(
-            str(folder), safety_checker=None, requires_safety_checker=False, local_files_only=True
+            str(folder), local_files_only=True, use_safetensors=True, **unused
         ).to(dtype)
         control = None
         if controlnet is not None:
-            control = ControlNetModel.from_pretrained(str(controlnet), local_files_only=True).to(dtype)
+            control = ControlNetModel.from_pretrained(str(controlnet), local_files_only=True, use_safetensors=True)
+            control = control.to(dtype)
         return cls(pipe, controlnet=control, toward_image=toward_image)
 
     def denoiser(self, *, controlled: bool = False, control_scale: float = 1.0) -> Denoiser:

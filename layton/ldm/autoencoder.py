@@ -130,7 +130,9 @@ def load_autoencoder(folder: Path | str) -> AutoencoderKL:
     """
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder} holds no autoencoder: there is no config.json")
-    return AutoencoderKL.from_pretrained(str(folder), torch_dtype=torch.float32, local_files_only=True)
+    return AutoencoderKL.from_pretrained(
+        str(folder), torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
+    )
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +50,11 @@ def open_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> 
         ValueError: It holds no such pipeline, or a part is missing or damaged.
     """
     root = find_teacher(folder)
-    index = _read_index(root)
+    index = checked_index(root)
     classes = {kind.__name__: kind for kind in PIPELINES}
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in classes:
         raise ValueError(f"{root} holds a {name!r}; it must be one of {', '.join(classes)}")
-    parts = {key: value for key, value in index.items() if isinstance(value, list) and key not in _UNUSED}
-    foreign = {key: value for key, value in parts.items() if value[0] not in (*_LIBRARIES, *_OURS, None)}
-    if foreign:
-        raise ValueError(f"{root}: parts from other libraries than {' and '.join(_LIBRARIES)}: {foreign}")
     left_out: dict[str, Any] = {key: None for key in _UNUSED if key in index}
     if "requires_safety_checker" in index:
         left_out["requires_safety_checker"] = False
@@ -111,6 +108,25 @@ def find_teacher(folder: str | Path) -> Path:
         return resolve(str(folder), part="ldm")
     except ValueError as error:
         raise UsageError(f"no pipeline folder at {folder}") from error
+
+
+def checked_index(root: Path) -> dict[str, Any]:
+    """The table of a pipeline folder's parts, whose classes are known; what this library brings is imported.
+
+    diffusers finds classes outside itself and transformers only in modules that are imported already.
+
+    Raises:
+        ValueError: There is no table, or a part is of another library.
+    """
+    index = _read_index(root)
+    parts = {key: value for key, value in index.items() if isinstance(value, list) and key not in _UNUSED}
+    libraries = {key: value[0] if value else None for key, value in parts.items()}
+    foreign = {key: parts[key] for key, name in libraries.items() if name not in (*_LIBRARIES, *_OURS, None)}
+    if foreign:
+        raise ValueError(f"{root}: parts from other libraries than {' and '.join(_LIBRARIES)}: {foreign}")
+    for name in sorted(set(_OURS) & set(libraries.values())):
+        import_module(name)
+    return index
 
 
 def _read_index(root: Path) -> dict[str, Any]:

@@ -229,7 +229,7 @@ def load_clip_score(sources: ExternalSources) -> ClipScore:
     from transformers import CLIPModel, CLIPProcessor
 
     try:
-        model = CLIPModel.from_pretrained(sources.clip, local_files_only=True)
+        model = CLIPModel.from_pretrained(sources.clip, local_files_only=True, use_safetensors=True)
         processor = CLIPProcessor.from_pretrained(sources.clip, local_files_only=True)
     except OSError as error:  # what transformers raises for a file that is neither there nor cached
         raise AbsentError(f"no CLIP model {sources.clip!r} on disk: {str(error).splitlines()[0]}") from error

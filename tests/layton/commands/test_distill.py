@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,18 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline
 
+import layton.distillation
 from distill.few_step import FewStepSampling
 from distill.models import denoiser_from_pipeline
 from distill.stacked import StackedUNet2DConditionModel
 from layton.cli import main
 from layton.commands.distill import fit_arguments, picture_size
+from layton.commands.text_to_image import TextToImage
+from layton.distillation import few_step_schedulers
 from layton.distillation.distilled import load_distilled, load_sampling, pipeline_arguments
 from layton.distillation.instaflow import InstaFlowPipeline
 from layton.ldm.conditions import PromptEncoder
+from layton.ldm.teacher import open_pipeline
 from layton.tasks.distill import DistillTask
 from layton.training import load_task
 
@@ -136,7 +142,9 @@ def test_full_fine_tuning_exports_a_network(tmp_path: Path) -> None:
     assert (trained - teacher).abs().max() > 1e-3
 
 
-def test_a_flow_on_its_own_clock_and_its_stacked_one_step_student(tmp_path: Path) -> None:
+def test_a_flow_on_its_own_clock_and_its_stacked_one_step_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The paper's InstaFlow: what either half exports is sampled alike by diffusers and by InstaFlowPipeline."""
     folder = folder_of("sd", tmp_path)
     pairs = ["--data.init_args.train=" + json.dumps([pairs_of(folder)]), "--data.init_args.batch_size=2"]
@@ -147,6 +155,16 @@ def test_a_flow_on_its_own_clock_and_its_stacked_one_step_student(tmp_path: Path
     released = InstaFlowPipeline.from_pretrained(flow)
     plain = DiffusionPipeline.from_pretrained(flow)  # diffusers alone draws from the folder, too
     assert_same_pictures(plain, FewStepSampling(((1000.0, 500.0),), prediction="flow"), 2, released)
+    loaders = (
+        open_pipeline,
+        InstaFlowPipeline.from_pretrained,
+        partial(TextToImage.load, num_steps=2, guidance_scale=1),
+    )
+    for load in loaders:  # as in a process that has not imported what the folder names
+        with monkeypatch.context() as fresh:
+            fresh.setattr(layton.distillation, "few_step_schedulers", few_step_schedulers)  # comes back afterwards
+            fresh.delitem(sys.modules, few_step_schedulers.__name__)
+            load(flow)
     assert denoiser_from_pipeline(released.pipe).prediction_type == "flow"
     pipe = DiffusionPipeline.from_pretrained(folder)
     assert_same_pictures(pipe, load_distilled(pipe, tmp_path / "reflow" / "export"), 2, released)

@@ -21,6 +21,7 @@ from distill.few_step import FewStepSampling
 from distill.models import denoiser_from_pipeline
 from layton.distillation.applications import encode_image, mask_blending
 from layton.distillation.distilled import load_distilled, pipeline_arguments, save_distilled
+from layton.distillation.few_step_schedulers import FlowMatchUNetScheduler
 
 SAMPLING = FewStepSampling(times=((999.0,), (999.0, 499.0), (999.0, 749.0, 499.0, 249.0)))
 
@@ -42,7 +43,7 @@ def distilled(folder, channels=4, **parts):
 
 
 def call(pipe, steps, **arguments):
-    if "prompt" not in arguments:
+    if not {"prompt", "prompt_embeds"} & arguments.keys():
         arguments["prompt_embeds"] = draw(1, 1, 5, 16)
     generator = torch.Generator().manual_seed(5)
     return pipe(output_type="latent", generator=generator, **arguments, **pipeline_arguments(SAMPLING, steps)).images
@@ -105,6 +106,10 @@ def test_plain_inpaint_pipeline_keeps_what_is_not_masked(tmp_path, image):
     found = call(pipe, 4, image=image, mask_image=half_mask(), height=64, width=64, strength=1.0)
     other = call(pipe, 4, image=1 - image, mask_image=half_mask(), height=64, width=64, strength=1.0)
     assert found.shape == (1, 4, 8, 8) and not torch.equal(found[..., :4], other[..., :4])
+    prompt = {"prompt_embeds": 9 * draw(8, 1, 5, 16)}
+    another = call(pipe, 4, image=image, mask_image=half_mask(), height=64, width=64, strength=1.0, **prompt)
+    assert_close(another[..., :4], found[..., :4])  # what is kept does not depend on the prompt, what is painted does
+    assert (another - found)[..., 4:].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("channels", [4, 16])
@@ -124,6 +129,25 @@ def test_mask_blending_keeps_the_image_and_paints_the_rest(tmp_path, image, chan
     assert_close(everything, free)
     if steps > 1:  # the known half is seen by the network while it paints the other
         assert not torch.allclose(blended[..., 4:], free[..., 4:])
+
+
+@torch.no_grad()
+def test_flow_students_take_known_images_too(image):
+    pipe = tiny.tiny_sd()
+    pipe.scheduler = FlowMatchUNetScheduler()
+    known, noise = encode_image(pipe, 2 * image - 1), draw(3, 1, 4, 8, 8)
+    pipe.scheduler.set_timesteps(4)
+    for t in pipe.scheduler.timesteps:  # diffusers' own name for it, which its Stable Diffusion pipelines do not use
+        assert_close(pipe.scheduler.add_noise(known, noise, t[None]), pipe.scheduler.scale_noise(known, t[None], noise))
+    options = {"prompt_embeds": draw(1, 1, 5, 16), "guidance_scale": 1.0, "output_type": "latent"}
+    size = {"latents": noise, "height": 64, "width": 64, "num_inference_steps": 4}
+    blended = pipe(**options, **size, callback_on_step_end=mask_blending(known, half_mask(), noise)).images
+    assert_close(blended[..., :4], known[..., :4])
+    parts = {name: part for name, part in pipe.components.items() if name != "scheduler"}
+    other = StableDiffusionImg2ImgPipeline(**parts, scheduler=FlowMatchUNetScheduler(), requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    found = other(**options, image=image, strength=0.5, num_inference_steps=4).images
+    assert found.shape == (1, 4, 8, 8) and bool(found.isfinite().all())
 
 
 def test_inpaint_pipeline_refuses_16_channels_hence_the_callback(tmp_path, image):
