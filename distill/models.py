@@ -223,7 +223,7 @@ def unpack_latents(tokens: Tensor, h: int, w: int) -> Tensor:
     return latents
 
 
-def denoiser_from_pipeline(pipe: DiffusionPipeline) -> Denoiser:
+def denoiser_from_pipeline(pipe: DiffusionPipeline, *, latent_size: tuple[int, int] | None = None) -> Denoiser:
     """The denoiser of a diffusers pipeline, with the schedule and prediction type of its scheduler's configuration.
 
     The network is shared with the pipeline, not copied. Guidance is not included; wrap the result in
@@ -231,11 +231,14 @@ def denoiser_from_pipeline(pipe: DiffusionPipeline) -> Denoiser:
 
     Args:
         pipe: Any pipeline with a ``UNet2DConditionModel`` as ``unet`` or an SD3 or FLUX ``transformer``.
+        latent_size: (h, w) of the latents, in 2x2 patches of which the shift of FLUX's times is counted; None leaves
+            them unshifted where the pipeline's scheduler shifts by the size.
 
     Raises:
         ValueError: The pipeline has neither, or a flow transformer comes with a non-flow scheduler.
     """
-    schedule = schedule_from_config(pipe.scheduler.config)
+    num_tokens = None if latent_size is None else (latent_size[0] // 2) * (latent_size[1] // 2)
+    schedule = schedule_from_config(pipe.scheduler.config, num_tokens=num_tokens)
     unet = getattr(pipe, "unet", None)
     if isinstance(unet, UNet2DConditionModel):
         return UNetDenoiser(unet, schedule, prediction_type_from_config(pipe.scheduler.config))

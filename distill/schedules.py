@@ -13,6 +13,7 @@ signal-to-noise ratio, which is how times are carried from one schedule to anoth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ __all__ = [
     "NoiseSchedule",
     "VPSchedule",
     "as_times",
+    "dynamic_shift",
     "schedule_from_config",
     "working_dtype",
 ]
@@ -179,11 +181,13 @@ class FlowSchedule(NoiseSchedule):
             raise ValueError(f"shift must be > 0, got {self.shift}")
 
     @classmethod
-    def from_config(cls, config: Mapping[str, object]) -> FlowSchedule:
+    def from_config(cls, config: Mapping[str, object], *, num_tokens: int | None = None) -> FlowSchedule:
         """Schedule of a ``FlowMatchEulerDiscreteScheduler`` configuration.
 
-        With ``use_dynamic_shifting`` (FLUX) the shift depends on the number of latent tokens and is left at 1 here;
-        ``distill.samplers.timesteps_from_config`` applies it.
+        Args:
+            config: The configuration.
+            num_tokens: Latent tokens of an image, on which the shift depends with ``use_dynamic_shifting`` (FLUX, see
+                `dynamic_shift`); None leaves the shift at 1 there.
 
         Raises:
             ValueError: ``invert_sigmas`` is set (a clock that runs the other way).
@@ -192,10 +196,11 @@ class FlowSchedule(NoiseSchedule):
             raise ValueError("invert_sigmas=True is not supported: the clock would run from noise to image")
         dynamic = read_bool(config, "use_dynamic_shifting", False)
         key = "shift" if "shift" in config else "flow_shift"
-        return cls(
-            num_train_timesteps=read_int(config, "num_train_timesteps", 1000),
-            shift=1.0 if dynamic else read_float(config, key, 1.0),
-        )
+        if dynamic:
+            shift = 1.0 if num_tokens is None else dynamic_shift(config, num_tokens)
+        else:
+            shift = read_float(config, key, 1.0)
+        return cls(num_train_timesteps=read_int(config, "num_train_timesteps", 1000), shift=shift)
 
     @property
     def clean_t(self) -> float:
@@ -227,11 +232,35 @@ class FlowSchedule(NoiseSchedule):
         return Coefficients(alpha=1.0 - sigma, sigma=sigma)
 
 
-def schedule_from_config(config: Mapping[str, object]) -> NoiseSchedule:
+def dynamic_shift(config: Mapping[str, object], num_tokens: int) -> float:
+    """Shift for a number of latent tokens: ``mu`` linear in it, then ``exp(mu)`` (or ``mu``), as FLUX's pipeline does.
+
+    Args:
+        config: Scheduler configuration with ``base_shift``, ``max_shift``, ``base_image_seq_len``,
+            ``max_image_seq_len`` and ``time_shift_type``; missing keys take diffusers' defaults.
+        num_tokens: Number of latent tokens.
+
+    Returns:
+        The ``shift`` of a ``FlowSchedule``.
+
+    Raises:
+        ValueError: An unknown ``time_shift_type``.
+    """
+    low, high = read_float(config, "base_shift", 0.5), read_float(config, "max_shift", 1.15)
+    first, last = read_int(config, "base_image_seq_len", 256), read_int(config, "max_image_seq_len", 4096)
+    mu = low + (high - low) * (num_tokens - first) / (last - first)
+    kind = read_str(config, "time_shift_type", "exponential")
+    if kind not in ("exponential", "linear"):
+        raise ValueError(f"time_shift_type must be exponential or linear, got {kind!r}")
+    return math.exp(mu) if kind == "exponential" else mu
+
+
+def schedule_from_config(config: Mapping[str, object], *, num_tokens: int | None = None) -> NoiseSchedule:
     """The noise schedule a diffusers scheduler configuration describes.
 
     Args:
         config: ``pipe.scheduler.config`` or the parsed ``scheduler_config.json``.
+        num_tokens: See `FlowSchedule.from_config`.
 
     Returns:
         ``FlowSchedule`` for flow-matching schedulers (and for multistep ones with ``use_flow_sigmas``), else
@@ -242,9 +271,9 @@ def schedule_from_config(config: Mapping[str, object]) -> NoiseSchedule:
     """
     name = read_str(config, "_class_name", "")
     if "FlowMatch" in name or read_bool(config, "use_flow_sigmas", False):
-        return FlowSchedule.from_config(config)
+        return FlowSchedule.from_config(config, num_tokens=num_tokens)
     if "beta_schedule" in config or config.get("trained_betas") is not None:
         return VPSchedule.from_config(config)
     if "shift" in config:
-        return FlowSchedule.from_config(config)
+        return FlowSchedule.from_config(config, num_tokens=num_tokens)
     raise ValueError(f"not a scheduler configuration this library knows (keys: {sorted(config)})")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from distill._config import read_bool, read_float, read_int, read_str
-from distill.schedules import FlowSchedule, NoiseSchedule
+from distill._config import read_bool, read_int, read_str
+from distill.schedules import FlowSchedule, NoiseSchedule, dynamic_shift
 
 Spacing = Literal["leading", "trailing", "linspace"]
 
@@ -102,29 +101,6 @@ def timesteps_from_config(
         raise ValueError("use_dynamic_shifting needs num_tokens")
     shifted = FlowSchedule(schedule.num_train_timesteps, shift=dynamic_shift(config, num_tokens))
     return timesteps(shifted, num_steps, "trailing")
-
-
-def dynamic_shift(config: Mapping[str, object], num_tokens: int) -> float:
-    """Shift for a number of latent tokens: ``mu`` linear in it, then ``exp(mu)`` (or ``mu``), as FLUX's pipeline does.
-
-    Args:
-        config: Scheduler configuration with ``base_shift``, ``max_shift``, ``base_image_seq_len``,
-            ``max_image_seq_len`` and ``time_shift_type``; missing keys take diffusers' defaults.
-        num_tokens: Number of latent tokens.
-
-    Returns:
-        The ``shift`` of a ``FlowSchedule``.
-
-    Raises:
-        ValueError: An unknown ``time_shift_type``.
-    """
-    low, high = read_float(config, "base_shift", 0.5), read_float(config, "max_shift", 1.15)
-    first, last = read_int(config, "base_image_seq_len", 256), read_int(config, "max_image_seq_len", 4096)
-    mu = low + (high - low) * (num_tokens - first) / (last - first)
-    kind = read_str(config, "time_shift_type", "exponential")
-    if kind not in ("exponential", "linear"):
-        raise ValueError(f"time_shift_type must be exponential or linear, got {kind!r}")
-    return math.exp(mu) if kind == "exponential" else mu
 
 
 def ddim_targets(schedule: NoiseSchedule, times: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -68,10 +69,14 @@ def _moved_arguments(run_file: Path, folder: Path, *, parts: Sequence[str]) -> l
     """Changes that lead a run file's pipeline, and whatever else it takes from that folder, to another folder."""
     run = yaml.safe_load(run_file.read_text(encoding="utf-8"))
     places = {run["model"]["init_args"]["pipeline"]: folder}
-    arguments = []
+    hears = hears_guidance(folder)
+    if hears:
+        sys.stderr.write("layton: this network hears its guidance: no classifier-free guidance goes on top of it\n")
+    arguments = ["--model.init_args.reference_guidance=1.0"] if hears else []
     for part in parts:
         for name, value in run.get(part, {}).get("init_args", {}).items():
             found = moved(value, places)
+            found = _unguided({name: found})[name] if hears else found
             if found != value:
                 text = found if isinstance(found, str) else json.dumps(found)
                 arguments.append(f"--{part}.init_args.{name}={text}")
@@ -108,6 +113,24 @@ def picture_size(folder: Path, *, latent_size: str | None = None) -> int | None:
 
 def _config(part: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", json.loads((part / "config.json").read_text(encoding="utf-8")))
+
+
+def hears_guidance(folder: Path) -> bool:
+    """Whether a pipeline folder's network is told its guidance scale, as FLUX dev's is."""
+    try:
+        return bool(_config(folder / "transformer").get("guidance_embeds"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _unguided(value: Any) -> Any:
+    """Parts of a run file with every scale of classifier-free guidance at 1, which is none."""
+    if isinstance(value, list):
+        return [_unguided(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    plain = {"guidance_scale": 1.0, "reference_guidance": 1.0, "guidance_range": [1.0, 1.0]}
+    return {name: plain.get(name, _unguided(item)) for name, item in value.items()}
 
 
 def _value_of(option: str, words: Sequence[str]) -> str | None:

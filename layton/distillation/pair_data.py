@@ -119,7 +119,7 @@ def open_or_make(
         require_same(Path(folder), source.cache.fingerprint, wanted)
         return source
     place = choose_device(device)
-    teacher = denoiser_from_pipeline(pipe).eval().to(place)
+    teacher = denoiser_from_pipeline(pipe, latent_size=shape[1:]).eval().to(place)
     null = encoder.null(device=place) if plan.solver.is_guided else None
 
     def condition_of(batch: Mapping[str, Any]) -> Condition:

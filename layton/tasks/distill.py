@@ -129,7 +129,7 @@ class DistillTask(LaytonTask):
         self.latent_shape = latent_shape_of(pipe, latent_size)
         self.prompts = PromptEncoder(pipe, latent_size=self.latent_shape[1:], guidance_scale=network_guidance)
         self._autoencoder = [Autoencoder(pipe.vae)]  # in a list: frozen, no part of this model
-        denoiser = denoiser_from_pipeline(pipe)
+        denoiser = denoiser_from_pipeline(pipe, latent_size=self.latent_shape[1:])
         reading = _reading_of(method)
         settings = method.settings if isinstance(method, ConsistencyMethod) else None
         heard = network_guidance if self.prompts.has_guidance else None

@@ -126,6 +126,7 @@ def test_flow_configurations_are_understood():
     assert schedule_from_config(config) == FlowSchedule(shift=3.0)
     config = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0).config
     assert schedule_from_config(config) == FlowSchedule()
+    assert schedule_from_config(config, num_tokens=4096).shift == pytest.approx(math.exp(1.15))
     config = diffusers.DPMSolverMultistepScheduler(
         use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=2.0
     ).config

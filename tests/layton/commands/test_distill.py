@@ -12,12 +12,13 @@ import pytest
 import small_pipelines as tiny
 import torch
 import yaml
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 import layton.distillation
 from distill.few_step import FewStepSampling
 from distill.models import denoiser_from_pipeline
 from distill.stacked import StackedUNet2DConditionModel
+from distill.timesteps import timesteps
 from layton.cli import main
 from layton.commands.distill import fit_arguments, picture_size
 from layton.commands.text_to_image import TextToImage
@@ -119,6 +120,28 @@ def test_scenes_have_the_size_that_the_pipeline_is_for(tmp_path: Path, kind: str
     assert not any('"size"' in word for word in fit_arguments(CONFIGS / "distill" / "mlcm.yaml", words[:2]))
     own = [*words, "--data", str(CONFIGS / "data" / "scenes_pipeline_latents.yaml")]
     assert not any("ScenesSource" in word for word in fit_arguments(CONFIGS / "distill" / "lcm.yaml", own))
+
+
+def test_networks_that_hear_their_guidance_are_not_guided_once_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = folder_of("flux", tmp_path)
+    runs = [CONFIGS / "distill" / f"{name}.yaml" for name in ("lcm", "mlcm", "scott", "reflow")]
+    found = [" ".join(fit_arguments(run, ["--pipeline", str(folder)])) for run in runs]
+    assert "no classifier-free guidance goes on top" in capsys.readouterr().err
+    assert '"guidance_range": [1.0, 1.0]' in found[0] and '"guidance_range": [1.0, 1.0]' in found[2]
+    assert '"guidance_scale": 1.0' in found[1] and all("reference_guidance=1.0" in words for words in found)
+    assert found[3].count('"guidance_scale": 1.0') == 2  # of the method and of the pairs
+    plain = tiny.build("sd")
+    plain.save_pretrained(tmp_path / "sd")
+    assert not any("guidance" in word for word in fit_arguments(runs[0], ["--pipeline", str(tmp_path / "sd")]))
+
+
+def test_flux_is_distilled_at_the_times_of_its_pipeline() -> None:
+    pipe = tiny.build("flux")
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    times = timesteps(denoiser_from_pipeline(pipe, latent_size=(128, 128)).schedule, 4, "trailing")
+    assert times.round().tolist() == [1000.0, 905.0, 760.0, 513.0]
 
 
 def test_sizes_of_the_real_shapes(tmp_path: Path) -> None:
