@@ -83,7 +83,11 @@ class SafeCheckpoint(ModelCheckpoint):
     ) -> None:
         """Periodic save, or the save at the step where the run ends."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self.periodic and _ends_here(trainer):
+        # Where validation is to follow the last batch of an epoch, Lightning puts a save off for its metrics.
+        put_off = self.periodic and getattr(self, "_defer_save_until_validation", False)
+        if put_off:
+            self._defer_save_until_validation = False
+        if self.periodic and (put_off or _ends_here(trainer)):
             self.save_now(trainer)
         fetcher = trainer.fit_loop._data_fetcher
         if fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher):

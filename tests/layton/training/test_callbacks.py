@@ -188,6 +188,12 @@ def test_best_by_a_metric_is_kept(tmp_path: Path) -> None:
     assert len(list((tmp_path / "checkpoints").glob("best-*.ckpt"))) == 1 and best.best_model_score is not None
 
 
+@pytest.mark.parametrize("settings", [{}, {"val_check_interval": 2, "check_val_every_n_epoch": None}])
+def test_every_step_is_saved_that_of_an_epochs_end_too(tmp_path: Path, settings: dict[str, Any]) -> None:
+    fit(tmp_path, toy_task(), [SafeCheckpoint(every_n_train_steps=1, keep=-1)], max_steps=12, **settings)
+    assert len(list((tmp_path / "checkpoints").glob("step=*.ckpt"))) == 12
+
+
 @pytest.mark.slow  # wandb starts a service of its own
 def test_wandb_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
