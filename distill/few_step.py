@@ -118,6 +118,10 @@ class FewStepSampling:
         times = values["times"]
         if not isinstance(times, Mapping) or any(str(len(steps)) != count for count, steps in times.items()):
             raise ValueError(f"times must map each number of steps to as many times, got {times}")
+        numbers = [values["gamma"], *([] if values["guidance"] is None else [values["guidance"]])]
+        numbers += [t for steps in times.values() for t in steps]
+        if any(isinstance(number, bool) or not isinstance(number, int | float) for number in numbers):
+            raise ValueError(f"times, gamma and guidance must be numbers, got {dict(values)}")
         rows = tuple(tuple(float(t) for t in steps) for steps in times.values())
         return cls(**{**values, "times": rows})
 

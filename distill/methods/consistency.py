@@ -261,7 +261,7 @@ class ConsistencyMethod(DistillationMethod):
         """Times of diffusers' LCMScheduler, (num_steps,); see ``DistillationMethod.inference_times``."""
         if num_steps not in self._step_counts:
             raise ValueError(f"this student is trained for {self._step_counts} steps, not {num_steps}")
-        return inference_grid(self.schedule, num_steps)
+        return inference_grid(self.schedule, num_steps, self.settings.num_points)
 
     def agree(self, networks: Networks, batch: DistillBatch, generator: torch.Generator) -> Agreement:
         """Noise the latents, move the teacher, and ask student and target for the clean end.

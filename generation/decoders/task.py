@@ -13,6 +13,7 @@ from layton.decoders.difference import Adaptation, copy_sharing
 from layton.losses.pixel_supervision import PixelSupervision
 from layton.tasks.base import LRSchedulerCallable, OptimizerCallable
 from layton.tasks.consistency_decoder import ConsistencyDecoderTask
+from layton.tasks.critics import CriticSettings
 
 DecoderName = Literal["instaflow", "hipa"]
 BUDGET = 500_000
@@ -90,8 +91,8 @@ class OneStepDecoderTask(ConsistencyDecoderTask):
         # reflow's steps are Euler's; the default puts fresh noise between them
         self.sampling = replace(self.sampling, kind=method.sampling)
 
-    def _build(self, ldm: str, decoder: str, adaptation: Adaptation, start: str | None) -> None:
-        super()._build(ldm, decoder, adaptation, start)
+    def _build(self, ldm: str, decoder: str, adaptation: Adaptation, start: str | None, critic: CriticSettings) -> None:
+        super()._build(ldm, decoder, adaptation, start, critic)
         if start is not None:
             frozen = [parameter for parameter in self.ladd.parameters() if not parameter.requires_grad]
             self._teacher = [copy_sharing(self.ladd, frozen)]

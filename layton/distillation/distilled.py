@@ -115,10 +115,13 @@ def load_sampling(folder: str | Path) -> FewStepSampling:
     path = Path(folder) / FEW_STEP_NAME
     if not path.is_file():
         raise ValueError(f"{folder} holds no {FEW_STEP_NAME}: not a distilled student")
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return FewStepSampling.from_json(values)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+        return FewStepSampling.from_json(values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def save_lora(network: Network, folder: str | Path, *, name: str = "default", dtype: torch.dtype | None = None) -> None:

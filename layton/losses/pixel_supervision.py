@@ -14,7 +14,6 @@ from distill.noise import Generators, gaussian_like
 from distill.samplers import renoise_sample
 from layton.ldm.autoencoder import Autoencoder
 from layton.ldm.crops import LatentCrop
-from layton.losses.perceptual import PerceptualLoss
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +41,8 @@ class PixelSupervision(nn.Module):
         steps: Numbers of steps, one of which is drawn for each batch; the paper's are 1 (-H) and 2 (-L).
         crop: Side of the square in latents; None decodes everything.
         margin: Latents decoded around the square for context.
-        perceptual: Perceptual distance; None goes without.
+        perceptual: Distance of images, `layton.losses.perceptual.PerceptualLoss` or DISTS or LPIPS
+            (`layton.losses.published.PublishedPerceptualLoss`); None goes without.
         perceptual_weight: Its weight.
         l1_weight: Weight of the mean absolute error.
         l2_weight: Weight of the mean squared error.
@@ -59,7 +59,7 @@ class PixelSupervision(nn.Module):
         steps: Sequence[int] = (1, 2),
         crop: int | None = 8,
         margin: int = 2,
-        perceptual: PerceptualLoss | None = None,
+        perceptual: nn.Module | None = None,
         perceptual_weight: float = 0.1,
         l1_weight: float = 1.0,
         l2_weight: float = 1.0,

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from distill.denoiser import Condition
 from distill.method import DistillationMethod, DistillBatch, MethodOutput, Networks
-from distill.methods.discriminator import Discriminator, UNetFeatures
 from layton.decoders.consistency import ConsistencyDecoder, sampling_at
 from layton.decoders.difference import Adaptation, adapt, copy_sharing
 from layton.decoders.latent import read_network
@@ -23,6 +22,7 @@ from layton.ldm.unet import use_fast_attention
 from layton.losses.pixel_supervision import PixelExample, PixelSupervision
 from layton.losses.reconstruction import psnr
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
+from layton.tasks.critics import CriticSettings, attach_networks
 from layton.tasks.text_to_image import draw
 
 _TARGET_KEY = "consistency_target"
@@ -43,6 +43,8 @@ class ConsistencyDecoderTask(LaytonTask):
         optimizer: Makes the optimizer.
         lr_scheduler: Makes the learning-rate schedule.
         critic_optimizer: Makes the optimizer of the method's own networks, if it has any.
+        critic: What these networks are; by default heads on the features of the teacher, and a copy of it for distribution
+            matching.
         adaptation: Which weights are trained.
         start: A finished stage-2 export ``decoder/`` to go on from, of the same adaptation.
         method: How it is distilled; None without.
@@ -70,6 +72,7 @@ class ConsistencyDecoderTask(LaytonTask):
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None = None,
         critic_optimizer: OptimizerCallable | None = None,
+        critic: CriticSettings | None = None,
         adaptation: Adaptation | None = None,
         start: str | None = None,
         method: DistillationMethod | None = None,
@@ -94,14 +97,15 @@ class ConsistencyDecoderTask(LaytonTask):
         self.pixel_weight, self.diffusion_weight = pixel_weight, diffusion_weight
         self.default_steps, self.latents_per_token = default_steps, latents_per_token
         self.gradient_clip = gradient_clip
-        self._build(ldm, decoder, adaptation or Adaptation(), start)
+        # Heads on the teacher's features by default: these cost no second copy and need no checkpoint.
+        self._build(ldm, decoder, adaptation or Adaptation(), start, critic or CriticSettings(kind="heads"))
         self.sampling = sampling_at(_method_times(self.method) if times == "method" else times, self.ladd)
         self.times = {len(row): row for row in self.sampling.times}
         _check(self.method, self.pixels, self.times, diffusion=diffusion_weight)
         self._make_critic_optimizer = critic_optimizer
         self.automatic_optimization = not self._critic()
 
-    def _build(self, ldm: str, decoder: str, adaptation: Adaptation, start: str | None) -> None:
+    def _build(self, ldm: str, decoder: str, adaptation: Adaptation, start: str | None, critic: CriticSettings) -> None:
         """Student, teacher and averaged target; what is not trained exists once."""
         self.ladd, autoencoder = read_network(Path(decoder), ldm)
         self._autoencoder = [autoencoder.requires_grad_(False).eval()]  # in a list: no part of this model
@@ -116,9 +120,8 @@ class ConsistencyDecoderTask(LaytonTask):
         self._target = [self.ladd]
         if self.method is not None and self.method.target_decay is not None:
             self._target = [copy_sharing(self.ladd, [p for p in self.ladd.parameters() if not p.requires_grad])]
-        if getattr(self.method, "needs_discriminator", False):
-            # Heads on the teacher's features: the features themselves cost no second copy and need no checkpoint.
-            cast(Any, self.method).attach(Discriminator(UNetFeatures(self._teacher[0])))
+        if self.method is not None:
+            attach_networks(self.method, Networks(self.ladd, self._teacher[0], self._target[0]), critic)
 
     def _critic(self) -> list[nn.Parameter]:
         return [] if self.method is None else list(self.method.critic_parameters())

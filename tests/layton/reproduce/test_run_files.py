@@ -13,9 +13,9 @@ from layton.cli import main
 from layton.commands.reproduce import CLAIMS, find_claim_configs
 from layton.reproduce import hipa, instaflow, layton_claim, mlcm, mlcm_ablation, scott, scott_ablation
 from layton.reproduce.claim import SCALE_FILE, Arm, Context, Pairs, Phase, Scale, Stage
-from layton.reproduce.run_files import assign, read_run, set_scene_size
+from layton.reproduce.run_files import assign, read_run
 from layton.reproduce.training import TEACHER_PLACE, resolved_run
-from layton.run_files import moved
+from layton.run_files import moved, set_scene_size
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "reproduce"
 ARMS = {
@@ -24,7 +24,7 @@ ARMS = {
     "instaflow": instaflow.CLAIM.arms,
     "hipa": hipa.CLAIM.arms,
     "layton": (layton_claim.METHOD, layton_claim.BASELINE),
-    "mlcm_ablation": tuple(setting.arm(4) for setting in mlcm_ablation.SETTINGS if not setting.needs),
+    "mlcm_ablation": tuple(setting.arm(4) for setting in mlcm_ablation.SETTINGS),
     "scott_ablation": tuple(setting.arm(2) for setting in scott_ablation.SETTINGS),
 }
 STAGES = [(claim, arm, stage) for claim, arms in ARMS.items() for arm in arms for stage in arm.stages]
