@@ -43,8 +43,8 @@ class ConsistencyDecoderTask(LaytonTask):
         optimizer: Makes the optimizer.
         lr_scheduler: Makes the learning-rate schedule.
         critic_optimizer: Makes the optimizer of the method's own networks, if it has any.
-        critic: What these networks are; by default heads on the features of the teacher, and a copy of it for distribution
-            matching.
+        critic: What these networks are; by default heads on the features of the teacher. Distribution matching gets a
+            copy of it.
         adaptation: Which weights are trained.
         start: A finished stage-2 export ``decoder/`` to go on from, of the same adaptation.
         method: How it is distilled; None without.
