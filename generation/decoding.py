@@ -12,7 +12,7 @@ from torch import Tensor
 
 from generation.cache import CachedDecoder
 from generation.guidance import Guidance, guide
-from generation.sampling import SamplingOptions, sample_codes, uniform_noise
+from generation.sampling import SamplingOptions, plain_where_sure, sample_codes, uniform_noise
 from generation.transformer import LaytonGenTransformer
 
 FREE = -1
@@ -80,8 +80,10 @@ def generate_codes(
     forced = (codes >= 0).any(dim=0).tolist()
     logits = decoder.prefill(_rows(codes[:, :start], twice))
     for index in range(start, count):
+        plain = logits[:batch]
         if twice:
             logits = guide(logits, guided.at(index, model.num_tokens))
+        logits = plain_where_sure(logits, plain, options)
         drawn = sample_codes(logits, options=options, generators=generators)
         codes[:, index] = torch.where(codes[:, index] >= 0, codes[:, index], drawn) if forced[index] else drawn
         if callback is not None:

@@ -122,5 +122,6 @@ class LaytonGenDrawer:
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,
             "top_p": sampling.top_p,
+            "min_entropy": sampling.min_entropy,
             "prompts_rewritten": False,
         }

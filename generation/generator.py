@@ -64,12 +64,15 @@ class SamplingDefaults:
         temperature: Of the logits; 0 takes the likeliest code.
         top_k: Number of likeliest codes; 0 for all.
         top_p: Share of the likeliest codes; 1 for all.
+        min_entropy: Of the next code, in nats, from which on guidance and temperature act; see
+            `generation.sampling.SamplingOptions`.
     """
 
     guidance_scale: float = 2.0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_entropy: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,6 +160,7 @@ class LaytonGenPipeline:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_entropy: float | None = None,
         num_inference_steps: int | None = None,
         decoder: str | None = None,
         generator: Generators | None = None,
@@ -177,6 +178,8 @@ class LaytonGenPipeline:
             temperature: 0 takes the likeliest code each time.
             top_k: Number of likeliest codes to draw among; 0 for all.
             top_p: Share of the likeliest codes to draw among; 1 for all.
+            min_entropy: Where the model is surer of the next code than so many nats, it is drawn plainly, without
+                guidance and at temperature 1; 0 for nowhere. See `generation.sampling.SamplingOptions`.
             num_inference_steps: Steps of the decoder; its own number by default.
             decoder: Name of the decoder; the tokenizer's choice by default.
             generator: One for each image, or one that seeds them all; seeds 0, 1, 2 ... by default.
@@ -205,7 +208,9 @@ class LaytonGenPipeline:
             )
         generators = image_generators(generator, total)
         noise = [child_generator(each) for each in generators]
-        sampling, guidance = self.options(guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+        sampling, guidance = self.options(
+            guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, min_entropy=min_entropy
+        )
         codes: list[Tensor] = []
         cuts: dict[int, TextCut] = {}
         pictures: list[Any] = []
@@ -292,6 +297,7 @@ class LaytonGenPipeline:
         temperature: float | None,
         top_k: int | None,
         top_p: float | None,
+        min_entropy: float | None = None,
     ) -> tuple[SamplingOptions, Guidance]:
         """What is asked for, filled up with the model's defaults.
 
@@ -305,5 +311,6 @@ class LaytonGenPipeline:
             default.temperature if temperature is None else temperature,
             None if count == 0 else count,
             default.top_p if top_p is None else top_p,
+            default.min_entropy if min_entropy is None else min_entropy,
         )
         return sampling, scale if isinstance(scale, Guidance) else Guidance(scale)

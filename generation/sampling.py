@@ -27,11 +27,15 @@ class SamplingOptions:
         temperature: Logits are divided by it; 0 takes the likeliest code.
         top_k: Draw among this many likeliest codes; None for all.
         top_p: Then draw among the fewest likeliest codes that have this probability together; 1 for all.
+        min_entropy: Where the model is surer of the next code than this, in nats, it is taken at its word: no guidance,
+            temperature 1. There it is decided whether something begins, a rare event that guidance and low temperatures
+            raise to a power: pictures stay empty, or fill up. 0 for nowhere; not heeded when greedy.
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float = 1.0
+    min_entropy: float = 0.0
 
     def __post_init__(self) -> None:
         """Check ranges.
@@ -45,6 +49,8 @@ class SamplingOptions:
             raise ValueError(f"top_k must be at least 1, or None for all codes, got {self.top_k}")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not (math.isfinite(self.min_entropy) and self.min_entropy >= 0.0):
+            raise ValueError(f"min_entropy must be finite and at least 0, got {self.min_entropy}")
 
     @property
     def greedy(self) -> bool:
@@ -88,6 +94,24 @@ def sample_codes(
     noise = noise if codes is None else noise.gather(1, codes)
     best = (scores - torch.log(-torch.log(noise))).argmax(dim=-1, keepdim=True)
     return (best if codes is None else codes.gather(1, best)).squeeze(1)
+
+
+def plain_where_sure(logits: Tensor, plain: Tensor, options: SamplingOptions) -> Tensor:
+    """See ``min_entropy`` of `SamplingOptions`.
+
+    Args:
+        logits: (B, V), guided.
+        plain: (B, V), not guided.
+        options: Their temperature will be applied to the result.
+
+    Returns:
+        (B, V).
+    """
+    if options.min_entropy == 0.0 or options.greedy:
+        return logits
+    shares = plain.float().log_softmax(dim=-1)
+    entropy = -(shares.exp() * shares).sum(dim=-1, keepdim=True)
+    return torch.where(entropy < options.min_entropy, plain * options.temperature, logits)
 
 
 def uniform_noise(generators: Sequence[torch.Generator], count: int) -> Tensor:

@@ -211,7 +211,9 @@ class LaytonGenTask(LaytonTask):
                 text.features.float(),
                 text.mask,
                 generators=seeded_generators(seeds),
-                sampling=SamplingOptions(options.temperature, options.top_k or None, options.top_p),
+                sampling=SamplingOptions(
+                    options.temperature, options.top_k or None, options.top_p, options.min_entropy
+                ),
                 guidance=Guidance(options.guidance_scale),
             )
             return self.tokenizer.decode(codes.clone())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.testing import assert_close
 
 from generation.decoding import FREE, generate_codes
 from generation.guidance import Guidance, guide
-from generation.sampling import GREEDY, SamplingOptions, sample_codes, seeded_generators
+from generation.sampling import GREEDY, SamplingOptions, plain_where_sure, sample_codes, seeded_generators
 from generation.shapes import Factors
 
 HOT = SamplingOptions(temperature=1.3, top_k=20, top_p=0.95)
@@ -183,3 +184,24 @@ def test_broken_weights_do_not_make_images() -> None:
         model.norm.weight[0] = math.nan
     with pytest.raises(ValueError, match="not finite"):
         generate_codes(model, captions(1), generators=seeded_generators([0]))
+
+
+def test_where_the_model_is_sure_it_is_taken_at_its_word() -> None:
+    model, features = tiny_model(), captions(2)
+
+    def drawn(entropy: float, temperature: float = 0.5, scale: float = 3.0) -> torch.Tensor:
+        options = SamplingOptions(temperature=temperature, min_entropy=entropy)
+        generators = seeded_generators([0, 1])
+        return generate_codes(model, features, sampling=options, guidance=Guidance(scale), generators=generators)
+
+    plain, sharpened = drawn(0.0, 1.0, 1.0), drawn(0.0)
+    assert torch.equal(drawn(math.log(CODES) + 1), plain)  # never unsure
+    assert torch.equal(drawn(1e-6), sharpened) and not torch.equal(plain, sharpened)
+    options = SamplingOptions(temperature=0.5, min_entropy=1.0)
+    logits, sure = torch.randn(1, 8), torch.tensor([[9.0, *[0.0] * 7]])
+    even = torch.zeros(1, 8)
+    assert torch.equal(plain_where_sure(logits, even, options), logits)  # log 8 nats are more than 1
+    assert torch.equal(plain_where_sure(logits, sure, options) / 0.5, sure)
+    assert torch.equal(plain_where_sure(logits, sure, replace(options, temperature=0.0)), logits)
+    with pytest.raises(ValueError, match="min_entropy"):
+        SamplingOptions(min_entropy=-1.0)
