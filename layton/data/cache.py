@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
 from pathlib import Path
@@ -96,9 +97,13 @@ class CachedTensors(SampleSource):
             raise ValueError(f"{folder}: holds a finished cache already")
         target.mkdir(parents=True, exist_ok=True)
         writer = _PartWriter(target, part_size)
+        sys.stderr.write(f"layton: computing {target}, once\n")
         for batch in batches:
+            known = len(writer.parts)
             with torch.no_grad():
                 writer.add(batch, compute(batch))
+            if len(writer.parts) > known:
+                sys.stderr.write(f"layton: {target}: {part_size * len(writer.parts):,} samples are there\n")
         writer.flush()
         if not writer.parts:
             raise ValueError(f"{folder}: there was no batch to cache")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,10 @@ class TeacherPairs(SampleSource):
         return self._source.sample(index)
 
 
+def _say(done: int, total: int) -> None:
+    sys.stderr.write(f"layton: {done:,} of {total:,} pairs are made\n")
+
+
 def open_or_make(
     prompts: SampleSource,
     pipeline: str,
@@ -126,7 +131,7 @@ def open_or_make(
         return encoder(batch["caption"], device=place)
 
     made = generate_pairs(
-        teacher, prompts, condition_of, folder, plan, teacher_id=teacher_id, null=null, progress=progress
+        teacher, prompts, condition_of, folder, plan, teacher_id=teacher_id, null=null, progress=progress or _say
     )
     if made is None:  # cannot happen with one worker
         raise RuntimeError(f"{folder}: parts are missing")

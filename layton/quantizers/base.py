@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 from abc import ABC, abstractmethod
@@ -235,7 +236,8 @@ class Quantizer(nn.Module, ABC):
         """
         from layton.quantizer import QUANTIZERS  # the list of all subclasses cannot be known up here
 
-        quantizer = load_quantizer(folder, QUANTIZERS)
+        own = {} if inspect.isabstract(cls) else {cls.__name__: cls}  # of a user, who asks for it by its class
+        quantizer = load_quantizer(folder, {**QUANTIZERS, **own})
         if not isinstance(quantizer, cls):
             raise ValueError(f"{os.fspath(folder)} holds a {type(quantizer).__name__}, not a {cls.__name__}")
         return quantizer

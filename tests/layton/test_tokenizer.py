@@ -126,6 +126,21 @@ def test_classes_in_files_are_checked_before_anything_is_imported(tmp_path: Path
     assert resolve_class("torch.nn.modules.linear.Linear", torch.nn.Module, ["torch."]) is torch.nn.Linear
 
 
+class OwnVQ(CosineVQ):
+    """A user's."""
+
+
+def test_an_own_quantizer_comes_back_where_it_is_allowed(tmp_path: Path) -> None:
+    model = tiny()
+    own = OwnVQ(vocab_size=64, code_dim=4, start_points=0)
+    own.set_codebook(model.quantizer.codebook)
+    LaytonTokenizer(model.encoder, own, {}, image_size=32).save_pretrained(tmp_path)
+    again = LaytonTokenizer.from_pretrained(tmp_path, allow=[f"{__name__}."])
+    assert type(again.quantizer) is OwnVQ and again.fingerprint() == own.fingerprint()
+    with pytest.raises(ValueError, match="not allowed"):
+        LaytonTokenizer.from_pretrained(tmp_path)
+
+
 def test_missing_folders_and_decoders_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="neither a folder nor an embedded model"):
         LaytonTokenizer.from_pretrained("maxi")
