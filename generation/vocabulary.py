@@ -103,8 +103,10 @@ class FactoredVocabulary(nn.Module):
         return self.into(rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V)."""
-        return F.linear(*self.linear_head(hidden))
+        """(..., D) -> (..., V) float32: in half precision near codes would tie, and the product is a small one."""
+        features, weight, bias = self.linear_head(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(features.float(), weight.float(), None if bias is None else bias.float())
 
     def linear_head(self, hidden: Tensor) -> LinearHead:
         """What `logits` multiplies, for (..., D)."""
@@ -114,8 +116,10 @@ class FactoredVocabulary(nn.Module):
         """`logits` for weights that do not change any more: the table is put together once."""
         with torch.device("meta"):
             head = nn.Linear(self.out_of.out_features, len(self.bias))
-        head.weight, head.bias = nn.Parameter(self.table(), requires_grad=False), self.bias
-        return nn.Sequential(self.out_of, packed_linear(head))
+        head.weight = nn.Parameter(self.table().float(), requires_grad=False)
+        head.bias = nn.Parameter(self.bias.float(), requires_grad=False)
+        last = packed_linear(head)
+        return lambda hidden: last(self.out_of(hidden).float())
 
     def zero_head(self) -> None:
         """Make all logits zero."""
