@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 from distill.methods.pairs import SolverName, TeacherSolver
 from layton.commands.calling import progress
-from layton.commands.options import require_least
+from layton.commands.options import require_least, require_shares
 from layton.data.prompts import PromptFile, SceneCaptions
 from layton.data.sources import SampleSource
 from layton.distillation.pairs import PairPlan
@@ -22,6 +23,11 @@ def pairs(
     solver: SolverName = "dpmpp_2m",
     steps: int = 25,
     guidance_scale: float = 5.0,
+    split: Literal["train", "all"] = "train",
+    chinese: float = 0.12,
+    reworded: float = 0.6,
+    latent_size: int | None = None,
+    network_guidance: float | None = None,
     seed: int = 0,
     part_size: int = 1024,
     batch_size: int = 32,
@@ -37,15 +43,27 @@ def pairs(
         solver: What integrates from noise to latent.
         steps: Its steps.
         guidance_scale: Guidance of the teacher; 1 is none.
+        split: Of the prompts file, the lines that train, as `layton distill --prompts` takes them, or all.
+        chinese: Share of captions of Scenes in Chinese; by default as in the run files, which then find these pairs.
+        reworded: Share of captions of Scenes said in another way than the canonical one; likewise.
+        latent_size: h = w of the latents; the pipeline's own by default.
+        network_guidance: Told to networks that hear their guidance (FLUX); 3.5 by default.
         seed: Of all noises; each pair keeps its own, so that it can be rebuilt.
         part_size: Pairs in a file: what an interruption costs at most.
         batch_size: Pairs made at once.
         device: Where the teacher runs; the accelerator if there is one.
     """
     from layton.distillation.pair_data import open_or_make  # diffusers only when the command runs
+    from layton.ldm.conditions import NETWORK_GUIDANCE
 
     require_least(1, {"num_pairs": num_pairs, "steps": steps, "part_size": part_size, "batch_size": batch_size})
-    texts: SampleSource = SceneCaptions(length=num_pairs) if prompts is None else PromptFile(str(prompts))
+    require_least(1, {"latent_size": latent_size})
+    require_shares({"chinese": chinese, "reworded": reworded})
+    texts: SampleSource
+    if prompts is None:
+        texts = SceneCaptions(length=num_pairs, chinese=chinese, reworded=reworded)
+    else:
+        texts = PromptFile(str(prompts), split="train" if split == "train" else None)
     rule = TeacherSolver(solver, steps, guidance_scale)
     with progress(num_pairs, "pairs") as bar:
         made = open_or_make(
@@ -53,6 +71,8 @@ def pairs(
             pipeline,
             str(out),
             lambda shape: PairPlan(num_pairs, shape, rule, seed, part_size, batch_size),
+            latent_size=latent_size,
+            network_guidance=NETWORK_GUIDANCE if network_guidance is None else network_guidance,
             device=device,
             progress=lambda done, _: bar.update(done - bar.n),
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from layton.data.randomness import mix
 from layton.data.sources import SampleSource
 from layton.ldm.cache import digest
 from layton.ldm.conditions import PromptEncoder, latent_shape_of
-from layton.ldm.teacher import open_pipeline
+from layton.ldm.teacher import find_teacher, open_pipeline
 
 CONDITION_FIELDS = ("embeds", "pooled", "time_ids", "guidance")
+_DIGESTED = 64  # prompts that identify a set
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
@@ -51,13 +52,12 @@ class CachedPrompts(SampleSource):
         half: bool = False,
     ) -> None:
         count = len(source) if num_samples is None else num_samples
-        root = Path(pipeline)
-        first = source.sample(0, seed=mix(0))
+        root = find_teacher(pipeline)
         fingerprint: dict[str, str | int | float | bool] = {
             "encoders": "-".join(digest(root / name) for name in _ENCODERS if (root / name).is_dir()),
             "source": type(source).__name__,
             "num_samples": count,
-            "first": f"{first['key']}: {first['caption']}",
+            "captions": _captions_digest(source, count),
             "latent_size": latent_size or 0,
             "half": half,
         }
@@ -100,6 +100,16 @@ def condition_of_batch(batch: dict[str, Any]) -> Condition | None:
     if "embeds" not in batch:
         return None
     return Condition(**{name: batch[name].to(torch.float32) for name in CONDITION_FIELDS if name in batch})
+
+
+def _captions_digest(source: SampleSource, count: int) -> str:
+    """16 hex digits over keys and captions from all over a cache: a changed prompts file is another one."""
+    total = hashlib.sha256()
+    seen = min(count, _DIGESTED)
+    for place in (step * count // seen for step in range(seen)):
+        sample = source.sample(place % len(source), seed=mix(place))
+        total.update(f"{sample['key']}\n{sample['caption']}\n".encode())
+    return total.hexdigest()[:16]
 
 
 def _batches(source: SampleSource, count: int, batch_size: int) -> Iterator[dict[str, Any]]:

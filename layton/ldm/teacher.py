@@ -16,6 +16,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from layton.assets import resolve
 from layton.errors import UsageError
@@ -68,6 +69,7 @@ def open_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> 
 def _load(kind: type[DiffusionPipeline], root: Path, left_out: dict[str, Any], dtype: torch.dtype) -> DiffusionPipeline:
     quiet = diffusers_logging.is_progress_bar_enabled()
     diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     try:
         pipe: DiffusionPipeline = kind.from_pretrained(
             str(root), local_files_only=True, use_safetensors=True, **left_out
