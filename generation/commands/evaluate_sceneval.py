@@ -12,7 +12,6 @@ from layton.commands.calling import progress
 from layton.commands.evaluate_sceneval import evaluate_sceneval as evaluate_diffusion
 from layton.commands.evaluate_sceneval import table
 from layton.commands.reports import write_json
-from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from layton.errors import UsageError
 
 
@@ -20,6 +19,7 @@ def evaluate_sceneval(
     *,
     pipeline: str = "mini",
     kind: Kind = "diffusion",
+    student: Path | None = None,
     prompts: Path | None = None,
     per_task: int = 50,
     images_per_prompt: int = 4,
@@ -43,12 +43,13 @@ def evaluate_sceneval(
     Args:
         pipeline: embedded model, folder of a diffusers text-to-image pipeline, or folder of a LaytonGen.
         kind: diffusion, or laytongen.
+        student: export of `layton distill` on a diffusers pipeline, which then draws as it was trained to.
         prompts: file of prompts in GenEval's JSON lines; by default they are made from test seeds.
         per_task: prompts made for each of the six tasks, a fifth of them of unseen combinations where there are such.
         images_per_prompt: images drawn for each prompt.
         tokenizer: of LaytonGen, where it does not lie beside the generator.
         decoder: name of LaytonGen's code decoder; the tokenizer's own choice by default.
-        steps: denoising steps (25 by default), or those of LaytonGen's decoder.
+        steps: denoising steps (25 by default), a student's, or those of LaytonGen's decoder.
         guidance_scale: of classifier-free guidance; 1 is none.
         temperature: of LaytonGen; 0 takes the likeliest code each time.
         top_k: of LaytonGen; 0 for all codes.
@@ -68,11 +69,12 @@ def evaluate_sceneval(
             raise UsageError("tokenizer, decoder, temperature, top_k, top_p, weights and allow need --kind laytongen")
         evaluate_diffusion(
             pipeline=pipeline,
+            student=student,
             prompts=prompts,
             per_task=per_task,
             images_per_prompt=images_per_prompt,
-            steps=DEFAULT_STEPS if steps is None else steps,
-            guidance_scale=DEFAULT_GUIDANCE if guidance_scale is None else guidance_scale,
+            steps=steps,
+            guidance_scale=guidance_scale,
             seed=seed,
             batch_size=batch_size,
             out=out,
@@ -80,6 +82,8 @@ def evaluate_sceneval(
             json=json,
         )
         return
+    if student is not None:
+        raise UsageError("--student is of a diffusers pipeline, not of --kind laytongen")
     from layton.metrics.protocol import library_versions
     from layton.sceneval import make_prompts, read_prompts, run_sceneval
 

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 def evaluate_sceneval(
     *,
     pipeline: str = "mini",
+    student: Path | None = None,
     prompts: Path | None = None,
     per_task: int = 50,
     images_per_prompt: int = 4,
-    steps: int = DEFAULT_STEPS,
-    guidance_scale: float = DEFAULT_GUIDANCE,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
     seed: int = 0,
     batch_size: int = 16,
     out: Path | None = None,
@@ -34,11 +35,12 @@ def evaluate_sceneval(
 
     Args:
         pipeline: folder of any diffusers text-to-image pipeline, an embedded model, or a tokenizer folder with ldm/.
+        student: export of `layton distill` on this pipeline, which then draws as it was trained to.
         prompts: file of prompts in GenEval's JSON lines; by default they are made from test seeds.
         per_task: prompts made for each of the six tasks, a fifth of them of unseen combinations where there are such.
         images_per_prompt: images drawn for each prompt.
-        steps: denoising steps.
-        guidance_scale: of classifier-free guidance; 1 is none.
+        steps: denoising steps, 25 by default; of a student one of its own numbers, by default the largest.
+        guidance_scale: of classifier-free guidance, 4 by default; 1 is none. A student has its own.
         seed: of the first image; the following images count up from it.
         batch_size: images drawn at once; the score does not depend on it.
         out: folder for the images in GenEval's layout; must be new or empty.
@@ -51,7 +53,7 @@ def evaluate_sceneval(
         raise UsageError(f"{out} is not empty: images of another run there would be counted as this one's")
     specs = make_prompts(per_task) if prompts is None else read_prompts(prompts)
     folder = find_pipeline(pipeline)
-    draw = TextToImage.load(folder, num_steps=steps, guidance_scale=guidance_scale, device=device)
+    draw = drawer(folder, student, steps=steps, guidance_scale=guidance_scale, device=device)
     with progress(len(specs) * images_per_prompt, "draw") as bar:
         report = run_sceneval(
             draw,
@@ -66,6 +68,24 @@ def evaluate_sceneval(
     if json is not None:
         source = "make_prompts, test seeds" if prompts is None else str(prompts)
         write_json(json, {**report.to_dict(), "run": _run(draw, pipeline, source, specs, images_per_prompt, seed)})
+
+
+def drawer(
+    folder: Path, student: Path | None, *, steps: int | None, guidance_scale: float | None, device: str | None
+) -> TextToImage:
+    """A pipeline, or a distilled student of it, ready to draw.
+
+    Raises:
+        UsageError: If a student is given a guidance scale.
+        ValueError: If one of them cannot be read, or the student is not trained for so many steps.
+    """
+    if student is None:
+        num_steps = DEFAULT_STEPS if steps is None else steps
+        scale = DEFAULT_GUIDANCE if guidance_scale is None else guidance_scale
+        return TextToImage.load(folder, num_steps=num_steps, guidance_scale=scale, device=device)
+    if guidance_scale is not None:
+        raise UsageError("a student has a guidance of its own: leave --guidance-scale out")
+    return TextToImage.load_student(folder, student, num_steps=steps, device=device)
 
 
 def table(report: SceneEvalReport) -> str:
@@ -99,6 +119,7 @@ def _run(
         "pipeline_class": type(draw.pipeline).__name__,
         "weights": weights_digest(*(part for part in networks if isinstance(part, torch.nn.Module))),
         "scheduler": type(draw.pipeline.scheduler).__name__,
+        "student": draw.student,
         "num_inference_steps": draw.num_steps,
         "guidance_scale": draw.guidance_scale,
         "images_per_prompt": images_per_prompt,

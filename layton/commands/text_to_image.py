@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,37 @@ class TextToImage:
         pipeline: The diffusers pipeline.
         num_steps: Denoising steps.
         guidance_scale: Of classifier-free guidance; 1 is none.
+        student: Folder of the distilled student that draws in its teacher's pipeline, if it is one.
     """
 
     pipeline: Any
     num_steps: int = DEFAULT_STEPS
     guidance_scale: float = DEFAULT_GUIDANCE
+    student: str | None = None
+
+    @classmethod
+    def load_student(
+        cls, folder: Path, export: Path, *, num_steps: int | None = None, device: str | None = None
+    ) -> TextToImage:
+        """A distilled student in its teacher's pipeline, sampled as it was trained to be.
+
+        Args:
+            folder: The teacher's.
+            export: What training wrote.
+            num_steps: One of the trained numbers of steps; the largest by default.
+            device: Where to run.
+
+        Raises:
+            ValueError: The student is not trained for so many steps, or does not fit.
+        """
+        from layton.distillation.distilled import load_distilled, load_sampling, pipeline_arguments
+
+        sampling = load_sampling(export)
+        steps = max(sampling.step_counts) if num_steps is None else num_steps
+        scale = float(pipeline_arguments(sampling, steps)["guidance_scale"])
+        drawer = cls.load(folder, num_steps=steps, guidance_scale=scale, device=device)
+        load_distilled(drawer.pipeline, export)
+        return replace(drawer, student=str(export))
 
     @classmethod
     def load(cls, folder: Path, *, num_steps: int, guidance_scale: float, device: str | None = None) -> TextToImage:

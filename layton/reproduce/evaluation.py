@@ -17,7 +17,6 @@ from torch import Tensor
 
 from layton.commands.text_to_image import TextToImage
 from layton.data.sources import ScenesSource
-from layton.distillation.distilled import load_distilled, load_sampling, pipeline_arguments
 from layton.folder import load_tensors, save_tensors
 from layton.metrics.coverage import coverage
 from layton.metrics.effnet import EfficientNetLite0
@@ -171,23 +170,6 @@ class Evaluator:
         if self._network is None:
             self._network = EfficientNetLite0()
         return self._network(images).pooled
-
-
-def student_drawer(pipeline: Path, export: Path, num_steps: int) -> TextToImage:
-    """A distilled student in its teacher's pipeline, sampled as it was trained to be.
-
-    Args:
-        pipeline: The teacher's folder.
-        export: What training wrote.
-        num_steps: One of the trained numbers of steps.
-
-    Raises:
-        ValueError: The student is not trained for so many steps, or does not fit.
-    """
-    arguments = pipeline_arguments(load_sampling(export), num_steps)
-    drawer = TextToImage.load(pipeline, num_steps=num_steps, guidance_scale=float(arguments["guidance_scale"]))
-    load_distilled(drawer.pipeline, export)
-    return drawer
 
 
 def unadapted_drawer(pipeline: Path, *, guidance_scale: float) -> TextToImage:

@@ -10,7 +10,7 @@ from typing import Any
 from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS, TextToImage, find_pipeline
 from layton.metrics.frechet import bootstrap_ratio
 from layton.reproduce.claim import Arm, Claim, Context
-from layton.reproduce.evaluation import NEIGHBOURS, Evaluator, SceneScores, student_drawer, unadapted_drawer
+from layton.reproduce.evaluation import NEIGHBOURS, Evaluator, SceneScores, unadapted_drawer
 from layton.reproduce.report import Outcome
 from layton.reproduce.training import TEACHER_PLACE, claim_out, stage_folder, train_arm
 
@@ -163,7 +163,7 @@ def _measure(arm: Arm, steps: int, context: Context, evaluator: Evaluator, teach
 def drawer_of(arm: Arm, steps: int, context: Context, teacher: Path) -> TextToImage:
     """What draws the pictures of an arm."""
     if arm.stages:
-        return student_drawer(teacher, stage_folder(context, arm, arm.stages[-1]) / "export", steps)
+        return TextToImage.load_student(teacher, stage_folder(context, arm, arm.stages[-1]) / "export", num_steps=steps)
     if arm.one_step:
         return unadapted_drawer(teacher, guidance_scale=arm.guidance)
     return TextToImage.load(teacher, num_steps=steps, guidance_scale=arm.guidance)

@@ -10,10 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from command_tools import Run, tree
+from diffusers import DiffusionPipeline
 from transformers import CLIPTextModel
 
+from distill.adapters import LoraSettings, networks_for
+from distill.few_step import FewStepSampling
+from distill.models import denoiser_from_pipeline
 from layton.commands.objects import compare, objects_kept
 from layton.data.sources import ScenesSource
+from layton.distillation.distilled import save_distilled
 from layton.metrics.image import psnr, round_to_uint8
 from layton.scenes import render, sample_scene, split_seeds
 from layton.sceneval import make_prompts, write_prompts
@@ -120,6 +125,20 @@ def test_sceneval_of_a_folder_with_a_text_encoder_in_half_precision(run: Run, pi
     assert json.loads((half / "text_encoder" / "config.json").read_text())["dtype"] == "float16"
     options = ["--per-task", 1, "--images-per-prompt", 1, "--steps", 1]
     assert "overall" in run("evaluate", "sceneval", "--pipeline", half, *options)
+
+
+def test_sceneval_of_a_distilled_student(run: Run, fails: Run, pipeline: Path, tmp_path: Path) -> None:
+    teacher = denoiser_from_pipeline(DiffusionPipeline.from_pretrained(pipeline))
+    student = networks_for(teacher, LoraSettings(rank=2)).student
+    times = ((999.0,), (999.0, 499.0))
+    save_distilled(student, tmp_path / "export", FewStepSampling(times, prediction=teacher.prediction_type))
+    options = ["--pipeline", pipeline, "--student", tmp_path / "export", "--per-task", 1, "--images-per-prompt", 1]
+    assert "overall" in run("evaluate", "sceneval", *options, "--json", tmp_path / "report.json")
+    settings = json.loads((tmp_path / "report.json").read_text())["run"]
+    assert (settings["num_inference_steps"], settings["student"]) == (2, str(tmp_path / "export"))
+    assert settings["scheduler"] == "FewStepLCMScheduler"
+    assert "trained for 1, 2 steps, not for 3" in fails("evaluate", "sceneval", *options, "--steps", 3)
+    assert "guidance of its own" in fails("evaluate", "sceneval", *options, "--guidance-scale", 2, status=2)
 
 
 def test_sceneval_with_a_prompts_file_and_refusals(run: Run, fails: Run, both: Path, tmp_path: Path) -> None:
