@@ -145,6 +145,7 @@ class LADD(Denoiser):
         Raises:
             ValueError: The condition has no codes, or codes of another width.
         """
+        x_t = x_t.to(self.unet.dtype)  # states are float32 between steps
         condition = condition.expand(x_t.shape[0])
         codes = condition.spatial
         if codes is None or codes.ndim != 4 or codes.shape[1] != self.code_dim:
@@ -155,7 +156,7 @@ class LADD(Denoiser):
             x_t,
             t,
             encoder_hidden_states=embeds,
-            controlnet_cond=resize_codes(codes, size=(x_t.shape[-2], x_t.shape[-1]), mode=self.resize),
+            controlnet_cond=resize_codes(codes.to(x_t.dtype), size=(x_t.shape[-2], x_t.shape[-1]), mode=self.resize),
             conditioning_scale=self.conditioning_scale if conditioning_scale is None else conditioning_scale,
             added_cond_kwargs=added,
             return_dict=False,
@@ -176,7 +177,8 @@ class LADD(Denoiser):
         batch, _, height, width = x_t.shape
         embeds = condition.embeds
         if embeds is None:
-            embeds = repeat(self.null_embeds.to(x_t.dtype), "l d -> b l d", b=batch)
+            embeds = repeat(self.null_embeds, "l d -> b l d", b=batch)
+        embeds = embeds.to(x_t.dtype)
         if self.unet.config.addition_embed_type != "text_time":
             return embeds, None
         pooled, time_ids = condition.pooled, condition.time_ids

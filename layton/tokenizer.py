@@ -18,6 +18,7 @@ from layton.data.images import to_image, to_tensor
 from layton.encoder import ImageEncoder
 from layton.folder import JsonValue, class_name, load_config, save_config
 from layton.interface import CodeDecoder, Generators, ImageTokenizer
+from layton.precision import dtype_of
 from layton.quantizer import Quantizer
 
 CLASS_NAME = "layton.tokenizer.LaytonTokenizer"
@@ -119,7 +120,8 @@ class LaytonTokenizer(ImageTokenizer):
             raise ValueError(f"images must lie in [-1, 1], got [{low:g}, {high:g}] (uint8 or [0, 1] images?)")
         if images.shape[2:] != (self.image_size, self.image_size):
             images = Geometry.plan((images.shape[2], images.shape[3]), self.image_size, policy=policy).apply(images)
-        return self.quantizer.encode(self.encoder(images.to(self.device)).float())
+        images = images.to(self.device, dtype_of(self.encoder))
+        return self.quantizer.encode(self.encoder(images).float())
 
     @torch.no_grad()
     def decode(

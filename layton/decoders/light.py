@@ -10,6 +10,7 @@ from torch import Tensor
 
 from layton.interface import CodeDecoder, Generators
 from layton.pixel_decoder import PixelDecoder
+from layton.precision import dtype_of
 
 
 class LightDecoder(CodeDecoder):
@@ -43,7 +44,7 @@ class LightDecoder(CodeDecoder):
         self.check_steps(num_steps)
         if conditioning_scale is not None:
             raise ValueError(f"the light decoder has no conditioning scale, got {conditioning_scale}")
-        return self.network(embeddings).float().clamp(-1, 1)
+        return self.network(embeddings.to(dtype_of(self.network))).float().clamp(-1, 1)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write the network."""

@@ -109,13 +109,14 @@ class Autoencoder(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w), the mean of the posterior."""
         config = self.model.config
-        latents = self.model.encode(images).latent_dist.mode()
+        latents = self.model.encode(images.to(self.model.dtype)).latent_dist.mode()
         return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> images (B, 3, H, W), nominally in [-1, 1], not clamped."""
         config = self.model.config
-        return self.model.decode(latents / config.scaling_factor + (config.shift_factor or 0.0)).sample
+        unscaled = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        return self.model.decode(unscaled.to(self.model.dtype)).sample
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] through the latent and back, clamped to [-1, 1]."""

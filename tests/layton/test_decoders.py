@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,6 +118,14 @@ def test_a_picture_depends_on_its_own_codes_and_noise(decoder: CodeDecoder) -> N
         alone = decoder.decode(codes()[index][None], num_steps=steps, generator=seeds(seed))
         torch.testing.assert_close(together[index][None], alone, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(*decoder.decode(codes(2), num_steps=steps))
+
+
+@torch.no_grad()
+def test_weights_in_half_precision_give_nearly_the_same_pictures(decoder: CodeDecoder) -> None:
+    half = copy.deepcopy(decoder).to(torch.bfloat16)
+    images, wanted = (each.decode(codes(), generator=seeds(4, 5, 6)) for each in (half, decoder))
+    assert images.dtype == torch.float32
+    assert float((images - wanted).abs().mean()) < 0.05
 
 
 @torch.no_grad()

@@ -43,6 +43,17 @@ def test_shapes_ranges_and_types() -> None:
     assert model.reconstruct(torch.zeros(1, 3, 100, 100)).shape == (1, 3, 100, 100)
 
 
+def test_a_tokenizer_in_half_precision_still_works() -> None:
+    model, images = tiny(), torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    codes = model.encode(images)
+    pictures = model.decode(codes)
+    half = model.to(torch.bfloat16)
+    assert half.encode(images).dtype == torch.int64
+    assert float((half.encode(images) == codes).float().mean()) > 0.6
+    assert half.decode(codes).dtype == torch.float32
+    assert float((half.decode(codes) - pictures).abs().mean()) < 0.05
+
+
 @pytest.mark.parametrize("policy", ["crop", "pad", "resize"])
 def test_sizes_come_back(policy: str) -> None:
     model, images = tiny(), [picture(*size) for size in ((40, 20), (1, 1), (32, 32), (3, 200))]
