@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from generation.stored_text import StoredText
-from generation.token_shards import TokenHeader, differences, read_shard, shard_files
+from generation.token_shards import TokenHeader, differences, read_shard, require_whole, shard_files
 from layton.data.sources import SampleSource, say
 from layton.data.types import Split, check_split, split_of_key
 from layton.scenes import Texture, begun_cells, check_textures, sample_scene, texture_of
@@ -42,6 +42,7 @@ class TokenShards(SampleSource):
         unbegun: For scenes, weight of codes that come before any object is next to them (`layton.scenes.begun_cells`),
             in (0, 1]; below 1 samples also hold ``weights`` (N,), see `generation.tasks.LaytonGenTask`.
         use_text: Whether cached text features are given out, where there are any.
+        verify: Compare the shards' digests with the manifest's first.
 
     Raises:
         ValueError: If the folder is no finished token dataset, is damaged, or holds nothing of the split.
@@ -59,6 +60,7 @@ class TokenShards(SampleSource):
         textures: Sequence[Texture] | None = None,
         unbegun: float = 1.0,
         use_text: bool = True,
+        verify: bool = True,
     ) -> None:
         shares = {"chinese": chinese, "reworded": reworded, "related": related}
         if not all(0.0 <= share <= 1.0 for share in shares.values()) or (length is not None and length < 1):
@@ -70,6 +72,8 @@ class TokenShards(SampleSource):
         self.folder, self.split, self._unbegun = Path(folder), check_split(split), unbegun
         self._shares = shares if any(shares.values()) else None
         paths = shard_files(self.folder)
+        if verify:
+            require_whole(self.folder)
         kept = _read_all(paths, partial(_is_wanted, split=self.split, textures=textures), length)
         if not kept.keys:
             raise ValueError(f"split {split!r} of {folder} holds no samples" + (f" on {textures}" if textures else ""))

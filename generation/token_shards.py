@@ -228,6 +228,17 @@ def _listed(manifest: Mapping[str, Any], folder: Path) -> list[tuple[str, Mappin
     return [(str(entry["file"]), entry) for entry in entries]
 
 
+def require_whole(folder: Path) -> None:
+    """Refuse a dataset of which a byte is not the one that was written; reads all shards, some 1 GB in a second.
+
+    Raises:
+        ValueError: With the first shard that was changed.
+    """
+    for name, entry in _listed(_manifest(folder), folder):
+        if sha256_of(folder / name) != entry["sha256"]:
+            raise ValueError(f"{folder / name} is not what was written (sha256): `layton data verify {folder}`")
+
+
 def verify(folder: Path) -> list[str]:
     """Every fault of a token dataset, one line each; none means that it is whole.
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,6 +115,17 @@ def test_features_that_do_not_fit_their_captions_are_found(folder: str, tmp_path
     write_shard(path, header, replace(shard, text=None, text_ends=None))
     with pytest.raises(ValueError, match="damaged text features"):
         read_shard(path)
+
+
+def test_a_changed_byte_is_noticed_before_training(folder: str, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    path = shard_files(tmp_path / "copy")[1]
+    content = bytearray(path.read_bytes())
+    content[content.index(read_shard(path)[1].codes.numpy().tobytes())] ^= 1  # still a code
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path.name} is not what was written"):
+        TokenShards(str(tmp_path / "copy"))
+    assert len(TokenShards(str(tmp_path / "copy"), verify=False, use_text=False)) == 10
 
 
 def test_scenes_are_kept_by_their_backgrounds(folder: str) -> None:
