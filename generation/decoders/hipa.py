@@ -39,7 +39,7 @@ class HiPADecoder(ConsistencyDecoder):
         difference: Difference,
         sampling: FewStepSampling | None = None,
         default_steps: int | None = None,
-        latents_per_token: int = 1,
+        latents_per_token: float = 1,
     ) -> None:
         super().__init__(
             network,

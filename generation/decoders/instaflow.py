@@ -34,7 +34,7 @@ class InstaFlowDecoder(ConsistencyDecoder):
         *,
         sampling: FewStepSampling | None = None,
         default_steps: int | None = None,
-        latents_per_token: int = 1,
+        latents_per_token: float = 1,
         difference: Difference | None = None,
     ) -> None:
         super().__init__(

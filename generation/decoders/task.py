@@ -62,7 +62,7 @@ class OneStepDecoderTask(ConsistencyDecoderTask):
         pixels: PixelSupervision | None = None,
         distillation_weight: float = 1.0,
         pixel_weight: float = 1.0,
-        latents_per_token: int = 1,
+        latents_per_token: float = 1,
         max_parameters: int = BUDGET,
     ) -> None:
         if name not in get_args(DecoderName):

@@ -192,12 +192,15 @@ def write_released(
 
     autoencoder = Autoencoder(parts.vae)
     tokens = image_size // parts.encoder.downsample_factor
-    scale, rest = divmod(output_size, autoencoder.downsample_factor * max(tokens, 1))
-    if rest or scale < 1:
-        raise ValueError(f"an output of {output_size} pixels is no whole number of latents for each of {tokens} tokens")
+    latents, rest = divmod(output_size, autoencoder.downsample_factor)
+    if rest or latents < 1 or tokens < 1:
+        raise ValueError(
+            f"an output of {output_size} pixels is no whole number of latents ({autoencoder.downsample_factor} pixels "
+            f"each), or {image_size} pixels give no token"
+        )
     times = {steps: parts.timesteps[:steps] for steps in range(1, len(parts.timesteps) + 1)}
     sampling = sampling_at(times, parts.decoder)
-    decoder = ConsistencyDecoder(parts.decoder, autoencoder, sampling=sampling, latents_per_token=scale)
+    decoder = ConsistencyDecoder(parts.decoder, autoencoder, sampling=sampling, latents_per_token=latents / tokens)
     model = LaytonTokenizer(parts.encoder, parts.quantizer, {"consistency": decoder}, image_size=image_size)
     model.save_pretrained(folder)
     ldm = folder / LDM_FOLDER

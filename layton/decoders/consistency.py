@@ -56,7 +56,7 @@ class ConsistencyDecoder(LatentDecoder):
         *,
         sampling: FewStepSampling | None = None,
         default_steps: int | None = None,
-        latents_per_token: int = 1,
+        latents_per_token: float = 1,
         difference: Difference | None = None,
     ) -> None:
         super().__init__(network, autoencoder, latents_per_token=latents_per_token)
@@ -130,7 +130,7 @@ class ConsistencyDecoder(LatentDecoder):
             autoencoder,
             sampling=FewStepSampling.from_json(cast("dict[str, JsonValue]", config["sampling"])),
             default_steps=cast(int, config["default_steps"]),
-            latents_per_token=cast(int, config["latents_per_token"]),
+            latents_per_token=cast(float, config["latents_per_token"]),
             difference=difference,
         ).eval()
 

@@ -48,7 +48,7 @@ class DiffusionDecoder(LatentDecoder):
         network: LADD,
         autoencoder: Autoencoder,
         *,
-        latents_per_token: int = 1,
+        latents_per_token: float = 1,
         temperature: float = 1.0,
         time_shift: float = 1.0,
     ) -> None:
@@ -106,7 +106,7 @@ class DiffusionDecoder(LatentDecoder):
         return cls(
             network,
             autoencoder,
-            latents_per_token=cast(int, sampling["latents_per_token"]),
+            latents_per_token=cast(float, sampling["latents_per_token"]),
             # folders of before hold neither
             temperature=cast(float, sampling.get("temperature", 1.0)),
             time_shift=cast(float, sampling.get("time_shift", 1.0)),

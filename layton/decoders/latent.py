@@ -26,10 +26,10 @@ class LatentDecoder(CodeDecoder):
         network: The conditioned denoiser.
         autoencoder: Latents to pixels; frozen.
         latents_per_token: Latent positions per token along one side: 8 for 16x16 tokens on SDXL's 128x128 latents at
-            1024 pixels, 1 when both grids are 16x16.
+            1024 pixels, 1 when both grids are 16x16. Need not be whole: 128 / 14 for the 196 tokens of 224 pixels.
     """
 
-    def __init__(self, network: LADD, autoencoder: Autoencoder, *, latents_per_token: int = 1) -> None:
+    def __init__(self, network: LADD, autoencoder: Autoencoder, *, latents_per_token: float = 1) -> None:
         super().__init__()
         self.network = network
         self.autoencoder = autoencoder.requires_grad_(False).eval()
@@ -85,7 +85,7 @@ class LatentDecoder(CodeDecoder):
     def initial_noise(self, embeddings: Tensor, generator: Generators | None) -> Tensor:
         """Noise (B, C, h', w') on the latent grid that belongs to code embeddings (B, d, h, w)."""
         batch, _, h, w = embeddings.shape
-        grid = (h * self.latents_per_token, w * self.latents_per_token)
+        grid = (round(h * self.latents_per_token), round(w * self.latents_per_token))
         empty = embeddings.new_empty(batch, self.autoencoder.latent_channels, *grid)
         return gaussian_like(empty, generator if generator is not None else default_generators(batch))
 

@@ -83,7 +83,7 @@ class ConsistencyDecoderTask(LaytonTask):
         diffusion_weight: float = 0.0,
         times: str | dict[int, list[float]] = "layton",
         default_steps: int | None = None,
-        latents_per_token: int = 1,
+        latents_per_token: float = 1,
         gradient_clip: float = 1.0,
     ) -> None:
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
@@ -238,7 +238,7 @@ class ConsistencyDecoderTask(LaytonTask):
         """Latents (B, C, h, w) and code embeddings (B, d, h', w')."""
         x_0, codes = batch["latent"].float(), batch["codes"].long()
         side = int(codes.shape[1] ** 0.5)
-        if x_0.shape[-1] != side * self.latents_per_token:
+        if x_0.shape[-1] != round(side * self.latents_per_token):
             raise ValueError(
                 f"latents {tuple(x_0.shape[-2:])} are not {self.latents_per_token} for each of {side}x{side} tokens: "
                 "set latents_per_token"

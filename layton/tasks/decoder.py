@@ -122,7 +122,7 @@ class DecoderTask(LaytonTask):
         decoder = DiffusionDecoder(
             self.ladd,
             self._autoencoder[0].to(self.device),
-            latents_per_token=x_0.shape[-1] // embeddings.shape[-1],
+            latents_per_token=x_0.shape[-1] / embeddings.shape[-1],
         )
         image = self._autoencoder[0].decode(x_0).float().clamp(-1, 1)
         decoded = decoder.decode(embeddings, num_steps=self.preview_steps)

@@ -129,6 +129,13 @@ def test_weights_in_half_precision_give_nearly_the_same_pictures(decoder: CodeDe
 
 
 @torch.no_grad()
+def test_grids_need_not_divide_each_other(ldm: Path) -> None:
+    decoder = DiffusionDecoder(make_network(ldm), Autoencoder.from_pretrained(ldm / "vae"), latents_per_token=4 / 3)
+    odd = torch.randn(2, CODE_DIM, 3, 3, generator=torch.Generator().manual_seed(1))
+    assert decoder.decode(odd, num_steps=1).shape == (2, 3, 8, 8)  # 3x3 codes on 4x4 latents of 2 pixels
+
+
+@torch.no_grad()
 def test_only_known_numbers_of_steps(decoder: CodeDecoder) -> None:
     with pytest.raises(ValueError, match="steps"):
         decoder.decode(codes(1), num_steps=0)
