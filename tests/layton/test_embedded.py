@@ -80,7 +80,7 @@ def test_the_embedded_laytongen_foresees_codes_and_reads_its_captions() -> None:
     generator = load_generator(find_generator("mini"))
     tokenizer = LaytonTokenizer.from_pretrained("mini", decoders=[])
     generator.card.require_tokenizer(tokenizer)
-    source = ScenesSource(split="test", length=8)
+    source = ScenesSource(split="test", length=8, textures=["plain"])  # all that it is trained to paint
     samples = [source.sample(index, seed=0) for index in range(8)]
     codes = tokenizer.encode(torch.stack([sample["image"] for sample in samples]))
     captions = [sample["caption"] for sample in samples]
@@ -90,4 +90,4 @@ def test_the_embedded_laytongen_foresees_codes_and_reads_its_captions() -> None:
         with torch.no_grad():
             logits = generator.transformer(codes, text.features, text.mask)
         losses.append(float(F.cross_entropy(logits.flatten(0, 1), codes.flatten())))
-    assert losses[0] < 3.2 and losses[0] < losses[1] - 0.05  # nothing known would be 9.7
+    assert losses[0] < 2.2 and losses[0] < losses[1] - 0.05  # nothing known would be 9.7
