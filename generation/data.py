@@ -15,9 +15,10 @@ from torch import Tensor
 
 from generation.stored_text import StoredText
 from generation.token_shards import TokenHeader, differences, read_shard, require_whole, shard_files
-from layton.data.sources import SampleSource, say
+from layton.data.sources import SampleSource, say, say_contrary
 from layton.data.types import Split, check_split, split_of_key
 from layton.scenes import Texture, begun_cells, check_textures, sample_scene, texture_of
+from layton.scenes.contrary import CHANGES, Change
 from layton.scenes.splits import split_of_seed
 
 _SCENES = "scenes/"
@@ -26,8 +27,8 @@ _SCENES = "scenes/"
 class TokenShards(SampleSource):
     """A token dataset that `layton tokenize` wrote: codes in memory (2 bytes for a token), text features on disk.
 
-    A sample holds ``codes`` (N,) int64, ``caption`` and ``key``; with cached text features also ``text`` (L, D)
-    float16, padded, and ``text_mask`` (L,) bool.
+    A sample holds ``codes`` (N,) int64, ``caption`` and ``key``, and ``contrary`` if that was asked for; with cached
+    text features also ``text`` (L, D) float16, padded, and ``text_mask`` (L,) bool.
 
     Images are never mirrored: the tokens were made once, and mirroring would make captions such as "left of" untrue.
 
@@ -41,6 +42,8 @@ class TokenShards(SampleSource):
         textures: Keep only scenes with one of these backgrounds, and no other images; all by default.
         unbegun: For scenes, weight of codes that come before any object is next to them (`layton.scenes.begun_cells`),
             in (0, 1]; below 1 samples also hold ``weights`` (N,), see `generation.tasks.LaytonGenTask`.
+        contrary: For scenes, what is wrong in a false caption that goes with the true one: some of count, colour,
+            relation, shape (`layton.scenes.contrary`). Samples then hold ``contrary``, empty where nothing applies.
         use_text: Whether cached text features are given out, where there are any.
         verify: Compare the shards' digests with the manifest's first.
 
@@ -59,6 +62,7 @@ class TokenShards(SampleSource):
         related: float = 0.0,
         textures: Sequence[Texture] | None = None,
         unbegun: float = 1.0,
+        contrary: Sequence[Change] = (),
         use_text: bool = True,
         verify: bool = True,
     ) -> None:
@@ -67,10 +71,12 @@ class TokenShards(SampleSource):
             raise ValueError(f"need shares in [0, 1] and length >= 1, got {shares}, {length}")
         if not 0.0 < unbegun <= 1.0:
             raise ValueError(f"unbegun must be in (0, 1], got {unbegun}")
+        if isinstance(contrary, str) or not set(contrary) <= set(CHANGES):
+            raise ValueError(f"contrary must be some of {', '.join(CHANGES)}, got {contrary!r}")
         if textures is not None:
             check_textures(textures)
         self.folder, self.split, self._unbegun = Path(folder), check_split(split), unbegun
-        self._shares = shares if any(shares.values()) else None
+        self._shares, self._contrary = shares if any(shares.values()) else None, tuple(contrary)
         paths = shard_files(self.folder)
         if verify:
             require_whole(self.folder)
@@ -106,6 +112,8 @@ class TokenShards(SampleSource):
             "caption": self._caption(index, key, seed),
             "key": key,
         }
+        if self._contrary:
+            sample["contrary"] = self._false_caption(key, seed)
         if self._unbegun < 1 and key.startswith(_SCENES):
             sample["weights"] = self._weights(key)
         if self._texts is not None:
@@ -131,6 +139,12 @@ class TokenShards(SampleSource):
         if self._shares is None or not key.startswith(_SCENES):
             return self._captions[index]
         return say(sample_scene(int(key.removeprefix(_SCENES))), seed, **self._shares)
+
+    def _false_caption(self, key: str, seed: int) -> str:
+        if not key.startswith(_SCENES):
+            return ""
+        scene = sample_scene(int(key.removeprefix(_SCENES)))
+        return say_contrary(scene, seed, self._contrary, **(self._shares or {}))
 
     def _weights(self, key: str) -> Tensor:
         grid = math.isqrt(self.header.num_tokens)

@@ -1,6 +1,8 @@
-"""Cross-entropy of the next code."""
+"""Cross-entropy of the next code, and the contrast of a true caption with a false one."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +10,7 @@ from torch.nn import functional as F
 
 from generation.vocabulary import LinearHead
 
-_IGNORED = -100
+_CPU_LOGITS, _LOGITS = 1 << 20, 1 << 26  # that are there at once: 4 MB stay in a processor's cache
 
 
 def next_code_loss(
@@ -32,75 +34,105 @@ def next_code_loss(
     flat = F.cross_entropy(
         logits.flatten(0, 1).float(), codes.flatten(), reduction="none", label_smoothing=label_smoothing
     )
-    losses = flat.unflatten(0, codes.shape)
-    if valid is None:
-        return losses.mean()
-    weights = valid.to(losses.dtype)
-    weights = weights[:, None].expand_as(losses) if weights.ndim == 1 else weights
-    # a missing image may hold anything: 0 times NaN must not reach the sum
-    return torch.where(weights > 0, losses * weights, 0.0).sum() / weights.sum().clamp_min(1e-8)
+    return mean_of_valid(flat.unflatten(0, codes.shape), valid)
 
 
-def next_code_loss_in_chunks(
-    head: LinearHead,
-    codes: Tensor,
-    *,
-    valid: Tensor | None = None,
-    weights: Tensor | None = None,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """`next_code_loss` of the head's logits, which are never all there at once (torch's ``linear_cross_entropy``).
+def next_code_losses(head: LinearHead, codes: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of each code, without ever having all logits.
 
     A batch of 16 images has 67 million logits; on a CPU they and their gradients take ten times as long as this.
 
     Args:
         head: Features (B, N, c) with the weights of the last layer.
         codes: (B, N) int64.
-        valid: (B,) or (B, N) bool; None when all count.
-        weights: (B, N) of the codes' terms, of few different values; the sum is still divided by the number of codes.
-            None when all are 1.
         label_smoothing: Share of the target that is spread over all codes, in [0, 1).
 
     Returns:
-        () float32; 0 with zero gradients if nothing is valid.
+        (B, N) float32.
 
     Raises:
         ValueError: If ``label_smoothing`` is out of range.
     """
     _check_smoothing(label_smoothing)
-    if not hasattr(F, "linear_cross_entropy"):  # an older torch
-        if weights is not None:
-            raise ValueError("weighted codes need a torch that has linear_cross_entropy")
-        return next_code_loss(F.linear(*head), codes, valid=valid, label_smoothing=label_smoothing)
-    targets = codes
-    if valid is not None:
-        counted = valid.bool()[:, None].expand_as(codes) if valid.ndim == 1 else valid.bool()
-        targets = codes.masked_fill(~counted, _IGNORED)
-    if weights is None:
-        total = _summed(head, targets, label_smoothing)
-    else:
-        total = head.features.new_zeros((), dtype=torch.float32)
-        for weight in weights.unique():
-            chosen = weights == weight
-            part = LinearHead(head.features[chosen], head.weight, head.bias)
-            total = total + weight * _summed(part, targets[chosen], label_smoothing)
-    return total / (targets != _IGNORED).sum().clamp_min(1)
+    with torch.autocast(codes.device.type, enabled=False):
+        features, weight = head.features.flatten(0, -2).float(), head.weight.float()
+        bias = weight.new_zeros(len(weight)) if head.bias is None else head.bias.float()
+        targets = codes.flatten()
+        logits = (features * F.embedding(targets, weight)).sum(-1) + bias[targets]
+        if label_smoothing:
+            logits = torch.lerp(logits, features @ weight.mean(0) + bias.mean(), label_smoothing)
+        total: Tensor = _LinearLogSumExp.apply(features, weight, bias)
+    return (total - logits).view(codes.shape)
 
 
-def _summed(head: LinearHead, targets: Tensor, label_smoothing: float) -> Tensor:
-    """Sum of the terms of targets (...), those that are ignored left out."""
-    with torch.autocast(targets.device.type, enabled=False):
-        total: Tensor = F.linear_cross_entropy(
-            head.features.flatten(0, -2).float(),
-            head.weight.float(),
-            targets.flatten(),
-            linear_bias=None if head.bias is None else head.bias.float(),
-            reduction="sum",
-            ignore_index=_IGNORED,
-            label_smoothing=label_smoothing,
-            options=None if label_smoothing else torch.nn.LinearCrossEntropyOptions(),  # chunks know no smoothing
-        )
-    return total
+def mean_of_valid(losses: Tensor, valid: Tensor | None, weights: Tensor | None = None) -> Tensor:
+    """Mean of the terms of valid images.
+
+    Args:
+        losses: (B, N).
+        valid: (B,) or (B, N) bool or weights; None when all count.
+        weights: (B, N) of the terms; what is divided by stays the number of valid terms. None when all are 1.
+
+    Returns:
+        (); 0 with zero gradients if nothing is valid.
+    """
+    if weights is not None:
+        losses = losses * weights.to(losses.dtype)
+    if valid is None:
+        return losses.mean()
+    counted = valid.to(losses.dtype)
+    counted = counted[:, None].expand_as(losses) if counted.ndim == 1 else counted
+    # a missing image may hold anything: 0 times NaN must not reach the sum
+    return torch.where(counted > 0, losses * counted, 0.0).sum() / counted.sum().clamp_min(1e-8)
+
+
+def contrast_loss(true: Tensor, contrary: Tensor) -> Tensor:
+    """How badly images tell their captions from false ones: mean of -log sigmoid(log p(x | true) - log p(x | false)).
+
+    The pair's form of the contrastive alignment of autoregressive models (CCA, arXiv 2410.09347, without its reference
+    model). What an image does not owe to its caption is in both terms and cancels, so that few images teach what one
+    word changes: a number is worth one or two nats of the several hundred of an image.
+
+    Args:
+        true: (B, N) cross-entropies of codes given the true captions, in nats.
+        contrary: (B, N) of the same codes given the false ones.
+
+    Returns:
+        (); log 2 when captions are not told apart.
+    """
+    return F.softplus((true - contrary).sum(1)).mean()
+
+
+class _LinearLogSumExp(torch.autograd.Function):
+    """log sum exp over the outputs of a linear layer: features (R, c), weight (V, c), bias (V,) -> (R,).
+
+    Rows go through in chunks, and the backward pass makes the logits again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        rows = _rows_at_once(weight)
+        total = torch.cat([torch.addmm(bias, chunk, weight.T).logsumexp(1) for chunk in features.split(rows)])
+        ctx.save_for_backward(features, weight, bias, total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features, weight, bias, total = ctx.saved_tensors
+        rows = _rows_at_once(weight)
+        to_features = torch.empty_like(features)
+        to_weight, to_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+        chunks = (tensor.split(rows) for tensor in (features, total, grads[0], to_features))
+        for chunk, sums, grad, out in zip(*chunks, strict=True):
+            shares = torch.addmm(bias, chunk, weight.T).sub_(sums[:, None]).exp_().mul_(grad[:, None])
+            torch.mm(shares, weight, out=out)
+            to_weight.addmm_(shares.T, chunk)
+            to_bias.add_(shares.sum(0))
+        return to_features, to_weight, to_bias
+
+
+def _rows_at_once(weight: Tensor) -> int:
+    return max(1, (_CPU_LOGITS if weight.device.type == "cpu" else _LOGITS) // len(weight))
 
 
 def _check_smoothing(label_smoothing: float) -> None:

@@ -14,7 +14,7 @@ from generation.data import TokenShards
 from generation.decoding import generate_codes
 from generation.generator import Generator, GeneratorCard, SamplingDefaults, TokenizerFacts, save_generator
 from generation.guidance import Guidance
-from generation.loss import next_code_loss, next_code_loss_in_chunks
+from generation.loss import contrast_loss, mean_of_valid, next_code_loss, next_code_losses
 from generation.sampling import SamplingOptions, seeded_generators
 from generation.text_encoders import TextEncoder, TextFeatures
 from generation.token_shards import differences
@@ -51,6 +51,8 @@ class LaytonGenTask(LaytonTask):
         caption_dropout: Share of captions replaced by "none", for classifier-free guidance.
         label_smoothing: Share of the target spread over all codes.
         code_dropout: Share of the codes fed that are replaced by random ones; targets stay.
+        contrast: Weight of `generation.loss.contrast_loss`, which doubles the work; false captions are the batch's
+            ``contrary`` (`generation.data.TokenShards`), or else other images' captions.
         sampling: Defaults that are saved with the generator, and of the pictures made while training.
         gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
 
@@ -69,6 +71,7 @@ class LaytonGenTask(LaytonTask):
         caption_dropout: float = 0.1,
         label_smoothing: float = 0.0,
         code_dropout: float = 0.0,
+        contrast: float = 0.0,
         sampling: SamplingDefaults | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -76,6 +79,8 @@ class LaytonGenTask(LaytonTask):
         for share in (caption_dropout, label_smoothing, code_dropout):
             if not 0.0 <= share < 1.0:
                 raise ValueError(f"shares must be in [0, 1), got {share}")
+        if contrast < 0:
+            raise ValueError(f"contrast must be >= 0, got {contrast}")
         self.transformer = transformer
         transformer.gradient_checkpointing = gradient_checkpointing
         if text_encoder.trainable:
@@ -84,7 +89,7 @@ class LaytonGenTask(LaytonTask):
         self._tokenizer = [_with_quickest_decoder(tokenizer)]
         self.facts = TokenizerFacts.of(self._tokenizer[0])
         self.caption_dropout, self.code_dropout = caption_dropout, code_dropout
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.contrast = label_smoothing, contrast
         self.sampling = sampling or SamplingDefaults()
         self._told_of_cuts = False
         self._check_parts()
@@ -150,20 +155,22 @@ class LaytonGenTask(LaytonTask):
             noise = torch.randint(self.facts.vocab_size, codes.shape, generator=generator)
             replaced = torch.rand(codes.shape, generator=generator) < self.code_dropout
             fed = torch.where(replaced.to(codes.device), noise.to(codes.device), codes)
-        head = self.transformer.vocabulary.linear_head(self._hidden(fed, batch, dropped))
-        loss = next_code_loss_in_chunks(
-            head,
-            codes,
-            valid=batch.get("valid"),
-            weights=batch.get("weights"),
-            label_smoothing=self.label_smoothing,
-        )
-        return self.log_losses({"cross_entropy": loss}, batch_size=len(codes))
+        text = self.text_of(batch)
+        hidden = self._hidden(fed, text, _untold(batch) | dropped, batch.get("positions"))
+        losses = self._losses(hidden, codes)
+        valid = batch.get("valid")
+        terms = {"cross_entropy": mean_of_valid(losses, valid, batch.get("weights"))}
+        if self.contrast:
+            told = ~(_untold(batch) | dropped).to(codes.device)
+            told = told if valid is None else told & valid.bool()
+            terms["contrast"] = self._contrast(fed[told], codes[told], losses[told], batch, told)
+        weights = {"contrast": self.contrast} if self.contrast else {}
+        return self.log_losses(terms, weights=weights, batch_size=len(codes))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Cross-entropy without smoothing and dropout, (); also logs the share of codes guessed right."""
         codes = self.codes_of(batch)
-        hidden = self._hidden(codes, batch, torch.zeros(len(codes), dtype=torch.bool))
+        hidden = self._hidden(codes, self.text_of(batch), _untold(batch), batch.get("positions"))
         logits = self.transformer.vocabulary.logits(hidden)
         valid = batch.get("valid")
         right = (logits.argmax(-1) == codes).float().mean(1)
@@ -259,11 +266,35 @@ class LaytonGenTask(LaytonTask):
         encoder = self._text_encoder[0]
         return None if encoder.trainable else encoder.fingerprint()
 
-    def _hidden(self, codes: Tensor, batch: dict[str, Any], dropped: Tensor) -> Tensor:
-        text = _without_common_padding(self.text_of(batch))
-        untold = torch.tensor([not caption for caption in batch["caption"]])
-        condition = self.transformer.drop_condition(text.features, (dropped | untold).to(codes.device))
-        return self.transformer.hidden(codes, condition, text.mask, positions=batch.get("positions"))
+    def _contrast(self, fed: Tensor, codes: Tensor, true: Tensor, batch: dict[str, Any], rows: Tensor) -> Tensor:
+        """`contrast_loss` of the rows (B,) of a batch that are true; the first three belong to those rows alone."""
+        if not len(codes):
+            return true.sum()
+        contrary = self._contrary_text(batch)
+        chosen = TextFeatures(contrary.features[rows], contrary.mask[rows])
+        told = torch.zeros(len(codes), dtype=torch.bool)
+        positions = batch.get("positions")
+        hidden = self._hidden(fed, chosen, told, None if positions is None else positions[rows])
+        return contrast_loss(true, self._losses(hidden, codes))
+
+    def _contrary_text(self, batch: dict[str, Any]) -> TextFeatures:
+        """Features of captions that are false: the batch's own, and where there is none, another image's caption."""
+        if "text" in batch:
+            text = self.text_of(batch)
+            return TextFeatures(text.features.roll(1, 0), text.mask.roll(1, 0))
+        captions = list(batch["caption"])
+        others = captions[-1:] + captions[:-1]
+        given = batch.get("contrary") or [""] * len(captions)
+        return self.text_encoder.encode([one or other for one, other in zip(given, others, strict=True)])
+
+    def _losses(self, hidden: Tensor, codes: Tensor) -> Tensor:
+        head = self.transformer.vocabulary.linear_head(hidden)
+        return next_code_losses(head, codes, label_smoothing=self.label_smoothing)
+
+    def _hidden(self, codes: Tensor, text: TextFeatures, dropped: Tensor, positions: Tensor | None) -> Tensor:
+        text = _without_common_padding(text)
+        condition = self.transformer.drop_condition(text.features, dropped.to(codes.device))
+        return self.transformer.hidden(codes, condition, text.mask, positions=positions)
 
     def _check_parts(self) -> None:
         transformer, encoder, facts = self.transformer, self._text_encoder[0], self.facts
@@ -282,6 +313,11 @@ class LaytonGenTask(LaytonTask):
         vocabulary = transformer.vocabulary
         if isinstance(vocabulary, FactoredVocabulary) and vocabulary.factors.code_dim:
             transformer.set_codebook(self._tokenizer[0].quantizer.codebook)
+
+
+def _untold(batch: dict[str, Any]) -> Tensor:
+    """(B,): whose caption is empty, and so "none"."""
+    return torch.tensor([not caption for caption in batch["caption"]])
 
 
 def _without_common_padding(text: TextFeatures) -> TextFeatures:

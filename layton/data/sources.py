@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from layton.data.randomness import mix, permute
 from layton.data.transforms import Fit, SampleTransform
 from layton.data.types import ImageSample, Split, check_split
 from layton.scenes import Scene, Texture, as_position, render, sample_scene, split_seeds, textured_seeds
-from layton.scenes import caption as scene_caption
+from layton.scenes.captions import Wording, describe
+from layton.scenes.captions import wording as scene_wording
+from layton.scenes.contrary import Change, contrary_caption
 
 _MAX_REPLACEMENTS = 20
 
@@ -222,11 +225,42 @@ def say(scene: Scene, seed: int, *, chinese: float = 0.0, reworded: float = 0.0,
         reworded: Share of captions said in another true way than the canonical one, in [0, 1].
         related: Share of scenes of two objects told by how they stand (`layton.scenes.as_position`), in [0, 1].
     """
-    language, wording, variant, told = (mix(seed, scene.seed, choice) for choice in (0, 1, 2, 4))
+    return describe(*_told(scene, seed, chinese=chinese, reworded=reworded, related=related))
+
+
+def say_contrary(
+    scene: Scene,
+    seed: int,
+    changes: Sequence[Change],
+    *,
+    chinese: float = 0.0,
+    reworded: float = 0.0,
+    related: float = 0.0,
+) -> str:
+    """The caption of `say`, wrong in one thing; the seed chooses in what.
+
+    Args:
+        scene: As in `say`, like all others.
+        seed: The sample's.
+        changes: What may be wrong.
+        chinese: Share in Chinese.
+        reworded: Share said in another way.
+        related: Share told by how they stand.
+
+    Returns:
+        The caption; empty if none of the changes applies (`layton.scenes.contrary.contrary_caption`).
+    """
+    told, wording = _told(scene, seed, chinese=chinese, reworded=reworded, related=related)
+    return contrary_caption(told, wording, changes, random.Random(mix(seed, scene.seed, 5))) or ""  # noqa: S311
+
+
+def _told(scene: Scene, seed: int, *, chinese: float, reworded: float, related: float) -> tuple[Scene, Wording]:
+    """What a sample's seed makes of a scene to say, and how it is said."""
+    language, reword, variant, told = (mix(seed, scene.seed, choice) for choice in (0, 1, 2, 4))
     if told < related * 2**63:
         scene = as_position(scene) or scene
-    return scene_caption(
+    return scene, scene_wording(
         scene,
         language="zh" if language < chinese * 2**63 else "en",
-        variant=variant if wording < reworded * 2**63 else None,
+        variant=variant if reword < reworded * 2**63 else None,
     )

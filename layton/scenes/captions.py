@@ -7,6 +7,7 @@ the ways a person would say it: with or without "a photo of", with or without co
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final, Literal
 
 from layton.scenes.world import (
@@ -96,16 +97,41 @@ def caption(scene: Scene, *, language: Language = "en", variant: int | None = No
     Raises:
         ValueError: if the language is unknown or ``variant`` is negative.
     """
+    return describe(scene, wording(scene, language=language, variant=variant))
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """How a scene is described, whatever it shows.
+
+    Attributes:
+        language: "en" or "zh".
+        prefix: What stands in front: "a photo of ".
+        coloured: Whether colours are named.
+        swapped: Whether ``objects[1]`` is named first (of two objects; a relation is turned round with them).
+    """
+
+    language: Language = "en"
+    prefix: str = ""
+    coloured: bool = True
+    swapped: bool = False
+
+
+def wording(scene: Scene, *, language: Language = "en", variant: int | None = None) -> Wording:
+    """The wording of `caption`, from the same arguments.
+
+    Raises:
+        ValueError: if ``variant`` is negative.
+    """
     if variant is None:
-        return describe(scene, language=language, coloured=True, swapped=_canonical_swap(scene))
+        return Wording(language, swapped=_canonical_swap(scene))
     if variant < 0:
         raise ValueError(f"variant must be >= 0, got {variant}")
     # Mixed digits of one number: prefix (3), order (2), colours (4).
     rest, prefix = divmod(variant, len(PREFIXES))
     rest, swapped = divmod(rest, 2)
     coloured = rest % 4 < _COLOUR_IN_QUARTERS[scene.task]
-    body = describe(scene, language=language, coloured=coloured, swapped=bool(swapped))
-    return (PREFIXES if language == "en" else CHINESE_PREFIXES)[prefix] + body
+    return Wording(language, (PREFIXES if language == "en" else CHINESE_PREFIXES)[prefix], coloured, bool(swapped))
 
 
 def canonical_caption(scene: Scene) -> str:
@@ -126,33 +152,32 @@ def _canonical_swap(scene: Scene) -> bool:
     return _order(scene.objects[1]) < _order(scene.objects[0])
 
 
-def describe(scene: Scene, *, language: Language = "en", coloured: bool = True, swapped: bool = False) -> str:
+def describe(scene: Scene, wording: Wording) -> str:
     """Describe a scene in a chosen way.
 
     Args:
         scene: what to describe.
-        language: "en" or "zh".
-        coloured: whether to name the colours.
-        swapped: whether ``objects[1]`` is named first (of two objects; a relation is turned round with them).
+        wording: how.
 
     Returns:
-        One line without a full stop, without "a photo of".
+        One line without a full stop.
 
     Raises:
         ValueError: if the language is unknown.
     """
+    language = wording.language
     first = scene.objects[0]
     if scene.task in ("single_object", "colors", "counting"):
-        colour = first.colour if coloured else None
-        return noun_phrase(first.shape, colour, len(scene.objects), language=language)
-    pair = scene.objects[1::-1] if swapped else scene.objects[:2]
-    left, right = (noun_phrase(o.shape, o.colour if coloured else None, language=language) for o in pair)
+        colour = first.colour if wording.coloured else None
+        return wording.prefix + noun_phrase(first.shape, colour, len(scene.objects), language=language)
+    pair = scene.objects[1::-1] if wording.swapped else scene.objects[:2]
+    left, right = (noun_phrase(o.shape, o.colour if wording.coloured else None, language=language) for o in pair)
     if scene.relation is None:
-        return f"{left} and {right}" if language == "en" else f"{left}和{right}"
-    relation = scene.relation if swapped else INVERSE[scene.relation]
+        return wording.prefix + (f"{left} and {right}" if language == "en" else f"{left}和{right}")
+    relation = scene.relation if wording.swapped else INVERSE[scene.relation]
     if language == "en":
-        return f"{left} {relation} {right}"
-    return f"{left}在{right}的{CHINESE_RELATIONS[relation]}"
+        return f"{wording.prefix}{left} {relation} {right}"
+    return f"{wording.prefix}{left}在{right}的{CHINESE_RELATIONS[relation]}"
 
 
 def vocabulary() -> list[str]:

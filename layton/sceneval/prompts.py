@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from layton.folder import write_atomically
-from layton.scenes.captions import INVERSE, describe
+from layton.scenes.captions import INVERSE, Wording, describe
 from layton.scenes.layout import sample_scene
 from layton.scenes.splits import Split, is_unseen, split_seeds
 from layton.scenes.world import TASKS, Scene, Task
@@ -36,7 +36,7 @@ def spec_of_scene(scene: Scene, *, coloured: bool = True, swapped: bool = False,
     Returns:
         The specification; ``prompt`` starts with "a photo of".
     """
-    prompt = PROMPT_PREFIX + describe(scene, coloured=coloured, swapped=swapped)
+    prompt = PROMPT_PREFIX + describe(scene, Wording(coloured=coloured, swapped=swapped))
     first = scene.objects[0]
     if scene.task in ("single_object", "colors", "counting"):
         colour = first.colour if coloured else None

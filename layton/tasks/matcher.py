@@ -14,8 +14,8 @@ from torch import Tensor
 from distill.condition import Condition
 from layton.distillation.matcher import Matcher
 from layton.scenes import sample_scene
+from layton.scenes.contrary import CHANGES, Captions, captions_of
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
-from layton.tasks.matcher_captions import CHANGES, Captions, captions_of
 
 Inputs = Literal["image", "latent"]
 TextEncoder = Callable[[Sequence[str]], Condition]

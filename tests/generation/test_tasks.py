@@ -12,7 +12,7 @@ from torch.optim import AdamW
 
 from generation.data import TokenShards
 from generation.generator import TokenizerFacts, load_generator
-from generation.tasks import LaytonGenTask
+from generation.tasks import LaytonGenTask, _untold
 from generation.tokenizing import TokenizeJob, tokenize_dataset
 from layton.data.loader import collate
 from layton.data.sources import ScenesSource
@@ -105,7 +105,8 @@ def test_missing_samples_count_nothing(place: Path) -> None:
 def test_an_empty_caption_is_no_caption(place: Path) -> None:
     task, batch = task_of(place).eval(), batch_of(place)
     few = {name: value[:2] for name, value in batch.items()}
-    untold = task._hidden(few["codes"], {**few, "caption": ["", ""]}, torch.zeros(2, dtype=torch.bool))
+    silent = {**few, "caption": ["", ""]}
+    untold = task._hidden(few["codes"], task.text_of(silent), _untold(silent), None)
     text = task.text_encoder.encode(["", ""])
     null = task.transformer.hidden(few["codes"], task.transformer.null_condition(text.features), text.mask)
     torch.testing.assert_close(untold, null)

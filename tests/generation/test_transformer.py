@@ -9,7 +9,7 @@ from tiny_transformers import CODES, DIM, LENGTH, TOKENS, captions, codes, left_
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from generation.loss import next_code_loss, next_code_loss_in_chunks
+from generation.loss import contrast_loss, mean_of_valid, next_code_loss, next_code_losses
 from generation.rope import rotate, rotation_table
 from generation.shapes import SIZES, CaptionShape, Dropout, Factors, swiglu_width
 from generation.transformer import LaytonGenTransformer
@@ -196,7 +196,7 @@ def test_the_loss_in_chunks_and_its_gradients_are_those_of_all_logits(
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     head = model.vocabulary.linear_head(model.hidden(given, features))
-    chunked = next_code_loss_in_chunks(head, given, valid=valid, label_smoothing=smoothing)
+    chunked = mean_of_valid(next_code_losses(head, given, label_smoothing=smoothing), valid)
     chunked.backward()
     assert_close(chunked, whole)
     for name, parameter in model.named_parameters():
@@ -206,7 +206,7 @@ def test_the_loss_in_chunks_and_its_gradients_are_those_of_all_logits(
         else:
             assert_close(grad, wanted, rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match=r"1\.5"):
-        next_code_loss_in_chunks(head, given, label_smoothing=1.5)
+        next_code_losses(head, given, label_smoothing=1.5)
 
 
 @pytest.mark.parametrize("valid", [None, torch.tensor([True, False])])
@@ -219,9 +219,24 @@ def test_codes_may_weigh_less(valid: torch.Tensor | None) -> None:
     whole = (terms * weights * counted[:, None]).sum() / (counted.sum() * given.shape[1])
     (expected,) = torch.autograd.grad(whole, model.vocabulary.into.weight)
     head = model.vocabulary.linear_head(model.hidden(given, features))
-    chunked = next_code_loss_in_chunks(head, given, valid=valid, weights=weights)
+    chunked = mean_of_valid(next_code_losses(head, given), valid, weights)
     assert_close(chunked, whole)
     assert_close(torch.autograd.grad(chunked, model.vocabulary.into.weight)[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_chunks_are_smaller_than_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given, features = tiny_model(factors=FACTORS), codes(2), captions(2)
+    found = []
+    for logits in (1 << 20, 3 * CODES):  # all rows at once, and three at a time
+        monkeypatch.setattr("generation.loss._CPU_LOGITS", logits)
+        losses = next_code_losses(model.vocabulary.linear_head(model.hidden(given, features)), given)
+        found.append((losses, *torch.autograd.grad(losses.square().sum(), [model.vocabulary.columns])))
+    assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_contrast_asks_which_caption_explains_the_codes_better() -> None:
+    true, contrary = torch.tensor([[1.0, 2.0], [0.5, 0.5]]), torch.tensor([[2.0, 4.0], [0.5, 0.5]])
+    assert_close(contrast_loss(true, contrary), -torch.tensor([3.0, 0.0]).sigmoid().log().mean())
 
 
 @pytest.mark.parametrize("factors", [None, FACTORS])

@@ -1,16 +1,18 @@
-"""Captions for the matcher: true ones, and ones that are wrong in exactly one thing."""
+"""Captions that are wrong in exactly one thing: hard negatives for whoever learns to tell them from true ones."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
-from layton.scenes.captions import CHINESE_PREFIXES, INVERSE, PREFIXES, describe
+from layton.scenes.captions import CHINESE_PREFIXES, INVERSE, PREFIXES, Wording, describe
+from layton.scenes.splits import is_unseen, split_of_seed
 from layton.scenes.world import COLOURS, MAX_OBJECTS, SHAPES, Colour, Scene, SceneObject, Shape
 
 Change = Literal["count", "colour", "relation", "shape"]
-CHANGES: tuple[Change, ...] = get_args(Change)
+CHANGES: Final[tuple[Change, ...]] = get_args(Change)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,26 +41,46 @@ def captions_of(scene: Scene, rng: random.Random, *, chinese: float = 0.0, colou
     prefix = rng.choice(PREFIXES if language == "en" else CHINESE_PREFIXES)
     swapped = rng.random() < 0.5
     coloured = scene.task in ("colors", "color_attr") or rng.random() >= colourless
-
-    def say(shown: Scene) -> str:
-        return prefix + describe(shown, language=language, coloured=coloured, swapped=swapped)
-
+    wording = Wording(language, prefix, coloured, swapped)
     changed = {change: altered(scene, change, rng) for change in CHANGES if coloured or change != "colour"}
-    return Captions(say(scene), {change: say(other) for change, other in changed.items() if other is not None})
+    wrong = {change: describe(other, wording) for change, other in changed.items() if other is not None}
+    return Captions(describe(scene, wording), wrong)
+
+
+def contrary_caption(scene: Scene, wording: Wording, changes: Sequence[Change], rng: random.Random) -> str | None:
+    """A caption that is wrong in one of these things, worded like the true one.
+
+    Args:
+        scene: What is shown.
+        wording: How it is said.
+        changes: What may be wrong; one that applies is chosen.
+        rng: Chooses.
+
+    Returns:
+        The caption; None if no change applies, or each would name a combination that is kept out of training.
+    """
+    training = split_of_seed(scene.seed) == "train"
+    for change in rng.sample(list(changes), len(changes)):
+        other = altered(scene, change, rng)
+        if other is None or (change == "colour" and not wording.coloured) or (training and is_unseen(other)):
+            continue
+        return describe(other, wording)
+    return None
 
 
 def altered(scene: Scene, change: Change, rng: random.Random) -> Scene | None:
     """The scene that a caption wrong in one thing would describe; None where the change does not apply.
 
-    One object or one kind of object: its number, colour or shape becomes another. Two kinds: colours are exchanged
-    (one replaced where they are equal), the relation is mirrored, or one shape is replaced by one that is not there.
+    One object or one kind of object: its number, colour or shape becomes another. Two kinds: one is left out, colours
+    are exchanged (one replaced where they are equal), the relation is mirrored, or one shape is replaced by one that
+    is not there.
     """
     if change == "relation":
         return None if scene.relation is None else replace(scene, relation=INVERSE[scene.relation])
     one_kind = scene.task in ("single_object", "colors", "counting")
     objects = scene.objects
     if change == "count":
-        return _recounted(scene, rng) if one_kind else None
+        return _recounted(scene, rng) if one_kind else _alone(scene, rng)
     if change == "shape":
         others = [shape for shape in SHAPES if shape not in {item.shape for item in objects}]
         return replace(scene, objects=_with(objects, one_kind, rng, shape=rng.choice(others)))
@@ -74,6 +96,10 @@ def _recounted(scene: Scene, rng: random.Random) -> Scene:
     count = len(scene.objects)
     other = rng.choice([number for number in (count - 1, count + 1) if 1 <= number <= MAX_OBJECTS])
     return replace(scene, task="counting" if other > 1 else "colors", objects=scene.objects[:1] * other)
+
+
+def _alone(scene: Scene, rng: random.Random) -> Scene:
+    return replace(scene, task="colors", objects=(rng.choice(scene.objects),), relation=None)
 
 
 def _with(
