@@ -86,7 +86,7 @@ def mean_of_valid(losses: Tensor, valid: Tensor | None, weights: Tensor | None =
     return torch.where(counted > 0, losses * counted, 0.0).sum() / counted.sum().clamp_min(1e-8)
 
 
-def contrast_loss(true: Tensor, contrary: Tensor) -> Tensor:
+def contrast_loss(true: Tensor, contrary: Tensor, *, valid: Tensor | None = None) -> Tensor:
     """How badly images tell their captions from false ones: mean of -log sigmoid(log p(x | true) - log p(x | false)).
 
     The pair's form of the contrastive alignment of autoregressive models (CCA, arXiv 2410.09347, without its reference
@@ -96,11 +96,15 @@ def contrast_loss(true: Tensor, contrary: Tensor) -> Tensor:
     Args:
         true: (B, N) cross-entropies of codes given the true captions, in nats.
         contrary: (B, N) of the same codes given the false ones.
+        valid: (B, N) bool; None when all codes count.
 
     Returns:
         (); log 2 when captions are not told apart.
     """
-    return F.softplus((true - contrary).sum(1)).mean()
+    surprise = true - contrary
+    if valid is not None:
+        surprise = torch.where(valid.bool(), surprise, 0.0)
+    return F.softplus(surprise.sum(1)).mean()
 
 
 class _LinearLogSumExp(torch.autograd.Function):

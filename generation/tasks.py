@@ -52,7 +52,7 @@ class LaytonGenTask(LaytonTask):
         label_smoothing: Share of the target spread over all codes.
         code_dropout: Share of the codes fed that are replaced by random ones; targets stay.
         contrast: Weight of `generation.loss.contrast_loss`, which doubles the work; false captions are the batch's
-            ``contrary`` (`generation.data.TokenShards`), or else other images' captions.
+            ``contrary`` (`generation.data.TokenShards`), or if it has no such entry, other images' captions.
         sampling: Defaults that are saved with the generator, and of the pictures made while training.
         gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
 
@@ -161,9 +161,8 @@ class LaytonGenTask(LaytonTask):
         valid = batch.get("valid")
         terms = {"cross_entropy": mean_of_valid(losses, valid, batch.get("weights"))}
         if self.contrast:
-            told = ~(_untold(batch) | dropped).to(codes.device)
-            told = told if valid is None else told & valid.bool()
-            terms["contrast"] = self._contrast(fed[told], codes[told], losses[told], batch, told)
+            rows = self._contrasted(batch, dropped)
+            terms["contrast"] = self._contrast(fed[rows], codes[rows], losses[rows], batch, rows)
         weights = {"contrast": self.contrast} if self.contrast else {}
         return self.log_losses(terms, weights=weights, batch_size=len(codes))
 
@@ -266,26 +265,33 @@ class LaytonGenTask(LaytonTask):
         encoder = self._text_encoder[0]
         return None if encoder.trainable else encoder.fingerprint()
 
+    def _contrasted(self, batch: dict[str, Any], dropped: Tensor) -> Tensor:
+        """(B,): images that are there, with a caption, and a false one where the batch brings those."""
+        rows = ~(_untold(batch) | dropped)
+        if "contrary" in batch:
+            rows &= torch.tensor([bool(caption) for caption in batch["contrary"]])
+        valid = batch.get("valid")
+        rows = rows.to(self.device)
+        return rows if valid is None else rows & (valid if valid.ndim == 1 else valid.any(1)).bool()
+
     def _contrast(self, fed: Tensor, codes: Tensor, true: Tensor, batch: dict[str, Any], rows: Tensor) -> Tensor:
-        """`contrast_loss` of the rows (B,) of a batch that are true; the first three belong to those rows alone."""
+        """`contrast_loss` of the rows (B,) of a batch that are chosen; the first three belong to those rows alone."""
         if not len(codes):
             return true.sum()
         contrary = self._contrary_text(batch)
-        chosen = TextFeatures(contrary.features[rows], contrary.mask[rows])
+        text = TextFeatures(contrary.features[rows], contrary.mask[rows])
+        positions, valid = batch.get("positions"), batch.get("valid")
         told = torch.zeros(len(codes), dtype=torch.bool)
-        positions = batch.get("positions")
-        hidden = self._hidden(fed, chosen, told, None if positions is None else positions[rows])
-        return contrast_loss(true, self._losses(hidden, codes))
+        hidden = self._hidden(fed, text, told, None if positions is None else positions[rows])
+        counted = None if valid is None or valid.ndim == 1 else valid[rows]
+        return contrast_loss(true, self._losses(hidden, codes), valid=counted)
 
     def _contrary_text(self, batch: dict[str, Any]) -> TextFeatures:
-        """Features of captions that are false: the batch's own, and where there is none, another image's caption."""
-        if "text" in batch:
-            text = self.text_of(batch)
-            return TextFeatures(text.features.roll(1, 0), text.mask.roll(1, 0))
-        captions = list(batch["caption"])
-        others = captions[-1:] + captions[:-1]
-        given = batch.get("contrary") or [""] * len(captions)
-        return self.text_encoder.encode([one or other for one, other in zip(given, others, strict=True)])
+        """Features of false captions: the batch's own, or where it brings none, those of the images before."""
+        if "contrary" in batch:
+            return self.text_encoder.encode(list(batch["contrary"]))
+        text = self.text_of(batch)
+        return TextFeatures(text.features.roll(1, 0), text.mask.roll(1, 0))
 
     def _losses(self, hidden: Tensor, codes: Tensor) -> Tensor:
         head = self.transformer.vocabulary.linear_head(hidden)

@@ -71,16 +71,15 @@ def contrary_caption(scene: Scene, wording: Wording, changes: Sequence[Change], 
 def altered(scene: Scene, change: Change, rng: random.Random) -> Scene | None:
     """The scene that a caption wrong in one thing would describe; None where the change does not apply.
 
-    One object or one kind of object: its number, colour or shape becomes another. Two kinds: one is left out, colours
-    are exchanged (one replaced where they are equal), the relation is mirrored, or one shape is replaced by one that
-    is not there.
+    One object or one kind of object: its number, colour or shape becomes another. Two kinds: colours are exchanged
+    (one replaced where they are equal), the relation is mirrored, or one shape is replaced by one that is not there.
     """
     if change == "relation":
         return None if scene.relation is None else replace(scene, relation=INVERSE[scene.relation])
     one_kind = scene.task in ("single_object", "colors", "counting")
     objects = scene.objects
     if change == "count":
-        return _recounted(scene, rng) if one_kind else _alone(scene, rng)
+        return _recounted(scene, rng) if one_kind else None
     if change == "shape":
         others = [shape for shape in SHAPES if shape not in {item.shape for item in objects}]
         return replace(scene, objects=_with(objects, one_kind, rng, shape=rng.choice(others)))
@@ -96,10 +95,6 @@ def _recounted(scene: Scene, rng: random.Random) -> Scene:
     count = len(scene.objects)
     other = rng.choice([number for number in (count - 1, count + 1) if 1 <= number <= MAX_OBJECTS])
     return replace(scene, task="counting" if other > 1 else "colors", objects=scene.objects[:1] * other)
-
-
-def _alone(scene: Scene, rng: random.Random) -> Scene:
-    return replace(scene, task="colors", objects=(rng.choice(scene.objects),), relation=None)
 
 
 def _with(

@@ -117,10 +117,10 @@ def test_padding_that_all_captions_have_is_not_computed_and_changes_nothing(plac
     text = task.text_of(batch)
     assert not bool(text.mask[:, 0].any())  # there is such padding here
     whole = task.transformer.hidden(batch["codes"], text.features, text.mask)
-    torch.testing.assert_close(task._hidden(batch["codes"], batch, torch.zeros(8, dtype=torch.bool)), whole)
+    torch.testing.assert_close(task._hidden(batch["codes"], text, torch.zeros(8, dtype=torch.bool), None), whole)
     seen: list[int] = []
     task.transformer.prefix.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
-    task._hidden(batch["codes"], batch, torch.zeros(8, dtype=torch.bool))
+    task._hidden(batch["codes"], text, torch.zeros(8, dtype=torch.bool), None)
     assert seen == [int(text.mask.sum(1).max())] and seen[0] < text.mask.shape[1]
 
 
