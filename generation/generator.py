@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 
+from generation.sampling import SamplingOptions
 from generation.text_encoders import TextEncoder
 from generation.token_shards import differences
 from generation.transformer import LaytonGenTransformer
@@ -73,6 +74,10 @@ class SamplingDefaults:
     top_k: int = 0
     top_p: float = 1.0
     min_entropy: float = 0.0
+
+    def options(self) -> SamplingOptions:
+        """How a code is drawn."""
+        return SamplingOptions(self.temperature, self.top_k or None, self.top_p, self.min_entropy)
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,7 +115,7 @@ class _LinearLogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        rows = _rows_at_once(weight)
+        rows = rows_at_once(weight)
         total = torch.cat([torch.addmm(bias, chunk, weight.T).logsumexp(1) for chunk in features.split(rows)])
         ctx.save_for_backward(features, weight, bias, total)
         return total
@@ -123,7 +123,7 @@ class _LinearLogSumExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         features, weight, bias, total = ctx.saved_tensors
-        rows = _rows_at_once(weight)
+        rows = rows_at_once(weight)
         to_features = torch.empty_like(features)
         to_weight, to_bias = torch.zeros_like(weight), torch.zeros_like(bias)
         chunks = (tensor.split(rows) for tensor in (features, total, grads[0], to_features))
@@ -135,7 +135,8 @@ class _LinearLogSumExp(torch.autograd.Function):
         return to_features, to_weight, to_bias
 
 
-def _rows_at_once(weight: Tensor) -> int:
+def rows_at_once(weight: Tensor) -> int:
+    """How many rows of logits of a head (V, c) are made at once."""
     return max(1, (_CPU_LOGITS if weight.device.type == "cpu" else _LOGITS) // len(weight))
 
 

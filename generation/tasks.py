@@ -15,7 +15,7 @@ from generation.decoding import generate_codes
 from generation.generator import Generator, GeneratorCard, SamplingDefaults, TokenizerFacts, save_generator
 from generation.guidance import Guidance
 from generation.loss import contrast_loss, mean_of_valid, next_code_loss, next_code_losses
-from generation.sampling import SamplingOptions, seeded_generators
+from generation.sampling import seeded_generators
 from generation.text_encoders import TextEncoder, TextFeatures
 from generation.token_shards import differences
 from generation.transformer import LaytonGenTransformer
@@ -210,19 +210,21 @@ class LaytonGenTask(LaytonTask):
     @torch.no_grad()
     def generate(self, text: TextFeatures, seeds: list[int]) -> Tensor:
         """Images (B, 3, S, S) in [-1, 1] for text features, each from its own seed, by the quickest decoder."""
-        options = self.sampling
         with torch.autocast(self.device.type, enabled=False):
-            codes = generate_codes(
+            return self.tokenizer.decode(self.draw(text, seeds).clone())
+
+    @torch.no_grad()
+    def draw(self, text: TextFeatures, seeds: list[int]) -> Tensor:
+        """Codes (B, N) int64 for text features, each image's from its own seed."""
+        with torch.autocast(self.device.type, enabled=False):
+            return generate_codes(
                 self.transformer,
                 text.features.float(),
                 text.mask,
                 generators=seeded_generators(seeds),
-                sampling=SamplingOptions(
-                    options.temperature, options.top_k or None, options.top_p, options.min_entropy
-                ),
-                guidance=Guidance(options.guidance_scale),
+                sampling=self.sampling.options(),
+                guidance=Guidance(self.sampling.guidance_scale),
             )
-            return self.tokenizer.decode(codes.clone())
 
     def picture_grid(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Validation images through their tokens, over images generated from their captions."""

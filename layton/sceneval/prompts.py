@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Final
 
 from layton.folder import write_atomically
-from layton.scenes.captions import INVERSE, Wording, describe
-from layton.scenes.layout import sample_scene
+from layton.scenes.captions import CHINESE_PREFIXES, INVERSE, PREFIXES, Language, Wording, describe
+from layton.scenes.layout import as_position, sample_scene
 from layton.scenes.splits import Split, is_unseen, split_seeds
 from layton.scenes.world import TASKS, Scene, Task
 from layton.sceneval.spec import Exclusion, PromptSpec, Requirement
@@ -51,6 +53,30 @@ def spec_of_scene(scene: Scene, *, coloured: bool = True, swapped: bool = False,
             include = (other, Requirement(subject.shape, 1, subject.colour, relation, 0))
     exclude = tuple(Exclusion(item.shape, item.count + 1) for item in include)
     return PromptSpec(scene.task, include, exclude, prompt, unseen)
+
+
+def spec_of_caption(scene: Scene, caption: str) -> PromptSpec:
+    """What an image must show to fulfil a caption of a scene, however it is worded, in English or Chinese.
+
+    Args:
+        scene: a scene.
+        caption: one of its captions, of `layton.scenes.captions` or `layton.data.sources.say`.
+
+    Returns:
+        The specification; its prompt is the caption.
+
+    Raises:
+        ValueError: if the caption is none of the scene's.
+    """
+    languages: tuple[tuple[Language, tuple[str, ...]], ...] = (("en", PREFIXES), ("zh", CHINESE_PREFIXES))
+    for told in (scene, as_position(scene)):
+        if told is None:
+            continue
+        for (language, prefixes), coloured, swapped in product(languages, (True, False), (False, True)):
+            words = describe(told, Wording(language, coloured=coloured, swapped=swapped))
+            if caption in [prefix + words for prefix in prefixes]:
+                return replace(spec_of_scene(told, coloured=coloured, swapped=swapped), prompt=caption)
+    raise ValueError(f"{caption!r} is no caption of scene {scene.seed}: {describe(scene, Wording())!r}")
 
 
 def make_prompts(per_task: int, *, split: Split = "test", unseen_share: float = 0.2) -> list[PromptSpec]:

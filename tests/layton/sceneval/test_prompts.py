@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from layton.scenes import TASKS, vocabulary
-from layton.sceneval import PromptSpec, Requirement, make_prompts, read_prompts, write_prompts
+from layton.data.sources import say
+from layton.scenes import TASKS, render, sample_scene, vocabulary
+from layton.sceneval import PromptSpec, Requirement, check, make_prompts, read_prompts, write_prompts
+from layton.sceneval.prompts import spec_of_caption
 
 # Lines as in GenEval's evaluation_metadata.jsonl, with our words.
 COUNTING = '{"tag": "counting", "include": [{"class": "star", "count": 2}], "exclude": [{"class": "star", "count": 3}], "prompt": "a photo of two stars"}'  # noqa: E501
@@ -90,3 +92,15 @@ def test_wrong_arguments_are_refused() -> None:
         make_prompts(0)
     with pytest.raises(ValueError, match="unseen"):
         make_prompts(1, split="train")
+
+
+def test_a_caption_in_any_words_gives_its_specification() -> None:
+    for seed in range(60):
+        scene = sample_scene(seed)
+        for index in range(6):
+            said = say(scene, index, chinese=0.4, reworded=0.8, related=0.5)
+            spec = spec_of_caption(scene, said)
+            assert spec.prompt == said
+            assert check(render(scene, 256), spec).correct
+    with pytest.raises(ValueError, match="no caption of scene 0"):
+        spec_of_caption(sample_scene(0), "a cat")

@@ -1,0 +1,132 @@
+"""Trains LaytonGen on what it makes itself: images of one prompt compete for a reward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from generation.generator import SamplingDefaults
+from generation.policy import group_advantages, most_telling, policy_losses
+from generation.rewards import Reward
+from generation.tasks import LaytonGenTask
+from generation.text_encoders import TextEncoder, TextFeatures
+from generation.transformer import LaytonGenTransformer
+from layton.tasks.base import LRSchedulerCallable, OptimizerCallable
+
+
+class LaytonGenRewardTask(LaytonGenTask):
+    """Group-relative policy optimization (GRPO, arXiv 2402.03300; of image generators AR-GRPO, arXiv 2508.06924).
+
+    Each prompt of a batch is drawn ``group_size`` times, as the exported model will be: with its guidance and
+    temperature. Images are decoded and rewarded; of each group the best and the worst ``kept`` teach (PODS,
+    arXiv 2504.13818). Each group is used for one step, so that there is no ratio to clip, and no reference model: a few
+    hundred steps at a small learning rate stay near where they began.
+
+    Batches hold ``caption`` and ``key``, for example of `layton.data.prompts.SceneCaptions`.
+
+    Args:
+        transformer: A trained generator, without dropout.
+        text_encoder: Its text encoder; learns too if it is trainable.
+        reward: Judges images, see `generation.rewards`.
+        optimizer: Makes the optimizer.
+        lr_scheduler: Makes the learning-rate schedule.
+        tokenizer: Tokenizer folder or embedded one.
+        group_size: Images of each prompt.
+        kept: How many of them teach.
+        sampling: How images are drawn, here and by the exported model: temperature, guidance and ``min_entropy``.
+        gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
+
+    Raises:
+        ValueError: If parts do not fit each other, or numbers are out of range.
+    """
+
+    def __init__(
+        self,
+        transformer: LaytonGenTransformer,
+        text_encoder: TextEncoder,
+        *,
+        reward: Reward,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        tokenizer: str = "mini",
+        group_size: int = 8,
+        kept: int = 4,
+        sampling: SamplingDefaults | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(
+            transformer,
+            text_encoder,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            tokenizer=tokenizer,
+            caption_dropout=0.0,
+            sampling=sampling,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        if not 2 <= kept <= group_size:
+            raise ValueError(f"need 2 <= kept <= group_size, got {kept} and {group_size}")
+        self.reward, self.group_size, self.kept = reward, group_size, kept
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Loss of one batch of prompts, ()."""
+        text = self.text_of(batch)
+        owner = torch.arange(len(text.features)).repeat_interleave(self.group_size)
+        seeds = torch.randint(2**62, (len(owner),), generator=self.step_generator("draws", device="cpu"))
+        codes, rewards = self._play(batch, text, owner, seeds.tolist())
+        groups = rewards.view(-1, self.group_size)
+        chosen = most_telling(groups, self.kept)
+        advantages = group_advantages(groups.gather(1, chosen))
+        rows = (chosen + self.group_size * torch.arange(len(groups))[:, None]).flatten()
+        rows = rows[advantages.flatten() != 0]  # groups that are all alike teach nothing
+        loss = self._policy_loss(codes[rows], text, owner[rows], advantages[advantages != 0].to(self.device))
+        terms = {"policy": loss / advantages.numel(), "reward": rewards.mean()}
+        return self.log_losses(terms, weights={"reward": 0.0}, batch_size=len(groups))
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Minus the mean reward of one image for each prompt, from seeds that are always the same, ()."""
+        text = self.text_of(batch)
+        owner = torch.arange(len(text.features))
+        _, rewards = self._play(batch, text, owner, [batch_idx * len(owner) + int(row) for row in owner])
+        return self.log_losses({"reward": rewards.mean()}, weights={"reward": -1.0}, batch_size=len(owner))
+
+    def picture_grid(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Images generated from validation captions."""
+        captions = batch["caption"][:8]
+        return {"generated": self.generate(self.text_encoder.encode(captions), list(range(len(captions))))}
+
+    @torch.no_grad()
+    def _play(
+        self, batch: dict[str, Any], text: TextFeatures, owner: Tensor, seeds: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Codes (B, N) drawn for the prompts ``owner`` (B,), and their rewards (B,) on the CPU."""
+        training = self.transformer.training
+        self.transformer.eval()
+        codes = self.draw(_of(text, owner), seeds)
+        self.transformer.train(training)
+        with torch.autocast(self.device.type, enabled=False):
+            images = torch.cat([self.tokenizer.decode(part.clone()) for part in codes.split(32)])
+        captions, keys = ([batch[name][row] for row in owner.tolist()] for name in ("caption", "key"))
+        rewards = self.reward(images, captions, keys).float().cpu()
+        if rewards.shape != (len(images),) or not bool(rewards.isfinite().all()):
+            raise ValueError(f"a reward must give a finite number for each of {len(images)} images, got {rewards}")
+        return codes, rewards
+
+    def _policy_loss(self, codes: Tensor, text: TextFeatures, owner: Tensor, advantages: Tensor) -> Tensor:
+        """Sum over images of advantage times mean -log probability of their codes."""
+        if not len(codes):
+            return text.features.sum() * 0.0
+        losses = policy_losses(
+            self.transformer,
+            codes,
+            _of(text, owner),
+            sampling=self.sampling.options(),
+            guidance_scale=self.sampling.guidance_scale,
+        )
+        return (advantages * losses.mean(1)).sum()
+
+
+def _of(text: TextFeatures, rows: Tensor) -> TextFeatures:
+    return TextFeatures(text.features[rows], text.mask[rows])

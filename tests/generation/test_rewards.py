@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from laytongen_parts import CODES, TOKENS, WIDTH, tiny_text_encoder, tiny_tokenizer, tiny_transformer
+from torch import Tensor
+from torch.optim import AdamW
+from torch.testing import assert_close
+
+from generation.decoding import generate_codes
+from generation.generator import SamplingDefaults
+from generation.guidance import Guidance, guide
+from generation.policy import entropies, group_advantages, most_telling, policy_losses
+from generation.reward_task import LaytonGenRewardTask
+from generation.rewards import SceneReward
+from generation.sampling import SamplingOptions, plain_where_sure, seeded_generators
+from generation.shapes import CaptionShape
+from generation.text_encoders import TextFeatures
+from generation.transformer import LaytonGenTransformer
+from generation.vocabulary import LinearHead
+from layton.data.loader import collate
+from layton.data.prompts import SceneCaptions
+from layton.data.sources import ScenesSource
+
+Options = tuple[float, SamplingOptions]
+WAYS: list[Options] = [
+    (1.0, SamplingOptions()),
+    (3.0, SamplingOptions(temperature=0.7)),
+    (2.0, SamplingOptions(temperature=0.7, min_entropy=2.9)),
+]
+
+
+def sharp_model(*, full: bool) -> LaytonGenTransformer:
+    """Logits with some spread: entropies from 2 to 3.4 nats."""
+    model = tiny_transformer()
+    if full:
+        torch.manual_seed(0)
+        shape = {"width": 32, "depth": 1, "num_heads": 2, "hidden": 64, "vocab_size": CODES, "num_tokens": TOKENS}
+        model = LaytonGenTransformer(**shape, caption=CaptionShape(WIDTH, 32), zero_head=False).eval()
+        model.vocabulary.head.weight.data.mul_(8.0)
+    else:
+        model.vocabulary.out_of.weight.data.mul_(25.0)
+        model.vocabulary.bias.data.normal_(generator=torch.Generator().manual_seed(3))
+    return model
+
+
+@pytest.mark.parametrize(("scale", "options"), WAYS)
+@pytest.mark.parametrize("full", [False, True])
+def test_the_policy_is_what_codes_are_drawn_from(scale: float, options: SamplingOptions, full: bool) -> None:
+    model = sharp_model(full=full)
+    features = torch.randn(3, 6, WIDTH, generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[True] * 6, [False] * 2 + [True] * 4, [False] * 5 + [True]])
+    codes = generate_codes(
+        model,
+        features,
+        mask,
+        generators=seeded_generators([1, 2, 3]),
+        sampling=options,
+        guidance=Guidance(scale),
+    )
+    plain = model(codes, features, mask)
+    none = model(codes, model.null_condition(features), mask)
+    rows, other = plain.flatten(0, 1), none.flatten(0, 1)
+    logits = plain_where_sure(guide(torch.cat([rows, other]), scale), rows, options) / options.temperature
+    expected = -logits.log_softmax(-1).gather(1, codes.flatten()[:, None]).view(codes.shape)
+    text = TextFeatures(features, mask)
+    assert_close(policy_losses(model, codes, text, sampling=options, guidance_scale=scale), expected)
+    if options.min_entropy and not full:
+        sure = entropies(model.vocabulary.linear_head(model.hidden(codes, features, mask))) < options.min_entropy
+        assert 0 < sure.float().mean() < 1  # both ways were taken
+
+
+def test_entropies_of_known_distributions() -> None:
+    head = LinearHead(torch.tensor([[[0.0], [100.0]]]), torch.tensor([[1.0], [0.0], [0.0], [0.0]]), None)
+    assert_close(entropies(head), torch.tensor([[4.0, 1.0]]).log())
+
+
+def test_a_policy_that_cannot_draw_a_code_is_refused() -> None:
+    text = TextFeatures(torch.zeros(1, 2, WIDTH), torch.ones(1, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="every code"):
+        policy_losses(
+            tiny_transformer(), torch.zeros(1, TOKENS, dtype=torch.int64), text, sampling=SamplingOptions(top_k=4)
+        )
+
+
+def test_the_best_and_the_worst_are_compared_with_their_group() -> None:
+    rewards = torch.tensor([[0.0, 1.0, 0.5, 0.2], [0.3, 0.3, 0.3, 0.3]])
+    chosen = most_telling(rewards, 2)
+    assert chosen[0].tolist() == [1, 0]
+    assert_close(group_advantages(rewards.gather(1, chosen)), torch.tensor([[1.0, -1.0], [0.0, 0.0]]))
+
+
+def test_a_scene_fulfils_its_own_captions() -> None:
+    source = ScenesSource(split="train", length=24, size=256, chinese=0.3, reworded=0.8, related=0.5)
+    batch = collate([source.sample(index, seed=index) for index in range(24)])
+    reward = SceneReward(partial=0.4)
+    assert reward(batch["image"], batch["caption"], batch["key"]).mean() > 0.98
+    blank = reward(torch.zeros(2, 3, 128, 128), batch["caption"][:2], batch["key"][:2])
+    assert blank.tolist() == [0.0, 0.0]
+    other = reward(batch["image"].roll(1, 0), batch["caption"], batch["key"])
+    assert other.mean() < 0.4
+    assert (other > 0).any()  # something is right in some
+
+
+def test_what_is_no_scene_cannot_be_judged() -> None:
+    image = torch.zeros(1, 3, 64, 64)
+    with pytest.raises(ValueError, match="got 'cats/1'"):
+        SceneReward()(image, ["a cat"], ["cats/1"])
+    with pytest.raises(ValueError, match="no caption of scene 5"):
+        SceneReward()(image, ["a cat"], ["scenes/5"])
+    with pytest.raises(ValueError, match=r"partial .* got 1\.0"):
+        SceneReward(partial=1.0)
+
+
+class _Bright:
+    """Mean brightness."""
+
+    def __call__(self, images: Tensor, captions: Sequence[str], keys: Sequence[str]) -> Tensor:
+        return images.mean((1, 2, 3))
+
+
+def reward_task(folder: Path, **options: Any) -> LaytonGenRewardTask:
+    tiny_tokenizer().save_pretrained(folder)
+    return LaytonGenRewardTask(
+        tiny_transformer(),
+        tiny_text_encoder(trainable=True),
+        reward=_Bright(),
+        optimizer=lambda parameters: AdamW(parameters, lr=3e-3),
+        tokenizer=str(folder),
+        sampling=SamplingDefaults(guidance_scale=1.5, temperature=0.9),
+        **options,
+    )
+
+
+def test_it_learns_what_is_rewarded(tmp_path: Path) -> None:
+    task = reward_task(tmp_path).train()
+    source = SceneCaptions(length=8)
+    batch = collate([source.sample(index, seed=0) for index in range(8)])
+    optimizer = AdamW(task.trainable_parameters(), lr=1e-2)
+    before = task.validation_step(batch, 0).item()
+    for step in range(20):
+        task._randomness.seed = step  # without a trainer all steps draw the same numbers
+        optimizer.zero_grad()
+        task.training_step(batch, 0).backward()
+        optimizer.step()
+    assert task.transformer.training
+    after = task.validation_step(batch, 0).item()  # minus the reward
+    assert after < before - 0.02  # three times the standard deviation of images' rewards before
+
+
+def test_groups_need_two_images(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="got 1 and 8"):
+        reward_task(tmp_path, kept=1)
