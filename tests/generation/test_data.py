@@ -16,6 +16,7 @@ from generation.tokenizing import TokenizeJob, tokenize_dataset
 from layton.data.loader import collate
 from layton.data.sources import ScenesSource
 from layton.scenes import begun_cells, caption, sample_scene
+from layton.sceneval.prompts import spec_of_caption
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +147,22 @@ def test_codes_before_an_object_begins_weigh_less(folder: str) -> None:
     assert "weights" not in TokenShards(folder).sample(0, seed=0)
     with pytest.raises(ValueError, match=r"unbegun must be in \(0, 1\], got 0"):
         TokenShards(folder, unbegun=0)
+
+
+def test_a_false_caption_goes_with_the_true_one(folder: str) -> None:
+    tokens = TokenShards(folder, contrary=["count", "relation"], reworded=0.8, related=0.5, use_text=False)
+    plain = TokenShards(folder, reworded=0.8, related=0.5, use_text=False)
+    told = 0
+    for index in range(10):
+        scene = sample_scene(index)
+        for seed in range(4):
+            sample = tokens.sample(index, seed=seed)
+            assert sample["caption"] == plain.sample(index, seed=seed)["caption"]
+            if sample["contrary"]:
+                told += 1
+                with pytest.raises(ValueError, match="no caption of scene"):
+                    spec_of_caption(scene, sample["contrary"])
+    assert told > 10
+    assert "contrary" not in plain.sample(0, seed=0)
+    with pytest.raises(ValueError, match=r"contrary must be some of count, colour, relation, shape, got \['size'\]"):
+        TokenShards(folder, contrary=["size"])  # type: ignore[list-item]

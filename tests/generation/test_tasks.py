@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 from laytongen_parts import CODES, SIZE, TOKENS, tiny_text_encoder, tiny_tokenizer, tiny_transformer
+from torch.nn import functional as F
 from torch.optim import AdamW
 
 from generation.data import TokenShards
@@ -200,3 +201,34 @@ def test_a_checkpoint_names_its_frozen_text_encoder(place: Path) -> None:
 def test_a_checkpoint_that_names_no_tokenizer_is_refused(place: Path) -> None:
     with pytest.raises(ValueError, match="fingerprint: stored None, wanted"):
         task_of(place).on_load_checkpoint({"state_dict": {}})
+
+
+def test_contrast_asks_more_of_images_with_a_false_caption_alone(place: Path) -> None:
+    task = task_of(place, caption_dropout=0.0, contrast=0.5).eval()
+    plain = task_of(place, caption_dropout=0.0).eval()
+    batch = batch_of(place)
+    false = [*batch["caption"][1:5], "", "", "", ""]
+    with torch.no_grad():
+        base = plain.training_step(batch, 0)
+        surprise = []
+        for row in range(4):
+            true, other = (
+                plain.transformer(batch["codes"][row : row + 1], text.features, text.mask)
+                for text in (plain.text_encoder.encode([said]) for said in (batch["caption"][row], false[row]))
+            )
+            target = batch["codes"][row]
+            surprise.append(
+                F.cross_entropy(true[0], target, reduction="sum") - F.cross_entropy(other[0], target, reduction="sum")
+            )
+        expected = base + 0.5 * F.softplus(torch.stack(surprise)).mean()
+        torch.testing.assert_close(task.training_step({**batch, "contrary": false}, 0), expected, atol=1e-5, rtol=1e-5)
+        none = task.training_step({**batch, "contrary": [""] * 8}, 0)
+        torch.testing.assert_close(none, base)
+        there = torch.tensor([True, True] + [False] * 6)
+        some = task.training_step({**batch, "contrary": false, "valid": there}, 0)
+        more = 0.5 * F.softplus(torch.stack(surprise[:2])).mean()
+        torch.testing.assert_close(some, plain.training_step({**batch, "valid": there}, 0) + more, atol=1e-5, rtol=1e-5)
+        # a batch without false captions takes those of other images
+        assert task.training_step(batch, 0) > base
+    with pytest.raises(ValueError, match=r"contrast must be >= 0, got -1"):
+        task_of(place, contrast=-1)
