@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from generation.guidance import Guidance
+from generation.choice import SamplingChoice
 from generation.pipeline import LaytonGenPipeline
 from generation.quantization import set_weights, weights_type
 from generation.weight_types import Weights
@@ -26,10 +26,7 @@ class LaytonGenDrawer:
         name: What was loaded.
         decoder: Name of the decoder; the tokenizer's choice if None.
         num_steps: Its steps; its own number if None.
-        guidance_scale: The model's default if None; so are the next three.
-        temperature: Of the logits.
-        top_k: Number of likeliest codes; 0 for all.
-        top_p: Share of the likeliest codes.
+        sampling: What is asked for beside the model's defaults.
         interim: Whether the model is one that is still in training.
     """
 
@@ -37,10 +34,7 @@ class LaytonGenDrawer:
     name: str
     decoder: str | None = None
     num_steps: int | None = None
-    guidance_scale: float | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
+    sampling: SamplingChoice = field(default_factory=SamplingChoice)
     interim: bool = False
 
     @classmethod
@@ -51,10 +45,7 @@ class LaytonGenDrawer:
         tokenizer: str | None = None,
         decoder: str | None = None,
         num_steps: int | None = None,
-        guidance_scale: float | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        sampling: SamplingChoice | None = None,
         weights: Weights | None = None,
         device: str | None = None,
         allow: Sequence[str] = (),
@@ -75,35 +66,47 @@ class LaytonGenDrawer:
         chosen = decoder if decoder is not None else default_decoder(beside)
         pipeline = LaytonGenPipeline.from_pretrained(name, tokenizer=beside, decoders=[chosen], allow=allow)
         pipeline.tokenizer.decoder(chosen).check_steps(num_steps)
-        pipeline.options(guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+        choice = sampling or SamplingChoice()
+        choice.over(pipeline.card.sampling)
         placed = pipeline.to(choose_device(device))
         if weights is not None:
             set_weights(placed.transformer, weights)
-        return cls(placed, name, chosen, num_steps, guidance_scale, temperature, top_k, top_p, is_interim(folder))
+        return cls(placed, name, chosen, num_steps, choice, is_interim(folder))
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[NDArray[np.uint8]]:
         """One image uint8 (H, W, 3) for each prompt and seed, which depends on these two alone."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return self.draw(prompts, generators)
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        generators: Sequence[torch.Generator],
+        *,
+        callback: Callable[[int], object] | None = None,
+    ) -> list[NDArray[np.uint8]]:
+        """As a call, each image from its own generator; ``callback`` is told the index of each code."""
+        sampling, guidance = self.sampling.over(self.pipeline.card.sampling)
         result = self.pipeline(
             list(prompts),
             num_inference_steps=self.num_steps,
             decoder=self.decoder,
-            guidance_scale=self.guidance_scale,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            guidance_scale=guidance,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k or 0,
+            top_p=sampling.top_p,
+            min_entropy=sampling.min_entropy,
+            generator=list(generators),
             output_type="np",
+            callback_on_step_end=None if callback is None else lambda _, index, *__: callback(index),
             batch_size=max(1, len(prompts)),
         )
         return [np.round(image * 255).astype(np.uint8) for image in np.asarray(result.images)]
 
     def settings(self) -> dict[str, Any]:
         """Every setting that decides a picture, beside prompt and seed."""
-        sampling, guidance = self.pipeline.options(
-            self.guidance_scale, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
-        )
+        sampling, guidance = self.sampling.over(self.pipeline.card.sampling)
         decoder = self.pipeline.tokenizer.decoder(self.decoder)
-        scale: Guidance = guidance
         return {
             "model": self.name,
             "interim": self.interim,
@@ -118,7 +121,8 @@ class LaytonGenDrawer:
             "num_inference_steps": decoder.check_steps(self.num_steps),
             "condition_scale": decoder.default_scale,
             "decoder_sampling": decoder.sampling_record(),
-            "guidance_scale": scale.scale,
+            "guidance_scale": guidance.scale,
+            "guidance_schedule": guidance.schedule,
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,
             "top_p": sampling.top_p,

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
-Schedule = Literal["constant", "linear", "cosine"]
+from generation.choice import Schedule
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,11 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from generation.choice import SamplingChoice
 from generation.decoding import generate_codes
 from generation.generator import (
     PART,
     Generator,
-    SamplingDefaults,
     find_generator,
     find_tokenizer,
     load_generator,
@@ -304,13 +304,12 @@ class LaytonGenPipeline:
         Raises:
             ValueError: If a value is out of range.
         """
-        default: SamplingDefaults = self.card.sampling
-        scale = default.guidance_scale if guidance_scale is None else guidance_scale
-        count = default.top_k if top_k is None else top_k
-        sampling = SamplingOptions(
-            default.temperature if temperature is None else temperature,
-            None if count == 0 else count,
-            default.top_p if top_p is None else top_p,
-            default.min_entropy if min_entropy is None else min_entropy,
+        asked = SamplingChoice(
+            None if isinstance(guidance_scale, Guidance) else guidance_scale,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_entropy=min_entropy,
         )
-        return sampling, scale if isinstance(scale, Guidance) else Guidance(scale)
+        sampling, guidance = asked.over(self.card.sampling)
+        return sampling, guidance_scale if isinstance(guidance_scale, Guidance) else guidance

@@ -9,6 +9,7 @@ import hashlib
 import json
 from typing import Any
 
+from generation.choice import SamplingChoice
 from generation.commands.models import Drawer, load_drawer
 from generation.generator import find_generator, find_tokenizer
 from layton.commands.models import default_decoder
@@ -38,7 +39,9 @@ def measure(context: Context) -> Outcome:
         ) from error
     drawers = {
         "laytongen": _laytongen(context),
-        "diffusion": load_drawer("diffusion", str(teacher), steps=DEFAULT_STEPS, guidance_scale=DEFAULT_GUIDANCE),
+        "diffusion": load_drawer(
+            "diffusion", str(teacher), steps=DEFAULT_STEPS, sampling=SamplingChoice(DEFAULT_GUIDANCE)
+        ),
     }
     facts = json.dumps({name: drawer.settings for name, drawer in drawers.items()}, sort_keys=True)
     claim_out(context, claim="laytongen", teacher=hashlib.sha256(facts.encode()).hexdigest()[:16])

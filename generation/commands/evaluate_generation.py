@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from generation.choice import SamplingChoice
 from generation.commands.models import Kind, load_drawer
 from generation.commands.options import Weights, require_least
 from layton.commands.calling import progress
@@ -35,6 +36,7 @@ def evaluate_generation(
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_entropy: float | None = None,
     weights: Weights | None = None,
     clip: str | None = None,
     resamples: int = 20,
@@ -62,6 +64,7 @@ def evaluate_generation(
         temperature: of LaytonGen.
         top_k: of LaytonGen; 0 for all codes.
         top_p: of LaytonGen; 1 for all codes.
+        min_entropy: of LaytonGen, in nats; where it is surer of the next code, that is drawn plainly.
         weights: of LaytonGen while it draws: bf16, or int8 on a CPU, to be quicker; by default as they are saved.
         clip: folder of a CLIP model in transformers' format.
         resamples: bootstrap resamples for the spread of FD-effnet; 0 for none.
@@ -82,16 +85,16 @@ def evaluate_generation(
     images = open_images(data, split=split, count=count, size=size, batch_size=batch_size)
     if images.count < 2:
         raise UsageError(f"two sets are compared: at least two images are needed, got {images.count}")
+    sampling = SamplingChoice(
+        guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, min_entropy=min_entropy
+    )
     loaded = load_drawer(
         kind,
         model,
         tokenizer=tokenizer,
         decoder=decoder,
         steps=steps,
-        guidance_scale=guidance_scale,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
+        sampling=sampling,
         weights=weights,
         device=device,
         allow=allow,

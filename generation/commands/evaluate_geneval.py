@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from generation.choice import SamplingChoice
 from generation.commands.models import Kind, load_drawer
 from generation.commands.options import Weights, require_least
 from layton.commands.calling import progress
@@ -31,6 +32,7 @@ def evaluate_geneval(
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_entropy: float | None = None,
     weights: Weights | None = None,
     images_per_prompt: int = 4,
     seed: int = 42,
@@ -56,6 +58,7 @@ def evaluate_geneval(
         temperature: of LaytonGen; 0 takes the likeliest code each time.
         top_k: of LaytonGen; 0 for all codes.
         top_p: of LaytonGen; 1 for all codes.
+        min_entropy: of LaytonGen, in nats; where it is surer of the next code, that is drawn plainly.
         weights: of LaytonGen while it draws: bf16, or int8 on a CPU, to be quicker; by default as they are saved.
         images_per_prompt: images for each prompt; published scores have 4.
         seed: of the first image of every prompt.
@@ -72,16 +75,16 @@ def evaluate_geneval(
     figures: dict[str, Any] = {}
     if prompts is not None and out is not None:
         lines = read_prompts(prompts)
+        sampling = SamplingChoice(
+            guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, min_entropy=min_entropy
+        )
         loaded = load_drawer(
             kind,
             model,
             tokenizer=tokenizer,
             decoder=decoder,
             steps=steps,
-            guidance_scale=guidance_scale,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
+            sampling=sampling,
             weights=weights,
             device=device,
             allow=allow,

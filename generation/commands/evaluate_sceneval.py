@@ -6,6 +6,7 @@ import hashlib
 import sys
 from pathlib import Path
 
+from generation.choice import SamplingChoice
 from generation.commands.models import Kind, load_drawer
 from generation.commands.options import Weights, require_least
 from layton.commands.calling import progress
@@ -30,6 +31,7 @@ def evaluate_sceneval(
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_entropy: float | None = None,
     weights: Weights | None = None,
     seed: int = 0,
     batch_size: int = 16,
@@ -54,6 +56,7 @@ def evaluate_sceneval(
         temperature: of LaytonGen; 0 takes the likeliest code each time.
         top_k: of LaytonGen; 0 for all codes.
         top_p: of LaytonGen; 1 for all codes.
+        min_entropy: of LaytonGen, in nats; where it is surer of the next code, that is drawn plainly.
         weights: of LaytonGen while it draws: bf16, or int8 on a CPU, to be quicker; by default as they are saved.
         seed: of the first image; the following images count up from it.
         batch_size: images drawn at once; the score does not depend on it.
@@ -64,9 +67,16 @@ def evaluate_sceneval(
     """
     require_least(1, {"per_task": per_task, "images_per_prompt": images_per_prompt, "batch_size": batch_size})
     require_least(0, {"seed": seed})
+    sampling = SamplingChoice(
+        guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, min_entropy=min_entropy
+    )
     if kind == "diffusion":
-        if any(value is not None for value in (tokenizer, decoder, temperature, top_k, top_p, weights, allow)):
-            raise UsageError("tokenizer, decoder, temperature, top_k, top_p, weights and allow need --kind laytongen")
+        if any(
+            value is not None for value in (tokenizer, decoder, temperature, top_k, top_p, min_entropy, weights, allow)
+        ):
+            raise UsageError(
+                "--tokenizer, --decoder, --weights, --allow and settings of sampling need --kind laytongen"
+            )
         evaluate_diffusion(
             pipeline=pipeline,
             student=student,
@@ -96,10 +106,7 @@ def evaluate_sceneval(
         tokenizer=tokenizer,
         decoder=decoder,
         steps=steps,
-        guidance_scale=guidance_scale,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
+        sampling=sampling,
         weights=weights,
         device=device,
         allow=allow,

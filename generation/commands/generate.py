@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from generation.choice import SamplingChoice, Schedule
 from generation.commands.options import Weights, require_least, require_sampling
 from layton.commands.calling import progress
 from layton.commands.reports import write_json
@@ -26,9 +27,11 @@ def generate(
     seed: int = 0,
     num_images: int = 1,
     guidance_scale: float | None = None,
+    guidance_schedule: Schedule = "constant",
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_entropy: float | None = None,
     weights: Weights | None = None,
     batch_size: int = 16,
     overwrite: bool = False,
@@ -50,9 +53,11 @@ def generate(
         seed: of the first image; the following images count up from it.
         num_images: how many.
         guidance_scale: of classifier-free guidance; 1 is none; the model's own by default.
+        guidance_schedule: constant, or how guidance grows from 1 over the tokens: linear, or cosine.
         temperature: 0 takes the likeliest code each time; the model's own by default.
         top_k: number of likeliest codes to draw among; 0 for all.
         top_p: share of the likeliest codes to draw among; 1 for all.
+        min_entropy: where the model is surer of the next code than so many nats, that is drawn plainly; 0 for nowhere.
         weights: of the model while it draws: bf16, or int8 on a CPU, to be quicker; by default as they are saved.
         batch_size: images drawn at once; memory does not grow with their number.
         overwrite: replace pictures of the same names; without it they are an error, before anything is drawn.
@@ -61,6 +66,7 @@ def generate(
         json: write settings, times and files to this file as well.
     """
     import torch
+    from PIL import Image
 
     from generation.drawing import LaytonGenDrawer
     from generation.generator import find_generator, is_interim
@@ -69,7 +75,8 @@ def generate(
 
     require_least(1, {"num_images": num_images, "batch_size": batch_size, "steps": steps})
     require_least(0, {"seed": seed})
-    require_sampling(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+    sampling = SamplingChoice(guidance_scale, guidance_schedule, temperature, top_k, top_p, min_entropy)
+    require_sampling(sampling)
     if num_images > MAX_IMAGES:
         raise UsageError(f"--num-images must be at most {MAX_IMAGES}, got {num_images}")
     seeds = range(seed, seed + num_images)
@@ -85,10 +92,7 @@ def generate(
         tokenizer=tokenizer,
         decoder=decoder,
         num_steps=steps,
-        guidance_scale=guidance_scale,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
+        sampling=sampling,
         weights=weights,
         device=device,
         allow=allow or (),
@@ -98,21 +102,13 @@ def generate(
     with staged(out) as folder, progress(batches * draw.pipeline.num_tokens, "generate") as bar:
         for start in range(0, num_images, batch_size):
             part = seeds[start : start + batch_size]
-            result = draw.pipeline(
-                prompt,
-                num_images_per_prompt=len(part),
-                guidance_scale=guidance_scale,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                num_inference_steps=steps,
-                decoder=draw.decoder,
-                generator=[torch.Generator().manual_seed(each) for each in part],
-                callback_on_step_end=lambda *_: bar.update(1),
-                batch_size=batch_size,
+            drawn = draw.draw(
+                [prompt] * len(part),
+                [torch.Generator().manual_seed(each) for each in part],
+                callback=lambda _: bar.update(1),
             )
-            for name, image in zip(names[start:], result.images, strict=False):
-                image.save(folder / name)
+            for name, image in zip(names[start:], drawn, strict=False):
+                Image.fromarray(image).save(folder / name)
     seconds = time.perf_counter() - loaded
     sys.stdout.write(f"{out}: {', '.join(names[:4])}{' ...' * (num_images > 4)} in {seconds:.1f} s\n")
     if json is not None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from generation.choice import SamplingChoice
 from generation.commands.options import Weights, require_least, require_sampling
 
 if TYPE_CHECKING:
@@ -42,10 +43,7 @@ def load_drawer(
     tokenizer: str | None = None,
     decoder: str | None = None,
     steps: int | None = None,
-    guidance_scale: float | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    sampling: SamplingChoice | None = None,
     weights: Weights | None = None,
     device: str | None = None,
     allow: Sequence[str] | None = None,
@@ -58,10 +56,7 @@ def load_drawer(
         tokenizer: Of LaytonGen, where it does not lie beside the generator.
         decoder: Of LaytonGen.
         steps: Of the decoder, or of the diffusion model.
-        guidance_scale: The model's own by default.
-        temperature: Of LaytonGen.
-        top_k: Of LaytonGen.
-        top_p: Of LaytonGen.
+        sampling: What is asked for beside the model's defaults; of a diffusion model only a guidance scale.
         weights: Of LaytonGen's transformer while it draws; as they are saved by default.
         device: Where to run.
         allow: Prefixes of class names of LaytonGen's parts that may be loaded beside this library's.
@@ -73,7 +68,8 @@ def load_drawer(
     from layton.errors import UsageError
 
     require_least(1, {"steps": steps})
-    require_sampling(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+    choice = sampling or SamplingChoice()
+    require_sampling(choice)
     if kind == "laytongen":
         from generation.drawing import LaytonGenDrawer
 
@@ -82,18 +78,16 @@ def load_drawer(
             tokenizer=tokenizer,
             decoder=decoder,
             num_steps=steps,
-            guidance_scale=guidance_scale,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
+            sampling=choice,
             weights=weights,
             device=device,
             allow=allow or (),
         )
         return Drawer(draw, draw.settings())
-    if any(value is not None for value in (tokenizer, decoder, temperature, top_k, top_p, weights, allow)):
-        options = "tokenizer, decoder, temperature, top_k, top_p, weights and allow"
-        raise UsageError(f"{options} are LaytonGen's, not a diffusion model's")
+    others = {"tokenizer": tokenizer, "decoder": decoder, "weights": weights, "allow": allow}
+    given = [name for name, value in others.items() if value is not None] + choice.given()
+    if given:
+        raise UsageError(f"{', '.join(given)}: LaytonGen's, not a diffusion model's")
     from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS, TextToImage, find_pipeline
     from layton.ldm.cache import digest
 
@@ -101,7 +95,7 @@ def load_drawer(
     other = TextToImage.load(
         folder,
         num_steps=DEFAULT_STEPS if steps is None else steps,
-        guidance_scale=DEFAULT_GUIDANCE if guidance_scale is None else guidance_scale,
+        guidance_scale=DEFAULT_GUIDANCE if choice.guidance_scale is None else choice.guidance_scale,
         device=device,
     )
     settings = {

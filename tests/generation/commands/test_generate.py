@@ -58,6 +58,24 @@ def test_pictures_are_not_replaced_unless_told(model: str, tmp_path: Path, capsy
     assert (out / "0000-a_red_circle-4.png").read_bytes() == (tmp_path / "wanted.png").read_bytes()
 
 
+def test_every_setting_of_sampling_reaches_the_picture(model: str, tmp_path: Path) -> None:
+    def drawn(*words: str) -> tuple[bytes, dict[str, object]]:
+        out, figures = tmp_path / f"out{len(list(tmp_path.iterdir()))}", tmp_path / "f.json"
+        words = ("--model", model, "--out", str(out), "--json", str(figures), "--guidance_scale", "4", *words)
+        assert main(["generate", "a red circle", *words]) == 0
+        settings = json.loads(figures.read_text())["settings"]
+        return (out / "0000-a_red_circle-0.png").read_bytes(), settings
+
+    plain, settings = drawn()
+    assert (settings["guidance_schedule"], settings["min_entropy"]) == ("constant", 0.0)
+    pictures = {plain}
+    for name, value in {"guidance_schedule": "linear", "min_entropy": 4.0, "top_p": 0.3, "top_k": 3}.items():
+        picture, settings = drawn(f"--{name}", str(value))
+        assert settings[name] == value
+        pictures.add(picture)
+    assert len(pictures) == 5
+
+
 class OwnEncoder(ViTEncoder):
     """A part of the user's own."""
 

@@ -1,0 +1,52 @@
+"""What a user asks of a model's sampling beside its own defaults."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from generation.generator import SamplingDefaults
+    from generation.guidance import Guidance
+    from generation.sampling import SamplingOptions
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingChoice:
+    """Settings of one call; None stands for the model's own.
+
+    Attributes:
+        guidance_scale: Of classifier-free guidance; 1 is none.
+        guidance_schedule: How guidance grows over the codes, see `generation.guidance.Guidance`.
+        temperature: 0 takes the likeliest code each time.
+        top_k: Number of likeliest codes to draw among; 0 for all.
+        top_p: Share of the likeliest codes to draw among; 1 for all.
+        min_entropy: Nats from which on guidance and temperature act, see `generation.sampling.SamplingOptions`.
+    """
+
+    guidance_scale: float | None = None
+    guidance_schedule: Schedule = "constant"
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_entropy: float | None = None
+
+    def over(self, defaults: SamplingDefaults) -> tuple[SamplingOptions, Guidance]:
+        """These settings, filled up with a model's defaults.
+
+        Raises:
+            ValueError: If a value is out of range.
+        """
+        from generation.guidance import Guidance
+
+        asked: dict[str, Any] = {name: value for name, value in asdict(self).items() if value is not None}
+        schedule = asked.pop("guidance_schedule")
+        whole = type(defaults)(**{**asdict(defaults), **asked})
+        return whole.options(), Guidance(whole.guidance_scale, schedule=schedule)
+
+    def given(self) -> list[str]:
+        """Names of the settings that only LaytonGen has and that were asked for."""
+        plain = {"guidance_scale": None, "guidance_schedule": "constant"}
+        return [name for name, value in asdict(self).items() if name != "guidance_scale" and value != plain.get(name)]
