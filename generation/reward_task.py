@@ -109,7 +109,7 @@ class LaytonGenRewardTask(LaytonGenTask):
         with torch.autocast(self.device.type, enabled=False):
             images = torch.cat([self.tokenizer.decode(part.clone()) for part in codes.split(32)])
         captions, keys = ([batch[name][row] for row in owner.tolist()] for name in ("caption", "key"))
-        rewards = self.reward(images, captions, keys).float().cpu()
+        rewards = self.reward.score(images, captions, keys).float().cpu()
         if rewards.shape != (len(images),) or not bool(rewards.isfinite().all()):
             raise ValueError(f"a reward must give a finite number for each of {len(images)} images, got {rewards}")
         return codes, rewards

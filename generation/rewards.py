@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,14 +18,15 @@ from layton.sceneval.spec import PromptSpec
 _SCENES = "scenes/"
 
 
-class Reward(Protocol):
+class Reward(ABC):
     """How well images show what their captions ask for; needs no gradient."""
 
-    def __call__(self, images: Tensor, captions: Sequence[str], keys: Sequence[str]) -> Tensor:
+    @abstractmethod
+    def score(self, images: Tensor, captions: Sequence[str], keys: Sequence[str]) -> Tensor:
         """Rewards (B,) of images (B, 3, S, S) in [-1, 1], larger is better; keys are the prompts' names."""
 
 
-class SceneReward:
+class SceneReward(Reward):
     """SceneEval's verdict on images whose prompts are captions of Scenes: keys are ``scenes/<seed>``.
 
     Args:
@@ -41,7 +42,7 @@ class SceneReward:
             raise ValueError(f"partial must be in [0, 1), got {partial}")
         self.partial = partial
 
-    def __call__(self, images: Tensor, captions: Sequence[str], keys: Sequence[str]) -> Tensor:
+    def score(self, images: Tensor, captions: Sequence[str], keys: Sequence[str]) -> Tensor:
         """Rewards (B,) float32 in [0, 1].
 
         Raises:

@@ -16,7 +16,7 @@ from generation.generator import SamplingDefaults
 from generation.guidance import Guidance, guide
 from generation.policy import entropies, group_advantages, most_telling, policy_losses
 from generation.reward_task import LaytonGenRewardTask
-from generation.rewards import SceneReward
+from generation.rewards import Reward, SceneReward
 from generation.sampling import SamplingOptions, plain_where_sure, seeded_generators
 from generation.shapes import CaptionShape
 from generation.text_encoders import TextFeatures
@@ -98,10 +98,10 @@ def test_a_scene_fulfils_its_own_captions() -> None:
     source = ScenesSource(split="train", length=24, size=256, chinese=0.3, reworded=0.8, related=0.5)
     batch = collate([source.sample(index, seed=index) for index in range(24)])
     reward = SceneReward(partial=0.4)
-    assert reward(batch["image"], batch["caption"], batch["key"]).mean() > 0.98
-    blank = reward(torch.zeros(2, 3, 128, 128), batch["caption"][:2], batch["key"][:2])
+    assert reward.score(batch["image"], batch["caption"], batch["key"]).mean() > 0.98
+    blank = reward.score(torch.zeros(2, 3, 128, 128), batch["caption"][:2], batch["key"][:2])
     assert blank.tolist() == [0.0, 0.0]
-    other = reward(batch["image"].roll(1, 0), batch["caption"], batch["key"])
+    other = reward.score(batch["image"].roll(1, 0), batch["caption"], batch["key"])
     assert other.mean() < 0.4
     assert (other > 0).any()  # something is right in some
 
@@ -109,17 +109,17 @@ def test_a_scene_fulfils_its_own_captions() -> None:
 def test_what_is_no_scene_cannot_be_judged() -> None:
     image = torch.zeros(1, 3, 64, 64)
     with pytest.raises(ValueError, match="got 'cats/1'"):
-        SceneReward()(image, ["a cat"], ["cats/1"])
+        SceneReward().score(image, ["a cat"], ["cats/1"])
     with pytest.raises(ValueError, match="no caption of scene 5"):
-        SceneReward()(image, ["a cat"], ["scenes/5"])
+        SceneReward().score(image, ["a cat"], ["scenes/5"])
     with pytest.raises(ValueError, match=r"partial .* got 1\.0"):
         SceneReward(partial=1.0)
 
 
-class _Bright:
+class _Bright(Reward):
     """Mean brightness."""
 
-    def __call__(self, images: Tensor, captions: Sequence[str], keys: Sequence[str]) -> Tensor:
+    def score(self, images: Tensor, captions: Sequence[str], keys: Sequence[str]) -> Tensor:
         return images.mean((1, 2, 3))
 
 
