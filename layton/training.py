@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -160,22 +161,38 @@ def run(subcommand: str, args: Sequence[str], *, allow: Iterable[str] = ()) -> i
     return 128 + signals[0] if signals else 0
 
 
-def build_task(args: Sequence[str], *, allow: Iterable[str] = ()) -> LaytonTask:
-    """Build the task of a run, without its data and trainer.
+@dataclass(frozen=True, slots=True, eq=False)
+class RunParts:
+    """What a run is made of, without its trainer.
+
+    Attributes:
+        task: The task, in training mode, with fresh parts.
+        data: The data module; None if no data was named.
+        steps: Optimizer steps of the whole run; None if they are not limited.
+        batches_per_step: Batches of one rank that an optimizer step takes.
+    """
+
+    task: LaytonTask
+    data: LightningDataModule | None
+    steps: int | None
+    batches_per_step: int
+
+
+def build_run(args: Sequence[str], *, allow: Iterable[str] = ()) -> RunParts:
+    """Build the parts of a run.
 
     Args:
-        args: ``--config FILE`` and changes, as for ``layton fit``.
+        args: ``--config FILE``, ``--data FILE`` and changes, as for ``layton fit``.
         allow: further modules that run files may name.
-
-    Returns:
-        The task, in training mode, with fresh parts.
 
     Raises:
         SystemExit: status 2 for a wrong run file.
     """
     check_run_files(args, allowed=allow_modules(allow))
-    task: LaytonTask = _make(_TaskOnly, list(args), run=False).model
-    return task
+    cli = _make(_PartsOnly, list(args), run=False)
+    trainer = cli.config["trainer"]
+    steps = trainer["max_steps"]
+    return RunParts(cli.model, cli.datamodule, steps if steps > 0 else None, trainer["accumulate_grad_batches"] or 1)
 
 
 def load_task(path: Path | str, *, averaged: bool = True, allow: Iterable[str] = ()) -> LaytonTask:
@@ -218,12 +235,11 @@ def load_task(path: Path | str, *, averaged: bool = True, allow: Iterable[str] =
     return task.eval()
 
 
-class _TaskOnly(TrainingCLI):
+class _PartsOnly(TrainingCLI):
     def instantiate_classes(self) -> None:
-        config = self.config.clone()
-        config["data"] = None
-        self.config_init = self.parser.instantiate_classes(config)
+        self.config_init = self.parser.instantiate_classes(self.config.clone())
         self.model = self._get(self.config_init, "model")
+        self.datamodule = self._get(self.config_init, "data")
 
 
 def _make(kind: type[TrainingCLI], args: list[str], *, run: bool) -> TrainingCLI:
@@ -233,7 +249,7 @@ def _make(kind: type[TrainingCLI], args: list[str], *, run: bool) -> TrainingCLI
         _quiet()
         return kind(
             LaytonTask,
-            LightningDataModule,
+            LightningDataModule if run else None,  # without it none need be named
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=SaveRunConfig,

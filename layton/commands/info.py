@@ -5,22 +5,29 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from layton.commands.reports import write_json
+from layton.errors import UsageError
 
 _PACKAGES = ("layton", "torch", "torchvision", "lightning", "diffusers", "transformers", "peft", "webdataset")
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
-def info(*, config: list[str] | None = None, allow: list[str] | None = None, json: str | None = None) -> None:
+def info(
+    *,
+    config: list[str] | None = None,
+    data: str | None = None,
+    allow: list[str] | None = None,
+    json: str | None = None,
+) -> None:
     """Print versions, devices and the embedded models with their cards; with a run file, what the run will need.
 
     Args:
         config: run files as for `layton fit`, later ones over earlier ones; their task is built to count parameters.
+        data: data file of the run; one training step is made on the CPU to count its computation and activations.
         allow: modules of your own that run files may name.
         json: write the figures to this file as well.
     """
@@ -29,8 +36,12 @@ def info(*, config: list[str] | None = None, allow: list[str] | None = None, jso
         "devices": _devices(),
         "models": embedded_models(_ASSETS),
     }
+    if data is not None and not config:
+        raise UsageError("--data says what a run learns from: give the run's --config too")
     if config:
-        figures["run"] = run_needs(config, allow=allow or ())
+        from layton.commands.run_needs import run_needs
+
+        figures["run"] = run_needs(config, data=data, allow=allow or ())
     _print(figures)
     if json is not None:
         write_json(json, figures)
@@ -54,40 +65,6 @@ def embedded_models(folder: Path) -> list[dict[str, Any]]:
                 }
             )
     return models
-
-
-def run_needs(config: list[str], *, allow: Sequence[str] = ()) -> dict[str, Any]:
-    """Parameters of a run per part, and the bytes that weights, gradients and AdamW's state take in float32.
-
-    Args:
-        config: run files.
-        allow: modules, beside this library's, that they may name.
-
-    Returns:
-        task, parts (name, parameters, trainable), parameters, trainable, state_megabytes. Activations come on top and
-        depend on the batch.
-    """
-    from layton.training import build_task
-
-    task = build_task([word for path in config for word in ("--config", path)], allow=allow)
-    parts = [
-        {
-            "name": name,
-            "class": type(module).__name__,
-            "parameters": sum(p.numel() for p in module.parameters()),
-            "trainable": sum(p.numel() for p in module.parameters() if p.requires_grad),
-        }
-        for name, module in task.named_children()
-    ]
-    every = sum(p.numel() for p in task.parameters())
-    trained = sum(p.numel() for p in task.trainable_parameters())
-    return {
-        "task": f"{type(task).__module__}.{type(task).__qualname__}",
-        "parts": parts,
-        "parameters": every,
-        "trainable": trained,
-        "state_megabytes": round(4 * (every + 4 * trained) / 1e6, 2),  # weights; gradient, two moments, average
-    }
 
 
 def _devices() -> dict[str, Any]:
@@ -122,4 +99,18 @@ def _print(figures: dict[str, Any]) -> None:
             for part in run["parts"]
         ]
         lines.append(f"weights, gradients, AdamW and EMA in float32: {run['state_megabytes']} MB, activations extra")
+        lines += _step_lines(run)
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _step_lines(run: dict[str, Any]) -> list[str]:
+    step = run.get("step")
+    if step is None:
+        return ["computation and activations: name the run's --data too"]
+    lines = [
+        f"one training step of a rank: {step['teraflops']:.4g} teraFLOP, {step['activations_megabytes']:.1f} MB of "
+        "activations in float32"
+    ]
+    if run["total_teraflops"] is not None:
+        lines.append(f"all {run['steps']:,} steps: {run['total_teraflops']:.4g} teraFLOP a rank")
+    return lines

@@ -128,3 +128,26 @@ def test_info_counts_the_parameters_of_a_run(tmp_path: Path, monkeypatch: pytest
     assert main(["info", "--config", str(write_run(tmp_path)), "--json", str(report)]) == 0
     run = json.loads(report.read_text())["run"]
     assert run["parts"][0]["parameters"] == run["trainable"] == 3 * 4 * 9 + 4 + 4 * 3 + 3
+    assert main(["info", "--data", "nowhere.yaml"]) == 2
+
+
+def test_info_counts_the_work_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layton.run_files, "ALLOWED_MODULES", (*layton.run_files.ALLOWED_MODULES, "toy"))
+    report, whole = tmp_path / "info.json", write_run(tmp_path).read_text()
+    start, end = whole.index("data:"), whole.index("trainer:")
+    path = tmp_path / "own.yaml"
+    path.write_text(whole[:start] + whole[end:])
+    assert main(["info", "--config", str(path), "--json", str(report)]) == 0
+    assert json.loads(report.read_text())["run"]["step"] is None
+    found = []
+    for batch in (2, 4):
+        data = tmp_path / f"data{batch}.yaml"
+        text = whole[start:end].replace("data:\n", "").replace("\n  ", "\n").removeprefix("  ")
+        data.write_text(text.replace("batch_size: 2", f"batch_size: {batch}"))
+        assert main(["info", "--config", str(path), "--data", str(data), "--json", str(report)]) == 0
+        run = json.loads(report.read_text())["run"]
+        # 4 x 4 pixels; both convolutions forward, both their weights, and the input of the second
+        assert run["step"]["teraflops"] * 1e12 == batch * 16 * 2 * (2 * 3 * 4 * 9 + 3 * 4 * 3)
+        assert run["total_teraflops"] == pytest.approx(7 * run["step"]["teraflops"])
+        found.append(run["step"]["activations_megabytes"])
+    assert 0 < found[0] < found[1] <= 2 * found[0]
