@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.hooks import RemovableHandle
 
 BACKWARD = 2.0  # gradients of inputs and of weights, each about one forward; the same for LoRA, by convention
@@ -134,9 +134,29 @@ class Budget:
         self.accounts = {account: float(value) for account, value in state.items()}
 
 
+def flop_counter() -> FlopCounterMode:
+    """A counter of the operations of matrix products, convolutions and attention.
+
+    torch's own knows the attention kernels of GPUs, and takes that of CPUs for nothing.
+    """
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return FlopCounterMode(display=False, custom_mapping={kernel: _attention, backward: _attention_backward})
+
+
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward(
+    grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
+) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))
+
+
 def count_flops(run: Callable[[], object]) -> int:
     """Floating-point operations of the matrix products, convolutions and attention in ``run()``."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         run()
     return counter.get_total_flops()
 

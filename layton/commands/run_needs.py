@@ -10,8 +10,8 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
+from distill.budget import flop_counter
 from layton.tasks.base import LaytonTask
 from layton.training import build_run
 
@@ -79,7 +79,7 @@ def step_needs(task: LaytonTask, data: LightningDataModule, *, batches: int = 1)
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with FlopCounterMode(display=False) as counter, saved_tensors_hooks(kept.pack, _unpack):
+    with flop_counter() as counter, saved_tensors_hooks(kept.pack, _unpack):
         trainer.fit(task, datamodule=data)
     return {"teraflops": counter.get_total_flops() / 1e12, "activations_megabytes": kept.most / 1e6}
 

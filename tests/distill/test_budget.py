@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from distill.adapters import LoraSettings, networks_for
-from distill.budget import Budget, relative_cost
+from distill.budget import Budget, count_flops, flop_counter, relative_cost
 from distill.condition import Condition
 from distill.denoiser import Denoiser, GuidedDenoiser
 from distill.schedules import VPSchedule
@@ -117,3 +118,12 @@ def test_a_backward_pass_counts_once_wherever_it_enters(entry):
     handle.remove()
     network(x, T, CONDITION).sum().backward()
     assert budget.total == (B if entry == "none" else 3 * B)
+
+
+def test_attention_on_a_cpu_counts() -> None:
+    query = torch.randn(2, 3, 50, 64, requires_grad=True)
+    product = 2 * 2 * 3 * 50 * 50 * 64
+    assert count_flops(lambda: F.scaled_dot_product_attention(query, query, query)) == 2 * product
+    with flop_counter() as counter:
+        F.scaled_dot_product_attention(query, query, query).sum().backward()
+    assert counter.get_total_flops() == (2 + 5) * product  # the scores are made again

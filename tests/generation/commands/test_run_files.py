@@ -15,6 +15,7 @@ RUNS = [
     (CONFIGS / "mini" / "laytongen_plain.yaml", "scenes_tokens_plain"),
     (CONFIGS / "mini" / "laytongen_windows.yaml", "scenes_windows"),
     (CONFIGS / "mini" / "laytongen_windows.yaml", "scenes_tokens_windows"),
+    (CONFIGS / "mini" / "laytongen_reward.yaml", "scenes_reward_prompts"),
     *((path, "tokens") for path in sorted((CONFIGS / "laytongen").glob("*.yaml"))),
 ]
 
@@ -24,5 +25,6 @@ def test_run_files_parse(path: Path, data: str, capsys: pytest.CaptureFixture[st
     arguments = ["--config", str(path), "--data", str(CONFIGS / "data" / f"{data}.yaml"), "--print_config"]
     assert main(["fit", *arguments]) == 0
     written = capsys.readouterr().out
-    assert "class_path: generation.tasks.LaytonGenTask" in written
+    task = "reward_task.LaytonGenRewardTask" if "reward" in data else "tasks.LaytonGenTask"
+    assert f"class_path: generation.{task}" in written
     assert ("class_path: generation.data.TokenShards" in written) == ("tokens" in data)
