@@ -17,7 +17,8 @@ _MAX_BYTES = 100  # of a stem; file systems take 255 for a name
 def staged(out: Path) -> Iterator[Path]:
     """A temporary folder on the same disk whose files become those of ``out`` when the block ends well.
 
-    Files of ``out`` with other names stay. If the block fails, ``out`` is as it was before.
+    A new folder appears whole. In one that is there already files of other names stay, and each of the others is
+    replaced at once. If the block fails, ``out`` is as it was before.
 
     Args:
         out: Folder to write; made if needed.
@@ -32,7 +33,11 @@ def staged(out: Path) -> Iterator[Path]:
     part.mkdir()
     try:
         yield part
-        _move_files(part, out)
+        if out.exists():
+            _move_files(part, out)
+        else:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            part.rename(out)  # all at once
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
