@@ -101,3 +101,19 @@ def group_advantages(rewards: Tensor) -> Tensor:
     centred = rewards - rewards.mean(1, keepdim=True)
     spread = centred.square().mean(1, keepdim=True).sqrt()
     return torch.where(spread > 1e-4, centred / spread.clamp_min(1e-4), 0.0)
+
+
+def credit_advantages(credit: Tensor, group_size: int) -> Tensor:
+    """How much better a place did than the places of its group that have credit at all (GRPO's process supervision).
+
+    Args:
+        credit: (P * G, N); 0 where there is none.
+        group_size: G.
+
+    Returns:
+        (P * G, N); 0 where there is none.
+    """
+    groups = credit.view(-1, group_size, credit.shape[1])
+    there = groups != 0
+    mean = groups.sum((1, 2), keepdim=True) / there.sum((1, 2), keepdim=True).clamp_min(1)
+    return torch.where(there, groups - mean, 0.0).view_as(credit)

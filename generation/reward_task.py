@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from generation.generator import SamplingDefaults
-from generation.policy import group_advantages, most_telling, policy_losses
-from generation.rewards import Reward
+from generation.policy import credit_advantages, group_advantages, most_telling, policy_losses
+from generation.rewards import Reward, Scores
 from generation.tasks import LaytonGenTask
 from generation.text_encoders import TextEncoder, TextFeatures
 from generation.transformer import LaytonGenTransformer
@@ -35,6 +35,8 @@ class LaytonGenRewardTask(LaytonGenTask):
         tokenizer: Tokenizer folder or embedded one.
         group_size: Images of each prompt.
         kept: How many of them teach.
+        whole: Weight of what the whole image earned, of which all its codes get the same, beside the credit of places
+            where the reward gives that: few codes decide, and those of the background are noise.
         sampling: How images are drawn, here and by the exported model: temperature, guidance and ``min_entropy``.
         gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
 
@@ -53,6 +55,7 @@ class LaytonGenRewardTask(LaytonGenTask):
         tokenizer: str = "mini",
         group_size: int = 8,
         kept: int = 4,
+        whole: float = 1.0,
         sampling: SamplingDefaults | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -68,29 +71,35 @@ class LaytonGenRewardTask(LaytonGenTask):
         )
         if not 2 <= kept <= group_size:
             raise ValueError(f"need 2 <= kept <= group_size, got {kept} and {group_size}")
-        self.reward, self.group_size, self.kept = reward, group_size, kept
+        if whole < 0:
+            raise ValueError(f"whole must be >= 0, got {whole}")
+        self.reward, self.group_size, self.kept, self.whole = reward, group_size, kept, whole
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch of prompts, ()."""
         text = self.text_of(batch)
         owner = torch.arange(len(text.features)).repeat_interleave(self.group_size)
         seeds = torch.randint(2**62, (len(owner),), generator=self.step_generator("draws", device="cpu"))
-        codes, rewards = self._play(batch, text, owner, seeds.tolist())
-        groups = rewards.view(-1, self.group_size)
+        codes, scores = self._play(batch, text, owner, seeds.tolist())
+        groups = scores.total.view(-1, self.group_size)
         chosen = most_telling(groups, self.kept)
-        advantages = group_advantages(groups.gather(1, chosen))
+        advantages = self.whole * group_advantages(groups.gather(1, chosen)).flatten()[:, None].expand(
+            -1, codes.shape[1]
+        )
         rows = (chosen + self.group_size * torch.arange(len(groups))[:, None]).flatten()
-        rows = rows[advantages.flatten() != 0]  # groups that are all alike teach nothing
-        loss = self._policy_loss(codes[rows], text, owner[rows], advantages[advantages != 0].to(self.device))
-        terms = {"policy": loss / advantages.numel(), "reward": rewards.mean()}
+        if scores.credit is not None:
+            advantages = advantages + credit_advantages(scores.credit.flatten(1), self.group_size)[rows]
+        telling = (advantages != 0).any(1)  # groups that are all alike teach nothing
+        loss = self._policy_loss(codes[rows[telling]], text, owner[rows[telling]], advantages[telling].to(self.device))
+        terms = {"policy": loss / len(rows), "reward": scores.total.mean()}
         return self.log_losses(terms, weights={"reward": 0.0}, batch_size=len(groups))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Minus the mean reward of one image for each prompt, from seeds that are always the same, ()."""
         text = self.text_of(batch)
         owner = torch.arange(len(text.features))
-        _, rewards = self._play(batch, text, owner, [batch_idx * len(owner) + int(row) for row in owner])
-        return self.log_losses({"reward": rewards.mean()}, weights={"reward": -1.0}, batch_size=len(owner))
+        _, scores = self._play(batch, text, owner, [batch_idx * len(owner) + int(row) for row in owner])
+        return self.log_losses({"reward": scores.total.mean()}, weights={"reward": -1.0}, batch_size=len(owner))
 
     def picture_grid(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Images generated from validation captions."""
@@ -100,8 +109,8 @@ class LaytonGenRewardTask(LaytonGenTask):
     @torch.no_grad()
     def _play(
         self, batch: dict[str, Any], text: TextFeatures, owner: Tensor, seeds: list[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Codes (B, N) drawn for the prompts ``owner`` (B,), and their rewards (B,) on the CPU."""
+    ) -> tuple[Tensor, Scores]:
+        """Codes (B, N) drawn for the prompts ``owner`` (B,), and their scores on the CPU."""
         training = self.transformer.training
         self.transformer.eval()
         codes = self.draw(_of(text, owner), seeds)
@@ -109,13 +118,14 @@ class LaytonGenRewardTask(LaytonGenTask):
         with torch.autocast(self.device.type, enabled=False):
             images = torch.cat([self.tokenizer.decode(part.clone()) for part in codes.split(32)])
         captions, keys = ([batch[name][row] for row in owner.tolist()] for name in ("caption", "key"))
-        rewards = self.reward.score(images, captions, keys).float().cpu()
-        if rewards.shape != (len(images),) or not bool(rewards.isfinite().all()):
-            raise ValueError(f"a reward must give a finite number for each of {len(images)} images, got {rewards}")
-        return codes, rewards
+        scores = self.reward.score(images, captions, keys, grid=self.tokenizer.grid)
+        total, credit = scores.total.float().cpu(), None if scores.credit is None else scores.credit.float().cpu()
+        if total.shape != (len(images),) or not bool(total.isfinite().all()):
+            raise ValueError(f"a reward must give a finite number for each of {len(images)} images, got {total}")
+        return codes, Scores(total, credit)
 
     def _policy_loss(self, codes: Tensor, text: TextFeatures, owner: Tensor, advantages: Tensor) -> Tensor:
-        """Sum over images of advantage times mean -log probability of their codes."""
+        """Sum over images of the mean of advantages (B, N) times -log probability of their codes."""
         if not len(codes):
             return text.features.sum() * 0.0
         losses = policy_losses(
@@ -125,7 +135,7 @@ class LaytonGenRewardTask(LaytonGenTask):
             sampling=self.sampling.options(),
             guidance_scale=self.sampling.guidance_scale,
         )
-        return (advantages * losses.mean(1)).sum()
+        return (advantages * losses).mean(1).sum()
 
 
 def _of(text: TextFeatures, rows: Tensor) -> TextFeatures:

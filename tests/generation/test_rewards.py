@@ -8,15 +8,16 @@ import pytest
 import torch
 from laytongen_parts import CODES, TOKENS, WIDTH, tiny_text_encoder, tiny_tokenizer, tiny_transformer
 from torch import Tensor
+from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.testing import assert_close
 
 from generation.decoding import generate_codes
 from generation.generator import SamplingDefaults
 from generation.guidance import Guidance, guide
-from generation.policy import entropies, group_advantages, most_telling, policy_losses
+from generation.policy import credit_advantages, entropies, group_advantages, most_telling, policy_losses
 from generation.reward_task import LaytonGenRewardTask
-from generation.rewards import Reward, SceneReward
+from generation.rewards import Reward, SceneReward, Scores, credit_map
 from generation.sampling import SamplingOptions, plain_where_sure, seeded_generators
 from generation.shapes import CaptionShape
 from generation.text_encoders import TextFeatures
@@ -25,6 +26,9 @@ from generation.vocabulary import LinearHead
 from layton.data.loader import collate
 from layton.data.prompts import SceneCaptions
 from layton.data.sources import ScenesSource
+from layton.scenes.world import Shape
+from layton.sceneval.detection import FoundObject
+from layton.sceneval.spec import PromptSpec, Requirement
 
 Options = tuple[float, SamplingOptions]
 WAYS: list[Options] = [
@@ -94,41 +98,85 @@ def test_the_best_and_the_worst_are_compared_with_their_group() -> None:
     assert_close(group_advantages(rewards.gather(1, chosen)), torch.tensor([[1.0, -1.0], [0.0, 0.0]]))
 
 
+def test_credit_is_compared_with_that_of_the_group() -> None:
+    credit = torch.tensor([[1.0, -1.0, 0.0], [0.0, 1.0, 1.0], [0.0, 0.0, 0.0], [-1.0, 0.0, 0.0]])
+    expected = torch.tensor([[0.5, -1.5, 0.0], [0.0, 0.5, 0.5], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    assert_close(credit_advantages(credit, 2), expected)
+
+
 def test_a_scene_fulfils_its_own_captions() -> None:
     source = ScenesSource(split="train", length=24, size=256, chinese=0.3, reworded=0.8, related=0.5)
     batch = collate([source.sample(index, seed=index) for index in range(24)])
     reward = SceneReward(partial=0.4)
-    assert reward.score(batch["image"], batch["caption"], batch["key"]).mean() > 0.98
-    blank = reward.score(torch.zeros(2, 3, 128, 128), batch["caption"][:2], batch["key"][:2])
-    assert blank.tolist() == [0.0, 0.0]
-    other = reward.score(batch["image"].roll(1, 0), batch["caption"], batch["key"])
-    assert other.mean() < 0.4
-    assert (other > 0).any()  # something is right in some
+    scores = reward.score(batch["image"], batch["caption"], batch["key"], grid=(16, 16))
+    assert scores.total.mean() > 0.98
+    assert scores.credit is not None
+    assert scores.credit.shape == (24, 16, 16)
+    assert (scores.credit < 0).float().mean() < 0.005
+    assert (scores.credit > 0).any(1).any(1).all()
+    blank = reward.score(torch.zeros(2, 3, 128, 128), batch["caption"][:2], batch["key"][:2], grid=(16, 16))
+    assert blank.total.tolist() == [0.0, 0.0]
+    assert blank.credit is not None and not blank.credit.any()
+    other = reward.score(batch["image"].roll(1, 0), batch["caption"], batch["key"], grid=(16, 16))
+    assert other.total.mean() < 0.4
+    assert (other.total > 0).any()  # something is right in some
+
+
+def _found(shape: Shape, cx: float, cy: float, *, score: float = 0.9) -> FoundObject:
+    return FoundObject(shape, "red", cx, cy, 0.2, score)
+
+
+def test_credit_goes_to_the_places_that_earned_it() -> None:
+    star, ring = Requirement("star", 2), Requirement("ring", 1)
+    spec = PromptSpec("counting", (star, ring), (), "two stars and a ring")
+    patches = [
+        _found("star", 0.2, 0.8),  # one too many: lowest
+        _found("star", 0.2, 0.2),
+        _found("star", 0.8, 0.2),
+        _found("ring", 0.5, 0.5, score=0.1),  # ragged
+    ]
+    credit = credit_map(patches, spec, (10, 10))
+    assert [credit[1, 1], credit[1, 7], credit[7, 1], credit[4, 4], credit[9, 9]] == [1, 1, -1, -1, 0]
+    assert credit[1, 3] == 0  # a cell outside the circle of radius 0.1
+
+
+def test_the_later_of_two_is_out_of_place() -> None:
+    spec = PromptSpec(
+        "position", (Requirement("ring", 1), Requirement("star", 1, None, "below", 0)), (), "a star below a ring"
+    )
+    right = credit_map([_found("ring", 0.5, 0.2), _found("star", 0.5, 0.8)], spec, (10, 10))
+    assert [right[1, 4], right[7, 4]] == [1, 1]
+    wrong = credit_map([_found("ring", 0.5, 0.8), _found("star", 0.5, 0.2)], spec, (10, 10))
+    assert [wrong[1, 4], wrong[7, 4]] == [1, -1]
 
 
 def test_what_is_no_scene_cannot_be_judged() -> None:
     image = torch.zeros(1, 3, 64, 64)
     with pytest.raises(ValueError, match="got 'cats/1'"):
-        SceneReward().score(image, ["a cat"], ["cats/1"])
+        SceneReward().score(image, ["a cat"], ["cats/1"], grid=(4, 4))
     with pytest.raises(ValueError, match="no caption of scene 5"):
-        SceneReward().score(image, ["a cat"], ["scenes/5"])
+        SceneReward().score(image, ["a cat"], ["scenes/5"], grid=(4, 4))
     with pytest.raises(ValueError, match=r"partial .* got 1\.0"):
         SceneReward(partial=1.0)
 
 
 class _Bright(Reward):
-    """Mean brightness."""
+    """Mean brightness, and that of places if it is asked for."""
 
-    def score(self, images: Tensor, captions: Sequence[str], keys: Sequence[str]) -> Tensor:
-        return images.mean((1, 2, 3))
+    def __init__(self, *, local: bool) -> None:
+        self.local = local
+
+    def score(self, images: Tensor, captions: Sequence[str], keys: Sequence[str], *, grid: tuple[int, int]) -> Scores:
+        places = F.adaptive_avg_pool2d(images.mean(1, keepdim=True), grid).squeeze(1)
+        return Scores(images.mean((1, 2, 3)), places if self.local else None)
 
 
-def reward_task(folder: Path, **options: Any) -> LaytonGenRewardTask:
+def reward_task(folder: Path, *, local: bool = False, **options: Any) -> LaytonGenRewardTask:
     tiny_tokenizer().save_pretrained(folder)
     return LaytonGenRewardTask(
         tiny_transformer(),
         tiny_text_encoder(trainable=True),
-        reward=_Bright(),
+        reward=_Bright(local=local),
         optimizer=lambda parameters: AdamW(parameters, lr=3e-3),
         tokenizer=str(folder),
         sampling=SamplingDefaults(guidance_scale=1.5, temperature=0.9),
@@ -136,8 +184,9 @@ def reward_task(folder: Path, **options: Any) -> LaytonGenRewardTask:
     )
 
 
-def test_it_learns_what_is_rewarded(tmp_path: Path) -> None:
-    task = reward_task(tmp_path).train()
+@pytest.mark.parametrize(("local", "whole"), [(False, 1.0), (True, 0.0)])
+def test_it_learns_what_is_rewarded(tmp_path: Path, local: bool, whole: float) -> None:
+    task = reward_task(tmp_path, local=local, whole=whole).train()
     source = SceneCaptions(length=8)
     batch = collate([source.sample(index, seed=0) for index in range(8)])
     optimizer = AdamW(task.trainable_parameters(), lr=1e-2)
