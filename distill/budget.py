@@ -137,11 +137,20 @@ class Budget:
 def flop_counter() -> FlopCounterMode:
     """A counter of the operations of matrix products, convolutions and attention.
 
-    torch's own knows the attention kernels of GPUs, and takes that of CPUs for nothing.
+    torch's own knows the kernels of GPUs, and takes attention on CPUs and products with packed weights for nothing.
     """
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return FlopCounterMode(display=False, custom_mapping={kernel: _attention, backward: _attention_backward})
+    formulas = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    packed = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if packed is not None:
+        formulas[packed] = _packed_linear
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def _packed_linear(rows: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
+    return 2 * rows.numel() * weight[0]
 
 
 def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:

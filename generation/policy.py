@@ -26,7 +26,7 @@ def policy_losses(
     """-log of the probability with which `generation.decoding.generate_codes` draws each code.
 
     Guided logits are linear in the features, so that they cost no second set of logits. The unconditional half has no
-    gradient: what it says is taken as given.
+    gradient: what it says is taken as given. Drawing is done in float32: under autocast this is another distribution.
 
     Args:
         transformer: The model.
@@ -41,8 +41,7 @@ def policy_losses(
     Raises:
         ValueError: If sampling is greedy or leaves codes out.
     """
-    if sampling.greedy or sampling.top_k is not None or sampling.top_p < 1.0:
-        raise ValueError(f"a policy must be able to draw every code: give temperature and min_entropy, got {sampling}")
+    require_policy(sampling)
     head = transformer.vocabulary.linear_head(transformer.hidden(codes, text.features, text.mask))
     features = head.features
     if guidance_scale != 1.0:
@@ -61,16 +60,27 @@ def policy_losses(
     return next_code_losses(LinearHead(scaled, torch.cat([head.weight, head.bias[:, None]], dim=1), None), codes)
 
 
+def require_policy(sampling: SamplingOptions) -> None:
+    """Refuse sampling that leaves codes out: they would have no probability whose gradient could be followed.
+
+    Raises:
+        ValueError: If it is greedy, or has top-k or top-p.
+    """
+    if sampling.greedy or sampling.top_k is not None or sampling.top_p < 1.0:
+        raise ValueError(f"a policy must be able to draw every code: give temperature and min_entropy, got {sampling}")
+
+
 @torch.no_grad()
 def entropies(head: LinearHead) -> Tensor:
     """Entropy of each next code in nats, (B, N), without ever having all logits."""
-    rows = head.features.flatten(0, -2).float()
-    weight, bias = head.weight.float(), head.bias
     found = []
-    for chunk in rows.split(rows_at_once(weight)):
-        logits = chunk @ weight.T if bias is None else torch.addmm(bias.float(), chunk, weight.T)
-        total = logits.logsumexp(1)
-        found.append(total - ((logits - total[:, None]).exp_() * logits).sum(1))
+    with torch.autocast(head.features.device.type, enabled=False):
+        rows = head.features.flatten(0, -2).float()
+        weight, bias = head.weight.float(), head.bias
+        for chunk in rows.split(rows_at_once(weight)):
+            logits = chunk @ weight.T if bias is None else torch.addmm(bias.float(), chunk, weight.T)
+            total = logits.logsumexp(1)
+            found.append(total - ((logits - total[:, None]).exp_() * logits).sum(1))
     return torch.cat(found).view(head.features.shape[:-1])
 
 
@@ -104,7 +114,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
 
 
 def credit_advantages(credit: Tensor, group_size: int) -> Tensor:
-    """How much better a place did than the places of its group that have credit at all (GRPO's process supervision).
+    """How much better a place did than the mean of all places of its group that have credit.
 
     Args:
         credit: (P * G, N); 0 where there is none.

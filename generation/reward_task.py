@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from generation.generator import SamplingDefaults
-from generation.policy import credit_advantages, group_advantages, most_telling, policy_losses
+from generation.policy import credit_advantages, group_advantages, most_telling, policy_losses, require_policy
 from generation.rewards import Reward, Scores
-from generation.tasks import LaytonGenTask
+from generation.tasks import LaytonGenTask, untold
 from generation.text_encoders import TextEncoder, TextFeatures
 from generation.transformer import LaytonGenTransformer
 from layton.tasks.base import LRSchedulerCallable, OptimizerCallable
@@ -28,15 +29,16 @@ class LaytonGenRewardTask(LaytonGenTask):
 
     Args:
         transformer: A trained generator, without dropout.
-        text_encoder: Its text encoder; learns too if it is trainable.
-        reward: Judges images, see `generation.rewards`.
+        text_encoder: Its text encoder; learns too if it is trainable. Dropout of its own would be that of the prompts.
+        reward: Judges images, see `generation.rewards`; it is no part of what learns, nor of checkpoints.
         optimizer: Makes the optimizer.
         lr_scheduler: Makes the learning-rate schedule.
         tokenizer: Tokenizer folder or embedded one.
         group_size: Images of each prompt.
         kept: How many of them teach.
         whole: Weight of what the whole image earned, of which all its codes get the same, beside the credit of places
-            where the reward gives that: few codes decide, and those of the background are noise.
+            where the reward gives that: few codes decide, and those of the background are noise. With 0 nothing says
+            that something is missing.
         sampling: How images are drawn, here and by the exported model: temperature, guidance and ``min_entropy``.
         gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
 
@@ -73,11 +75,17 @@ class LaytonGenRewardTask(LaytonGenTask):
             raise ValueError(f"need 2 <= kept <= group_size, got {kept} and {group_size}")
         if whole < 0:
             raise ValueError(f"whole must be >= 0, got {whole}")
-        self.reward, self.group_size, self.kept, self.whole = reward, group_size, kept, whole
+        if any(asdict(transformer.dropout).values()):
+            raise ValueError(
+                f"images are drawn without dropout: the transformer must have none, got {transformer.dropout}"
+            )
+        require_policy(self.sampling.options())
+        self._reward = [reward]  # in a list: what judges does not learn
+        self.group_size, self.kept, self.whole = group_size, kept, whole
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch of prompts, ()."""
-        text = self.text_of(batch)
+        text = self._told(batch)
         owner = torch.arange(len(text.features)).repeat_interleave(self.group_size)
         seeds = torch.randint(2**62, (len(owner),), generator=self.step_generator("draws", device="cpu"))
         codes, scores = self._play(batch, text, owner, seeds.tolist())
@@ -90,16 +98,19 @@ class LaytonGenRewardTask(LaytonGenTask):
         if scores.credit is not None:
             advantages = advantages + credit_advantages(scores.credit.flatten(1), self.group_size)[rows]
         telling = (advantages != 0).any(1)  # groups that are all alike teach nothing
+        telling[0] |= not telling.any()  # but every rank must go through all parameters
         loss = self._policy_loss(codes[rows[telling]], text, owner[rows[telling]], advantages[telling].to(self.device))
-        terms = {"policy": loss / len(rows), "reward": scores.total.mean()}
+        terms = {"policy": loss / len(rows), "reward": scores.total.mean().to(self.device)}
         return self.log_losses(terms, weights={"reward": 0.0}, batch_size=len(groups))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Minus the mean reward of one image for each prompt, from seeds that are always the same, ()."""
-        text = self.text_of(batch)
+        text = self._told(batch)
         owner = torch.arange(len(text.features))
         _, scores = self._play(batch, text, owner, [batch_idx * len(owner) + int(row) for row in owner])
-        return self.log_losses({"reward": scores.total.mean()}, weights={"reward": -1.0}, batch_size=len(owner))
+        return self.log_losses(
+            {"reward": scores.total.mean().to(self.device)}, weights={"reward": -1.0}, batch_size=len(owner)
+        )
 
     def picture_grid(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Images generated from validation captions."""
@@ -115,27 +126,29 @@ class LaytonGenRewardTask(LaytonGenTask):
         self.transformer.eval()
         codes = self.draw(_of(text, owner), seeds)
         self.transformer.train(training)
+        captions, keys = ([batch[name][row] for row in owner.tolist()] for name in ("caption", "key"))
         with torch.autocast(self.device.type, enabled=False):
             images = torch.cat([self.tokenizer.decode(part.clone()) for part in codes.split(32)])
-        captions, keys = ([batch[name][row] for row in owner.tolist()] for name in ("caption", "key"))
-        scores = self.reward.score(images, captions, keys, grid=self.tokenizer.grid)
-        total, credit = scores.total.float().cpu(), None if scores.credit is None else scores.credit.float().cpu()
-        if total.shape != (len(images),) or not bool(total.isfinite().all()):
-            raise ValueError(f"a reward must give a finite number for each of {len(images)} images, got {total}")
-        return codes, Scores(total, credit)
+            scores = self._reward[0].score(images, captions, keys, grid=self.tokenizer.grid)
+        return codes, scores.checked(len(images), self.tokenizer.grid)
 
     def _policy_loss(self, codes: Tensor, text: TextFeatures, owner: Tensor, advantages: Tensor) -> Tensor:
         """Sum over images of the mean of advantages (B, N) times -log probability of their codes."""
-        if not len(codes):
-            return text.features.sum() * 0.0
-        losses = policy_losses(
-            self.transformer,
-            codes,
-            _of(text, owner),
-            sampling=self.sampling.options(),
-            guidance_scale=self.sampling.guidance_scale,
-        )
+        with torch.autocast(self.device.type, enabled=False):  # as they were drawn
+            losses = policy_losses(
+                self.transformer,
+                codes,
+                _of(text, owner),
+                sampling=self.sampling.options(),
+                guidance_scale=self.sampling.guidance_scale,
+            )
         return (advantages * losses).mean(1).sum()
+
+    def _told(self, batch: dict[str, Any]) -> TextFeatures:
+        """Text features in float32; an empty caption is "none", as for the exported model."""
+        text = self.text_of(batch)
+        features = self.transformer.drop_condition(text.features.float(), untold(batch).to(self.device))
+        return replace(text, features=features)
 
 
 def _of(text: TextFeatures, rows: Tensor) -> TextFeatures:

@@ -34,13 +34,28 @@ class Scores:
     total: Tensor
     credit: Tensor | None = None
 
+    def checked(self, count: int, grid: _Side) -> Scores:
+        """The same in float32 on the CPU.
+
+        Raises:
+            ValueError: If they are not finite numbers for ``count`` images and their places.
+        """
+        kinds = {"total": (self.total, (count,)), "credit": (self.credit, (count, *grid))}
+        for name, (value, shape) in kinds.items():
+            if value is not None and (value.shape != shape or not bool(value.isfinite().all())):
+                raise ValueError(f"a reward's {name} must be finite numbers {shape}, got {tuple(value.shape)}: {value}")
+        return Scores(self.total.float().cpu(), None if self.credit is None else self.credit.float().cpu())
+
 
 class Reward(ABC):
     """How well images show what their captions ask for; needs no gradient."""
 
     @abstractmethod
     def score(self, images: Tensor, captions: Sequence[str], keys: Sequence[str], *, grid: _Side) -> Scores:
-        """Scores of images (B, 3, S, S) in [-1, 1]; keys are the prompts' names, ``grid`` that of the tokens."""
+        """Scores of images (B, 3, S, S) in [-1, 1]; keys are the prompts' names, ``grid`` that of the tokens.
+
+        Images are on the task's device; what else is needed, a reward brings there itself.
+        """
 
 
 class SceneReward(Reward):
@@ -79,10 +94,7 @@ class SceneReward(Reward):
 
 def overlap(found: Sequence[FoundObject], spec: PromptSpec) -> float:
     """Objects that are asked for and there, by shape and colour, over the larger of both numbers; in [0, 1]."""
-    right = sum(
-        min(item.count, sum(f.shape == item.shape and item.colour in (None, f.colour) for f in found))
-        for item in spec.include
-    )
+    right = sum(min(item.count, sum(_is(f, item.shape, item.colour) for f in found)) for item in spec.include)
     return right / max(len(found), sum(item.count for item in spec.include))
 
 
@@ -90,7 +102,8 @@ def credit_map(patches: Sequence[FoundObject], spec: PromptSpec, grid: _Side) ->
     """1 where an object stands that is asked for, -1 where another patch does, on a grid (h, w).
 
     Objects are taken from the top, as they are drawn: the first that fits is the one that was asked for, a second is
-    one too many. Of two that do not stand as they should, the later one is wrong.
+    one too many. Of two that do not stand as they should, the later one is wrong. Where patches overlap, one that is
+    right wins.
     """
     left = [item.count for item in spec.include]
     taken: dict[int, FoundObject] = {}
@@ -105,7 +118,8 @@ def credit_map(patches: Sequence[FoundObject], spec: PromptSpec, grid: _Side) ->
         if fits:
             left[fits[0]] -= 1
             taken[fits[0]] = patch
-        credit[_cells(patch, grid)] = 1.0 if right else -1.0
+        cells = _cells(patch, grid)
+        credit[cells] = 1.0 if right else torch.where(credit[cells] > 0, 1.0, -1.0)
     return credit
 
 

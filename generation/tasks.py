@@ -81,6 +81,11 @@ class LaytonGenTask(LaytonTask):
                 raise ValueError(f"shares must be in [0, 1), got {share}")
         if contrast < 0:
             raise ValueError(f"contrast must be >= 0, got {contrast}")
+        if contrast and (label_smoothing or code_dropout or any(asdict(transformer.dropout).values())):
+            raise ValueError(
+                "contrast compares two likelihoods of the same codes: label_smoothing, code_dropout and the "
+                f"transformer's dropout must be 0, got {label_smoothing}, {code_dropout} and {transformer.dropout}"
+            )
         self.transformer = transformer
         transformer.gradient_checkpointing = gradient_checkpointing
         if text_encoder.trainable:
@@ -156,20 +161,20 @@ class LaytonGenTask(LaytonTask):
             replaced = torch.rand(codes.shape, generator=generator) < self.code_dropout
             fed = torch.where(replaced.to(codes.device), noise.to(codes.device), codes)
         text = self.text_of(batch)
-        hidden = self._hidden(fed, text, _untold(batch) | dropped, batch.get("positions"))
+        hidden = self._hidden(fed, text, untold(batch) | dropped, batch.get("positions"))
         losses = self._losses(hidden, codes)
         valid = batch.get("valid")
         terms = {"cross_entropy": mean_of_valid(losses, valid, batch.get("weights"))}
         if self.contrast:
             rows = self._contrasted(batch, dropped)
-            terms["contrast"] = self._contrast(fed[rows], codes[rows], losses[rows], batch, rows)
+            terms["contrast"] = self._contrast(codes[rows], losses[rows], text, batch, rows)
         weights = {"contrast": self.contrast} if self.contrast else {}
         return self.log_losses(terms, weights=weights, batch_size=len(codes))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Cross-entropy without smoothing and dropout, (); also logs the share of codes guessed right."""
         codes = self.codes_of(batch)
-        hidden = self._hidden(codes, self.text_of(batch), _untold(batch), batch.get("positions"))
+        hidden = self._hidden(codes, self.text_of(batch), untold(batch), batch.get("positions"))
         logits = self.transformer.vocabulary.logits(hidden)
         valid = batch.get("valid")
         right = (logits.argmax(-1) == codes).float().mean(1)
@@ -269,31 +274,33 @@ class LaytonGenTask(LaytonTask):
 
     def _contrasted(self, batch: dict[str, Any], dropped: Tensor) -> Tensor:
         """(B,): images that are there, with a caption, and a false one where the batch brings those."""
-        rows = ~(_untold(batch) | dropped)
-        if "contrary" in batch:
-            rows &= torch.tensor([bool(caption) for caption in batch["contrary"]])
+        rows = ~(untold(batch) | dropped)
+        told = [bool(caption) for caption in batch.get("contrary", batch["caption"])]
+        rows &= torch.tensor(told) if "contrary" in batch else torch.tensor(told).roll(1)
         valid = batch.get("valid")
         rows = rows.to(self.device)
         return rows if valid is None else rows & (valid if valid.ndim == 1 else valid.any(1)).bool()
 
-    def _contrast(self, fed: Tensor, codes: Tensor, true: Tensor, batch: dict[str, Any], rows: Tensor) -> Tensor:
-        """`contrast_loss` of the rows (B,) of a batch that are chosen; the first three belong to those rows alone."""
+    def _contrast(self, codes: Tensor, true: Tensor, text: TextFeatures, batch: dict[str, Any], rows: Tensor) -> Tensor:
+        """`contrast_loss` of the rows (B,) of a batch that are chosen; the first two belong to those rows alone."""
         if not len(codes):
             return true.sum()
-        contrary = self._contrary_text(batch)
-        text = TextFeatures(contrary.features[rows], contrary.mask[rows])
+        contrary = self._contrary_text(batch, text, rows)
         positions, valid = batch.get("positions"), batch.get("valid")
         told = torch.zeros(len(codes), dtype=torch.bool)
-        hidden = self._hidden(fed, text, told, None if positions is None else positions[rows])
+        hidden = self._hidden(codes, contrary, told, None if positions is None else positions[rows])
         counted = None if valid is None or valid.ndim == 1 else valid[rows]
         return contrast_loss(true, self._losses(hidden, codes), valid=counted)
 
-    def _contrary_text(self, batch: dict[str, Any]) -> TextFeatures:
-        """Features of false captions: the batch's own, or where it brings none, those of the images before."""
-        if "contrary" in batch:
-            return self.text_encoder.encode(list(batch["contrary"]))
-        text = self.text_of(batch)
-        return TextFeatures(text.features.roll(1, 0), text.mask.roll(1, 0))
+    def _contrary_text(self, batch: dict[str, Any], text: TextFeatures, rows: Tensor) -> TextFeatures:
+        """Features of false captions of rows: the batch's own, or where it brings none, those of the images before."""
+        if "contrary" not in batch:
+            return TextFeatures(text.features.roll(1, 0)[rows], text.mask.roll(1, 0)[rows])
+        said = [caption for caption, chosen in zip(batch["contrary"], rows.tolist(), strict=True) if chosen]
+        with torch.autocast(
+            self.device.type, enabled="text" not in batch and torch.is_autocast_enabled(self.device.type)
+        ):
+            return self.text_encoder.encode(said)
 
     def _losses(self, hidden: Tensor, codes: Tensor) -> Tensor:
         head = self.transformer.vocabulary.linear_head(hidden)
@@ -323,7 +330,7 @@ class LaytonGenTask(LaytonTask):
             transformer.set_codebook(self._tokenizer[0].quantizer.codebook)
 
 
-def _untold(batch: dict[str, Any]) -> Tensor:
+def untold(batch: dict[str, Any]) -> Tensor:
     """(B,): whose caption is empty, and so "none"."""
     return torch.tensor([not caption for caption in batch["caption"]])
 

@@ -167,7 +167,7 @@ class RunParts:
 
     Attributes:
         task: The task, in training mode, with fresh parts.
-        data: The data module; None if no data was named.
+        data: The data module; None without ``--data``, even if the run file names one.
         steps: Optimizer steps of the whole run; None if they are not limited.
         batches_per_step: Batches of one rank that an optimizer step takes.
     """
@@ -189,7 +189,8 @@ def build_run(args: Sequence[str], *, allow: Iterable[str] = ()) -> RunParts:
         SystemExit: status 2 for a wrong run file.
     """
     check_run_files(args, allowed=allow_modules(allow))
-    cli = _make(_PartsOnly, list(args), run=False)
+    with_data = any(word == "--data" or word.startswith("--data=") for word in args)
+    cli = _make(_WithData if with_data else _PartsOnly, list(args), run=False)
     trainer = cli.config["trainer"]
     steps = trainer["max_steps"]
     return RunParts(cli.model, cli.datamodule, steps if steps > 0 else None, trainer["accumulate_grad_batches"] or 1)
@@ -236,10 +237,19 @@ def load_task(path: Path | str, *, averaged: bool = True, allow: Iterable[str] =
 
 
 class _PartsOnly(TrainingCLI):
+    with_data = False
+
     def instantiate_classes(self) -> None:
-        self.config_init = self.parser.instantiate_classes(self.config.clone())
+        config = self.config.clone()
+        if not self.with_data:
+            config["data"] = None
+        self.config_init = self.parser.instantiate_classes(config)
         self.model = self._get(self.config_init, "model")
         self.datamodule = self._get(self.config_init, "data")
+
+
+class _WithData(_PartsOnly):
+    with_data = True
 
 
 def _make(kind: type[TrainingCLI], args: list[str], *, run: bool) -> TrainingCLI:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from distill.budget import flop_counter
+from distill.methods.image_space import Frozen
 from layton.tasks.base import LaytonTask
 from layton.training import build_run
 
@@ -25,7 +26,8 @@ def run_needs(config: Sequence[str], *, data: str | None = None, allow: Sequence
         allow: modules, beside this library's, that they may name.
 
     Returns:
-        task, parts (name, parameters, trainable), parameters, trainable, state_megabytes (float32), steps, step
+        task, parts (name, parameters, trainable; frozen text encoders and tokenizers are not among them), parameters,
+        trainable, state_megabytes (float32), steps, step
         (`step_needs`, None without data) and total_teraflops (None without data or a number of steps).
     """
     words = [word for path in config for word in ("--config", path)]
@@ -65,7 +67,8 @@ def step_needs(task: LaytonTask, data: LightningDataModule, *, batches: int = 1)
 
     Returns:
         teraflops: of matrix products, convolutions and attention, two for each multiplication, backward pass included.
-        activations_megabytes: the most that was kept for backward passes at once, parameters aside.
+        activations_megabytes: the most that was kept for backward passes at once, weights aside; what gradient
+            checkpointing makes anew for a block is not in it.
     """
     kept = _Kept(task)
     trainer = Trainer(
@@ -88,7 +91,9 @@ class _Kept:
     """Bytes of the storages that are saved for backward passes."""
 
     def __init__(self, task: LaytonTask) -> None:
-        self._own = {tensor.untyped_storage().data_ptr() for tensor in (*task.parameters(), *task.buffers())}
+        parts = [task, *(part.module for part in task.modules() if isinstance(part, Frozen))]
+        weights = (tensor for part in parts for tensor in (*part.parameters(), *part.buffers()))
+        self._own = {tensor.untyped_storage().data_ptr() for tensor in weights}
         self._saved: Counter[int] = Counter()
         self._now = self.most = 0
 

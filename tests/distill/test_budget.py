@@ -127,3 +127,11 @@ def test_attention_on_a_cpu_counts() -> None:
     with flop_counter() as counter:
         F.scaled_dot_product_attention(query, query, query).sum().backward()
     assert counter.get_total_flops() == (2 + 5) * product  # the scores are made again
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="needs oneDNN")
+def test_products_with_packed_weights_count() -> None:
+    weight = torch.ops.mkldnn._reorder_linear_weight(torch.randn(64, 32), 2)
+    rows = torch.randn(4, 2, 32)
+    counted = count_flops(lambda: torch.ops.mkldnn._linear_pointwise.default(rows, weight, None, "none", [], ""))
+    assert counted == 2 * 4 * 2 * 32 * 64

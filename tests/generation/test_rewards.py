@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from laytongen_parts import CODES, TOKENS, WIDTH, tiny_text_encoder, tiny_tokenizer, tiny_transformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.testing import assert_close
@@ -78,6 +78,15 @@ def test_the_policy_is_what_codes_are_drawn_from(scale: float, options: Sampling
         assert 0 < sure.float().mean() < 1  # both ways were taken
 
 
+def test_autocast_does_not_blur_what_is_sure() -> None:
+    model = sharp_model(full=False)
+    codes = torch.randint(CODES, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+    head = model.vocabulary.linear_head(model.hidden(codes, torch.randn(2, 3, WIDTH)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = entropies(head)
+    assert_close(found, entropies(head))
+
+
 def test_entropies_of_known_distributions() -> None:
     head = LinearHead(torch.tensor([[[0.0], [100.0]]]), torch.tensor([[1.0], [0.0], [0.0], [0.0]]), None)
     assert_close(entropies(head), torch.tensor([[4.0, 1.0]]).log())
@@ -138,6 +147,9 @@ def test_credit_goes_to_the_places_that_earned_it() -> None:
     credit = credit_map(patches, spec, (10, 10))
     assert [credit[1, 1], credit[1, 7], credit[7, 1], credit[4, 4], credit[9, 9]] == [1, 1, -1, -1, 0]
     assert credit[1, 3] == 0  # a cell outside the circle of radius 0.1
+    ragged = FoundObject("ring", "red", 0.2, 0.15, 0.6, 0.1)  # all around the first star
+    around = credit_map([*patches, ragged], spec, (10, 10))
+    assert [around[1, 1], around[4, 2]] == [1, -1]
 
 
 def test_the_later_of_two_is_out_of_place() -> None:
@@ -171,22 +183,30 @@ class _Bright(Reward):
         return Scores(images.mean((1, 2, 3)), places if self.local else None)
 
 
-def reward_task(folder: Path, *, local: bool = False, **options: Any) -> LaytonGenRewardTask:
+def reward_task(
+    folder: Path,
+    *,
+    reward: Reward | None = None,
+    transformer: LaytonGenTransformer | None = None,
+    trainable: bool = True,
+    sampling: SamplingDefaults | None = None,
+    **options: Any,
+) -> LaytonGenRewardTask:
     tiny_tokenizer().save_pretrained(folder)
     return LaytonGenRewardTask(
-        tiny_transformer(),
-        tiny_text_encoder(trainable=True),
-        reward=_Bright(local=local),
+        transformer or tiny_transformer(dropout=0.0),
+        tiny_text_encoder(trainable=trainable),
+        reward=reward or _Bright(local=False),
         optimizer=lambda parameters: AdamW(parameters, lr=3e-3),
         tokenizer=str(folder),
-        sampling=SamplingDefaults(guidance_scale=1.5, temperature=0.9),
+        sampling=sampling or SamplingDefaults(guidance_scale=1.5, temperature=0.9),
         **options,
     )
 
 
 @pytest.mark.parametrize(("local", "whole"), [(False, 1.0), (True, 0.0)])
 def test_it_learns_what_is_rewarded(tmp_path: Path, local: bool, whole: float) -> None:
-    task = reward_task(tmp_path, local=local, whole=whole).train()
+    task = reward_task(tmp_path, reward=_Bright(local=local), whole=whole).train()
     source = SceneCaptions(length=8)
     batch = collate([source.sample(index, seed=0) for index in range(8)])
     optimizer = AdamW(task.trainable_parameters(), lr=1e-2)
@@ -201,6 +221,69 @@ def test_it_learns_what_is_rewarded(tmp_path: Path, local: bool, whole: float) -
     assert after < before - 0.02  # three times the standard deviation of images' rewards before
 
 
-def test_groups_need_two_images(tmp_path: Path) -> None:
+class _Alike(Reward):
+    """Likes all images the same; is a network of its own, as judges often are."""
+
+    def __init__(self) -> None:
+        self.network = nn.Linear(3, 1)
+
+    def score(self, images: Tensor, captions: Sequence[str], keys: Sequence[str], *, grid: tuple[int, int]) -> Scores:
+        assert self.network(images.mean((2, 3))).dtype == torch.float32
+        return Scores(torch.ones(len(images)))
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_batch_that_teaches_nothing_still_goes_through_every_parameter(tmp_path: Path, trainable: bool) -> None:
+    """Else a rank would leave the others waiting for its gradients."""
+    task = reward_task(tmp_path, reward=_Alike(), trainable=trainable).train()
+    source = SceneCaptions(length=2)
+    batch = collate([source.sample(index, seed=0) for index in range(2)])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = task.training_step({**batch, "caption": [batch["caption"][0], ""]}, 0)
+    loss.backward()
+    assert loss == 0
+    missing = [name for name, value in task.named_parameters() if value.requires_grad and value.grad is None]
+    assert not missing
+    assert not any("network" in name for name in task.state_dict())
+
+
+def test_an_empty_prompt_is_drawn_as_the_pipeline_draws_it(tmp_path: Path) -> None:
+    task = reward_task(tmp_path).eval()
+    text = task._told({"caption": ["", "a red circle"]})
+    features = task.text_encoder.encode(["", "a red circle"]).features
+    assert_close(text.features[1], features[1])
+    assert_close(text.features[:1], task.transformer.null_condition(features[:1]))
+
+
+class _Wrong(Reward):
+    def __init__(self, scores: Scores) -> None:
+        self.scores = scores
+
+    def score(self, images: Tensor, captions: Sequence[str], keys: Sequence[str], *, grid: tuple[int, int]) -> Scores:
+        return self.scores
+
+
+@pytest.mark.parametrize(
+    ("scores", "complaint"),
+    [
+        (Scores(torch.zeros(3)), r"total must be finite numbers \(16,\), got \(3,\)"),
+        (Scores(torch.full((16,), torch.nan)), "total must be finite"),
+        (
+            Scores(torch.zeros(16), torch.zeros(16, 2, 2)),
+            r"credit must be finite numbers \(16, 4, 4\), got \(16, 2, 2\)",
+        ),
+    ],
+)
+def test_scores_that_are_none_are_refused(tmp_path: Path, scores: Scores, complaint: str) -> None:
+    task = reward_task(tmp_path, reward=_Wrong(scores))
+    with pytest.raises(ValueError, match=complaint):
+        task.training_step({"caption": ["a", "b"], "key": ["1", "2"]}, 0)
+
+
+def test_what_cannot_be_a_policy_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got 1 and 8"):
         reward_task(tmp_path, kept=1)
+    with pytest.raises(ValueError, match="every code"):
+        reward_task(tmp_path, sampling=SamplingDefaults(top_k=10))
+    with pytest.raises(ValueError, match="without dropout"):
+        reward_task(tmp_path, transformer=tiny_transformer())

@@ -13,7 +13,7 @@ from torch.optim import AdamW
 
 from generation.data import TokenShards
 from generation.generator import TokenizerFacts, load_generator
-from generation.tasks import LaytonGenTask, _untold
+from generation.tasks import LaytonGenTask, untold
 from generation.tokenizing import TokenizeJob, tokenize_dataset
 from layton.data.loader import collate
 from layton.data.sources import ScenesSource
@@ -31,9 +31,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def task_of(place: Path, *, trainable: bool = True, **options: Any) -> LaytonGenTask:
+def task_of(place: Path, *, trainable: bool = True, dropout: float = 0.1, **options: Any) -> LaytonGenTask:
     return LaytonGenTask(
-        tiny_transformer(),
+        tiny_transformer(dropout=dropout),
         tiny_text_encoder(trainable=trainable),
         optimizer=lambda parameters: AdamW(parameters, lr=3e-3),
         tokenizer=str(place / "tokenizer"),
@@ -107,10 +107,10 @@ def test_an_empty_caption_is_no_caption(place: Path) -> None:
     task, batch = task_of(place).eval(), batch_of(place)
     few = {name: value[:2] for name, value in batch.items()}
     silent = {**few, "caption": ["", ""]}
-    untold = task._hidden(few["codes"], task.text_of(silent), _untold(silent), None)
+    unspoken = task._hidden(few["codes"], task.text_of(silent), untold(silent), None)
     text = task.text_encoder.encode(["", ""])
     null = task.transformer.hidden(few["codes"], task.transformer.null_condition(text.features), text.mask)
-    torch.testing.assert_close(untold, null)
+    torch.testing.assert_close(unspoken, null)
 
 
 def test_padding_that_all_captions_have_is_not_computed_and_changes_nothing(place: Path) -> None:
@@ -204,8 +204,8 @@ def test_a_checkpoint_that_names_no_tokenizer_is_refused(place: Path) -> None:
 
 
 def test_contrast_asks_more_of_images_with_a_false_caption_alone(place: Path) -> None:
-    task = task_of(place, caption_dropout=0.0, contrast=0.5).eval()
-    plain = task_of(place, caption_dropout=0.0).eval()
+    task = task_of(place, caption_dropout=0.0, contrast=0.5, dropout=0.0).train()
+    plain = task_of(place, caption_dropout=0.0, dropout=0.0).train()
     batch = batch_of(place)
     false = [*batch["caption"][1:5], "", "", "", ""]
     with torch.no_grad():
@@ -232,3 +232,5 @@ def test_contrast_asks_more_of_images_with_a_false_caption_alone(place: Path) ->
         assert task.training_step(batch, 0) > base
     with pytest.raises(ValueError, match=r"contrast must be >= 0, got -1"):
         task_of(place, contrast=-1)
+    with pytest.raises(ValueError, match=r"must be 0, got 0\.1, 0\.0"):
+        task_of(place, contrast=1, label_smoothing=0.1, dropout=0.0)

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from generation.generator import Generator, GeneratorCard, SamplingDefaults, TokenizerFacts, save_generator
-from generation.shapes import CaptionShape, Factors
+from generation.shapes import CaptionShape, Dropout, Factors
 from generation.text_encoders import TransformersTextEncoder
 from generation.transformer import LaytonGenTransformer
 from layton.decoders import LightDecoder
@@ -45,7 +45,7 @@ def tiny_text_encoder(*, seed: int = 0, trainable: bool = False) -> Transformers
     return TransformersTextEncoder(tokenizer, model, trainable=trainable, name="tiny")
 
 
-def tiny_transformer(*, seed: int = 0) -> LaytonGenTransformer:
+def tiny_transformer(*, seed: int = 0, dropout: float = 0.1) -> LaytonGenTransformer:
     """Two blocks; the head is not zero, so that captions matter."""
     torch.manual_seed(seed)
     return LaytonGenTransformer(
@@ -57,6 +57,7 @@ def tiny_transformer(*, seed: int = 0) -> LaytonGenTransformer:
         vocab_size=CODES,
         num_tokens=TOKENS,
         factors=Factors(4, 4),
+        dropout=Dropout(dropout, dropout, dropout),
         zero_head=False,
     ).eval()
 
