@@ -15,6 +15,7 @@ RUNS = [
     (CONFIGS / "mini" / "laytongen_plain.yaml", "scenes_tokens_plain"),
     (CONFIGS / "mini" / "laytongen_windows.yaml", "scenes_windows"),
     (CONFIGS / "mini" / "laytongen_windows.yaml", "scenes_tokens_windows"),
+    (CONFIGS / "mini" / "laytongen_contrast.yaml", "scenes_tokens_contrary"),
     (CONFIGS / "mini" / "laytongen_reward.yaml", "scenes_reward_prompts"),
     *((path, "tokens") for path in sorted((CONFIGS / "laytongen").glob("*.yaml"))),
 ]
