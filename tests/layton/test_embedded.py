@@ -90,4 +90,5 @@ def test_the_embedded_laytongen_foresees_codes_and_reads_its_captions() -> None:
         with torch.no_grad():
             logits = generator.transformer(codes, text.features, text.mask)
         losses.append(float(F.cross_entropy(logits.flatten(0, 1), codes.flatten())))
-    assert losses[0] < 2.2 and losses[0] < losses[1] - 0.05  # nothing known would be 9.7
+    # nothing known would be 9.7; rewards took it from 1.4 to 2.7 on plain scenes, see the README
+    assert losses[0] < 3.0 and losses[0] < losses[1] - 0.05
