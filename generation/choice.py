@@ -48,5 +48,5 @@ class SamplingChoice:
 
     def given(self) -> list[str]:
         """Names of the settings that only LaytonGen has and that were asked for."""
-        plain = {"guidance_scale": None, "guidance_schedule": "constant"}
-        return [name for name, value in asdict(self).items() if name != "guidance_scale" and value != plain.get(name)]
+        plain = asdict(SamplingChoice(self.guidance_scale))
+        return [name for name, value in asdict(self).items() if value != plain[name]]

@@ -83,12 +83,21 @@ class LaytonGenDrawer:
         prompts: Sequence[str],
         generators: Sequence[torch.Generator],
         *,
+        images_per_prompt: int = 1,
         callback: Callable[[int], object] | None = None,
     ) -> list[NDArray[np.uint8]]:
-        """As a call, each image from its own generator; ``callback`` is told the index of each code."""
+        """Images of prompts, some of each one after another, each from its own generator.
+
+        Args:
+            prompts: What to draw.
+            generators: One for each image.
+            images_per_prompt: Images of each prompt.
+            callback: Is told the index of each code.
+        """
         sampling, guidance = self.sampling.over(self.pipeline.card.sampling)
         result = self.pipeline(
             list(prompts),
+            num_images_per_prompt=images_per_prompt,
             num_inference_steps=self.num_steps,
             decoder=self.decoder,
             guidance_scale=guidance,
@@ -99,7 +108,7 @@ class LaytonGenDrawer:
             generator=list(generators),
             output_type="np",
             callback_on_step_end=None if callback is None else lambda _, index, *__: callback(index),
-            batch_size=max(1, len(prompts)),
+            batch_size=max(1, len(generators)),
         )
         return [np.round(image * 255).astype(np.uint8) for image in np.asarray(result.images)]
 

@@ -16,14 +16,16 @@ from generation.text_encoders import TextEncoder, TextFeatures
 from generation.transformer import LaytonGenTransformer
 from layton.tasks.base import LRSchedulerCallable, OptimizerCallable
 
+_PREVIEWS = 8
+
 
 class LaytonGenRewardTask(LaytonGenTask):
     """Group-relative policy optimization (GRPO, arXiv 2402.03300; of image generators AR-GRPO, arXiv 2508.06924).
 
     Each prompt of a batch is drawn ``group_size`` times, as the exported model will be: with its guidance and
     temperature. Images are decoded and rewarded; of each group the best and the worst ``kept`` teach (PODS,
-    arXiv 2504.13818). Each group is used for one step, so that there is no ratio to clip, and no reference model: a few
-    hundred steps at a small learning rate stay near where they began.
+    arXiv 2504.13818). Each group is used for one step, so that there is no ratio to clip. Nothing holds the model to
+    where it began, as a reference model would: real images' codes become less likely, quickly at large learning rates.
 
     Batches hold ``caption`` and ``key``, for example of `layton.data.prompts.SceneCaptions`.
 
@@ -114,8 +116,9 @@ class LaytonGenRewardTask(LaytonGenTask):
 
     def picture_grid(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Images generated from validation captions."""
-        captions = batch["caption"][:8]
-        return {"generated": self.generate(self.text_encoder.encode(captions), list(range(len(captions))))}
+        with torch.autocast(self.device.type, enabled=False):
+            text = self._told({name: value[:_PREVIEWS] for name, value in batch.items()})
+        return {"generated": self.generate(text, list(range(len(text.features))))}
 
     @torch.no_grad()
     def _play(

@@ -275,8 +275,8 @@ class LaytonGenTask(LaytonTask):
     def _contrasted(self, batch: dict[str, Any], dropped: Tensor) -> Tensor:
         """(B,): images that are there, with a caption, and a false one where the batch brings those."""
         rows = ~(untold(batch) | dropped)
-        told = [bool(caption) for caption in batch.get("contrary", batch["caption"])]
-        rows &= torch.tensor(told) if "contrary" in batch else torch.tensor(told).roll(1)
+        false = batch["contrary"] if "contrary" in batch else [batch["caption"][-1], *batch["caption"][:-1]]
+        rows &= torch.tensor([bool(caption) for caption in false])
         valid = batch.get("valid")
         rows = rows.to(self.device)
         return rows if valid is None else rows & (valid if valid.ndim == 1 else valid.any(1)).bool()
@@ -297,9 +297,9 @@ class LaytonGenTask(LaytonTask):
         if "contrary" not in batch:
             return TextFeatures(text.features.roll(1, 0)[rows], text.mask.roll(1, 0)[rows])
         said = [caption for caption, chosen in zip(batch["contrary"], rows.tolist(), strict=True) if chosen]
-        with torch.autocast(
-            self.device.type, enabled="text" not in batch and torch.is_autocast_enabled(self.device.type)
-        ):
+        if "text" not in batch:
+            return self.text_encoder.encode(said)
+        with torch.autocast(self.device.type, enabled=False):  # as cached ones were made: rounding must not tell
             return self.text_encoder.encode(said)
 
     def _losses(self, hidden: Tensor, codes: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ class RunParts:
 
     Attributes:
         task: The task, in training mode, with fresh parts.
-        data: The data module; None without ``--data``, even if the run file names one.
+        data: The data module; None if none was asked for.
         steps: Optimizer steps of the whole run; None if they are not limited.
         batches_per_step: Batches of one rank that an optimizer step takes.
     """
@@ -178,19 +178,20 @@ class RunParts:
     batches_per_step: int
 
 
-def build_run(args: Sequence[str], *, allow: Iterable[str] = ()) -> RunParts:
+def build_run(config: Sequence[str], *, data: str | None = None, allow: Iterable[str] = ()) -> RunParts:
     """Build the parts of a run.
 
     Args:
-        args: ``--config FILE``, ``--data FILE`` and changes, as for ``layton fit``.
+        config: run files, later ones over earlier ones.
+        data: data file; without one no data module is built, even if a run file names one.
         allow: further modules that run files may name.
 
     Raises:
         SystemExit: status 2 for a wrong run file.
     """
+    args = [*(word for path in config for word in ("--config", path)), "--data", "null" if data is None else data]
     check_run_files(args, allowed=allow_modules(allow))
-    with_data = any(word == "--data" or word.startswith("--data=") for word in args)
-    cli = _make(_WithData if with_data else _PartsOnly, list(args), run=False)
+    cli = _make(_PartsOnly, args, run=False)
     trainer = cli.config["trainer"]
     steps = trainer["max_steps"]
     return RunParts(cli.model, cli.datamodule, steps if steps > 0 else None, trainer["accumulate_grad_batches"] or 1)
@@ -237,19 +238,10 @@ def load_task(path: Path | str, *, averaged: bool = True, allow: Iterable[str] =
 
 
 class _PartsOnly(TrainingCLI):
-    with_data = False
-
     def instantiate_classes(self) -> None:
-        config = self.config.clone()
-        if not self.with_data:
-            config["data"] = None
-        self.config_init = self.parser.instantiate_classes(config)
+        self.config_init = self.parser.instantiate_classes(self.config.clone())
         self.model = self._get(self.config_init, "model")
         self.datamodule = self._get(self.config_init, "data")
-
-
-class _WithData(_PartsOnly):
-    with_data = True
 
 
 def _make(kind: type[TrainingCLI], args: list[str], *, run: bool) -> TrainingCLI:

@@ -71,12 +71,8 @@ def evaluate_sceneval(
         guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, min_entropy=min_entropy
     )
     if kind == "diffusion":
-        if any(
-            value is not None for value in (tokenizer, decoder, temperature, top_k, top_p, min_entropy, weights, allow)
-        ):
-            raise UsageError(
-                "--tokenizer, --decoder, --weights, --allow and settings of sampling need --kind laytongen"
-            )
+        if sampling.given() or any(value is not None for value in (tokenizer, decoder, weights, allow)):
+            raise UsageError("tokenizer, decoder, weights, allow and how codes are drawn need --kind laytongen")
         evaluate_diffusion(
             pipeline=pipeline,
             student=student,

@@ -103,8 +103,9 @@ def generate(
         for start in range(0, num_images, batch_size):
             part = seeds[start : start + batch_size]
             drawn = draw.draw(
-                [prompt] * len(part),
+                [prompt],
                 [torch.Generator().manual_seed(each) for each in part],
+                images_per_prompt=len(part),
                 callback=lambda _: bar.update(1),
             )
             for name, image in zip(names[start:], drawn, strict=False):

@@ -27,11 +27,10 @@ def run_needs(config: Sequence[str], *, data: str | None = None, allow: Sequence
 
     Returns:
         task, parts (name, parameters, trainable; frozen text encoders and tokenizers are not among them), parameters,
-        trainable, state_megabytes (float32), steps, step
-        (`step_needs`, None without data) and total_teraflops (None without data or a number of steps).
+        trainable, state_megabytes (float32), steps, step (`step_needs`, None without data) and total_teraflops (None
+        without data or a number of steps).
     """
-    words = [word for path in config for word in ("--config", path)]
-    run = build_run([*words, *(() if data is None else ("--data", data))], allow=allow)
+    run = build_run(config, data=data, allow=allow)
     task = run.task
     parts = [
         {

@@ -27,6 +27,7 @@ def test_sceneval_of_laytongen(model: str, tmp_path: Path, capsys: pytest.Captur
     assert len(list(out.glob("*/samples/*.png"))) == 12
     assert "not comparable with GenEval" in capsys.readouterr().out
     assert main([*words[:2], "--pipeline", model, "--top-k", "9"]) == 2  # a diffusion model has no top-k
+    assert main([*words[:2], "--pipeline", model, "--min_entropy", "1"]) == 2
 
 
 def test_geneval_draws_and_sums_up(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,6 +43,9 @@ def test_geneval_draws_and_sums_up(model: str, tmp_path: Path, capsys: pytest.Ca
     assert "1 prompts x 4 images, 4 drawn now" in capsys.readouterr().out
     settings = json.loads((out / "settings.json").read_text())
     assert settings.keys() >= {"seed", "guidance_scale", "temperature", "top_k", "top_p", "prompts_sha256"}
+    assert settings["min_entropy"] == 0.0
+    assert main([*words, "--min_entropy", "2"]) == 1
+    assert "min_entropy: stored 0.0, wanted 2.0" in capsys.readouterr().err
     assert settings["prompts_rewritten"] is False
     assert main(words) == 0
     assert "0 drawn now" in capsys.readouterr().out

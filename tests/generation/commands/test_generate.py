@@ -13,7 +13,7 @@ from laytongen_parts import tiny_generator, tiny_tokenizer, write_model
 
 from generation.commands.generate import picture_name
 from generation.generator import save_generator
-from generation.pipeline import LaytonGenPipeline
+from generation.pipeline import LaytonGenPipeline, PromptCutWarning
 from layton.cli import main
 from layton.encoder import ViTEncoder
 
@@ -74,6 +74,13 @@ def test_every_setting_of_sampling_reaches_the_picture(model: str, tmp_path: Pat
         assert settings[name] == value
         pictures.add(picture)
     assert len(pictures) == 5
+
+
+def test_a_cut_prompt_is_told_once_however_many_images(model: str, tmp_path: Path) -> None:
+    words = ["generate", "a red circle " * 50, "--model", model, "--out", str(tmp_path / "out"), "--num-images", "3"]
+    with pytest.warns(PromptCutWarning) as told:
+        assert main(words) == 0
+    assert len([warning for warning in told if warning.category is PromptCutWarning]) == 1
 
 
 class OwnEncoder(ViTEncoder):

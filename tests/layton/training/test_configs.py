@@ -39,7 +39,7 @@ def test_overlays_parse_over_a_run(tmp_path: Path, path: Path) -> None:
 def test_embedded_runs_parse(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = CONFIGS / "data" / "scenes_256.yaml"
     assert main(["fit", "--config", str(path), "--data", str(data), "--print_config"]) == 0
-    assert re.search(r"class_path: (layton|generation)\.(\w+\.)*tasks?\.", capsys.readouterr().out)
+    assert re.search(r"class_path: (layton|generation)\.(\w+\.)*(\w+_)?tasks?\.", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "data").glob("*.yaml")), ids=lambda path: path.stem)
