@@ -17,7 +17,7 @@ from generation.stored_text import StoredText
 from generation.token_shards import TokenHeader, differences, read_shard, require_whole, shard_files
 from layton.data.sources import SampleSource, say, say_contrary
 from layton.data.types import Split, check_split, split_of_key
-from layton.scenes import Texture, begun_cells, check_textures, sample_scene, texture_of
+from layton.scenes import Scene, Texture, begun_cells, check_textures, objects_ahead, sample_scene, texture_of
 from layton.scenes.contrary import CHANGES, Change
 from layton.scenes.splits import split_of_seed
 
@@ -63,6 +63,7 @@ class TokenShards(SampleSource):
         textures: Sequence[Texture] | None = None,
         unbegun: float = 1.0,
         contrary: Sequence[Change] = (),
+        ahead: bool = False,
         use_text: bool = True,
         verify: bool = True,
     ) -> None:
@@ -83,6 +84,10 @@ class TokenShards(SampleSource):
         kept = _read_all(paths, partial(_is_wanted, split=self.split, textures=textures), length)
         if not kept.keys:
             raise ValueError(f"split {split!r} of {folder} holds no samples" + (f" on {textures}" if textures else ""))
+        other = next((key for key in kept.keys if ahead and not key.startswith(_SCENES)), None)
+        if other is not None:
+            raise ValueError(f"only of scenes is known what is ahead, {folder} also holds {other!r}")
+        self._ahead = ahead
         self.header, self._keys, self._captions = kept.header, kept.keys, kept.captions
         self._codes, self._places = kept.codes.numpy(), kept.places  # torch cannot pickle its uint16
         self._texts: StoredText | None = None
@@ -116,6 +121,8 @@ class TokenShards(SampleSource):
             sample["contrary"] = self._false_caption(key, seed)
         if self._unbegun < 1 and key.startswith(_SCENES):
             sample["weights"] = self._weights(key)
+        if self._ahead:
+            sample["ahead"] = torch.from_numpy(objects_ahead(_scene(key), self._grid))
         if self._texts is not None:
             shard, row = self._places[index].tolist()
             text, mask = self._texts.padded(shard, row)
@@ -135,21 +142,27 @@ class TokenShards(SampleSource):
         if differs:
             raise ValueError(f"{self.folder} holds tokens of another tokenizer ({differs})")
 
+    @property
+    def _grid(self) -> int:
+        return math.isqrt(self.header.num_tokens)
+
     def _caption(self, index: int, key: str, seed: int) -> str:
         if self._shares is None or not key.startswith(_SCENES):
             return self._captions[index]
-        return say(sample_scene(int(key.removeprefix(_SCENES))), seed, **self._shares)
+        return say(_scene(key), seed, **self._shares)
 
     def _false_caption(self, key: str, seed: int) -> str:
         if not key.startswith(_SCENES):
             return ""
-        scene = sample_scene(int(key.removeprefix(_SCENES)))
-        return say_contrary(scene, seed, self._contrary, **(self._shares or {}))
+        return say_contrary(_scene(key), seed, self._contrary, **(self._shares or {}))
 
     def _weights(self, key: str) -> Tensor:
-        grid = math.isqrt(self.header.num_tokens)
-        begun = begun_cells(sample_scene(int(key.removeprefix(_SCENES))), grid)
+        begun = begun_cells(_scene(key), self._grid)
         return torch.from_numpy(np.where(begun, 1.0, self._unbegun).astype(np.float32).ravel())
+
+
+def _scene(key: str) -> Scene:
+    return sample_scene(int(key.removeprefix(_SCENES)))
 
 
 def _is_wanted(key: str, *, split: Split | None, textures: Sequence[Texture] | None) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from generation.data import TokenShards
 from generation.decoding import generate_codes
+from generation.foresight import Foresight, ForesightHead, output_of
 from generation.generator import Generator, GeneratorCard, SamplingDefaults, TokenizerFacts, save_generator
 from generation.guidance import Guidance
 from generation.loss import contrast_loss, mean_of_valid, next_code_loss, next_code_losses
@@ -53,6 +54,8 @@ class LaytonGenTask(LaytonTask):
         code_dropout: Share of the codes fed that are replaced by random ones; targets stay.
         contrast: Weight of `generation.loss.contrast_loss`, which doubles the work; false captions are the batch's
             ``contrary`` (`generation.data.TokenShards`), or if it has no such entry, other images' captions.
+        foresight: Also ask the transformer, at every place, what is still to be drawn; batches then hold the answers,
+            ``ahead`` (B, N, F) (`generation.data.TokenShards`). Not asked when a caption says nothing.
         sampling: Defaults that are saved with the generator, and of the pictures made while training.
         gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
 
@@ -72,6 +75,7 @@ class LaytonGenTask(LaytonTask):
         label_smoothing: float = 0.0,
         code_dropout: float = 0.0,
         contrast: float = 0.0,
+        foresight: Foresight | None = None,
         sampling: SamplingDefaults | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -95,6 +99,11 @@ class LaytonGenTask(LaytonTask):
         self.facts = TokenizerFacts.of(self._tokenizer[0])
         self.caption_dropout, self.code_dropout = caption_dropout, code_dropout
         self.label_smoothing, self.contrast = label_smoothing, contrast
+        self.foresight = foresight
+        if foresight is not None:
+            if foresight.block >= len(transformer.blocks):
+                raise ValueError(f"the transformer has {len(transformer.blocks)} blocks, got {foresight}")
+            self.foresight_head = ForesightHead(transformer.width, foresight.sizes)
         self.sampling = sampling or SamplingDefaults()
         self._told_of_cuts = False
         self._check_parts()
@@ -160,15 +169,21 @@ class LaytonGenTask(LaytonTask):
             noise = torch.randint(self.facts.vocab_size, codes.shape, generator=generator)
             replaced = torch.rand(codes.shape, generator=generator) < self.code_dropout
             fed = torch.where(replaced.to(codes.device), noise.to(codes.device), codes)
-        text = self.text_of(batch)
-        hidden = self._hidden(fed, text, untold(batch) | dropped, batch.get("positions"))
+        text, silent = self.text_of(batch), untold(batch) | dropped
+        asked = self.transformer.blocks[-1 if self.foresight is None else self.foresight.block]
+        with output_of(asked) as seen:
+            hidden = self._hidden(fed, text, silent, batch.get("positions"))
         losses = self._losses(hidden, codes)
         valid = batch.get("valid")
         terms = {"cross_entropy": mean_of_valid(losses, valid, batch.get("weights"))}
+        weights: dict[str, float] = {}
+        if self.foresight is not None:
+            weights["foresight"] = self.foresight.weight
+            terms["foresight"] = self._foresight(seen[0][:, -codes.shape[1] :], batch, silent)
         if self.contrast:
             rows = self._contrasted(batch, dropped)
             terms["contrast"] = self._contrast(codes[rows], losses[rows], text, batch, rows)
-        weights = {"contrast": self.contrast} if self.contrast else {}
+            weights["contrast"] = self.contrast
         return self.log_losses(terms, weights=weights, batch_size=len(codes))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -271,6 +286,16 @@ class LaytonGenTask(LaytonTask):
         """Fingerprint of a text encoder that is no part of checkpoints; None if it learns, and so is."""
         encoder = self._text_encoder[0]
         return None if encoder.trainable else encoder.fingerprint()
+
+    def _foresight(self, hidden: Tensor, batch: dict[str, Any], silent: Tensor) -> Tensor:
+        """Cross-entropy of what the transformer knows to be ahead, of images with captions, ()."""
+        if "ahead" not in batch:
+            raise ValueError("foresight needs batches that hold 'ahead': give TokenShards ahead: true")
+        told = (~silent).to(self.device)
+        valid = batch.get("valid")
+        if valid is not None:
+            told = told & valid.bool() if valid.ndim == 1 else told[:, None] & valid.bool()
+        return self.foresight_head(hidden, batch["ahead"], valid=told)
 
     def _contrasted(self, batch: dict[str, Any], dropped: Tensor) -> Tensor:
         """(B,): images that are there, with a caption, and a false one where the batch brings those."""

@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 from layton.scenes.captions import canonical_caption, caption, vocabulary
-from layton.scenes.cells import begun_cells, object_cells
+from layton.scenes.cells import AHEAD_SIZES, begun_cells, object_cells, objects_ahead
 from layton.scenes.layout import as_position, check_textures, sample_scene, texture_of, textured_seeds
 from layton.scenes.render import coverage, render
 from layton.scenes.splits import Split, is_unseen, split_of_seed, split_seeds
 from layton.scenes.world import COLOURS, SHAPES, TASKS, Background, Colour, Scene, SceneObject, Shape, Task, Texture
 
 __all__ = [
+    "AHEAD_SIZES",
     "COLOURS",
     "SHAPES",
     "TASKS",
@@ -33,6 +34,7 @@ __all__ = [
     "coverage",
     "is_unseen",
     "object_cells",
+    "objects_ahead",
     "render",
     "sample_scene",
     "split_of_seed",

@@ -1,4 +1,4 @@
-"""Cells of a grid laid over a scene, and which of them a raster scan can know to be next to an object."""
+"""Cells of a grid laid over a scene, and what a raster scan can know at each of them."""
 
 from __future__ import annotations
 
@@ -6,21 +6,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layton.scenes.render import coverage
-from layton.scenes.world import Scene
+from layton.scenes.world import COLOURS, MAX_OBJECTS, SHAPES, Scene, SceneObject
 
 _POINTS = 8  # a cell is looked at with so many points a side
+AHEAD_SIZES = (MAX_OBJECTS + 1, len(SHAPES) + 1, len(COLOURS) + 1)  # numbers of values of `objects_ahead`
 
 
 def object_cells(scene: Scene, grid: int) -> NDArray[np.bool_]:
     """(grid, grid): whether an object touches the cell."""
-    side = grid * _POINTS
-    touched = np.zeros((side, side), dtype=bool)
+    cells = np.zeros((grid, grid), dtype=bool)
     for item in scene.objects:
-        touched |= (
-            coverage(item.shape, item.cx * side, item.cy * side, item.diameter * side / 2, item.rotation, side, side)
-            > 0
-        )
-    cells: NDArray[np.bool_] = np.any(touched.reshape(grid, _POINTS, grid, _POINTS), axis=(1, 3))
+        cells |= _cells_of(item, grid)
     return cells
 
 
@@ -32,3 +28,31 @@ def begun_cells(scene: Scene, grid: int) -> NDArray[np.bool_]:
     touched = np.pad(object_cells(scene, grid), ((1, 0), (1, 1)))
     above, row = touched[:-1], touched[1:]
     return above[:, :-2] | above[:, 1:-1] | above[:, 2:] | row[:, :-2]
+
+
+def objects_ahead(scene: Scene, grid: int) -> NDArray[np.int64]:
+    """What is still to be drawn when a raster scan comes to each cell, that cell included.
+
+    Returns:
+        (grid * grid, 3): how many objects begin here or later; of the first of these its shape and its colour, as
+        places in `SHAPES` and `COLOURS` counted from 1, and 0 where no object is left. `AHEAD_SIZES` says how many
+        values each has.
+    """
+    first = [int(np.flatnonzero(_cells_of(item, grid)).min()) for item in scene.objects]
+    begins = sorted(zip(first, scene.objects, strict=True), key=lambda each: each[0])
+    ahead = np.zeros((grid * grid, len(AHEAD_SIZES)), dtype=np.int64)
+    shapes, colours = list(SHAPES), list(COLOURS)
+    start = 0
+    for number, (cell, item) in enumerate(begins):
+        left = len(begins) - number
+        ahead[start : cell + 1] = left, shapes.index(item.shape) + 1, colours.index(item.colour) + 1
+        start = max(start, cell + 1)
+    return ahead
+
+
+def _cells_of(item: SceneObject, grid: int) -> NDArray[np.bool_]:
+    """(grid, grid): whether the object touches the cell."""
+    side = grid * _POINTS
+    drawn = coverage(item.shape, item.cx * side, item.cy * side, item.diameter * side / 2, item.rotation, side, side)
+    cells: NDArray[np.bool_] = np.any((drawn > 0).reshape(grid, _POINTS, grid, _POINTS), axis=(1, 3))
+    return cells
