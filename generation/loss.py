@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from generation.shares import log_sum_exp, shares_of
 from generation.vocabulary import LinearHead
 
 _CPU_LOGITS, _LOGITS = 1 << 20, 1 << 26  # that are there at once: 4 MB stay in a processor's cache
@@ -116,7 +117,7 @@ class _LinearLogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         rows = rows_at_once(weight)
-        total = torch.cat([torch.addmm(bias, chunk, weight.T).logsumexp(1) for chunk in features.split(rows)])
+        total = torch.cat([log_sum_exp(torch.addmm(bias, chunk, weight.T)) for chunk in features.split(rows)])
         ctx.save_for_backward(features, weight, bias, total)
         return total
 
@@ -128,7 +129,7 @@ class _LinearLogSumExp(torch.autograd.Function):
         to_weight, to_bias = torch.zeros_like(weight), torch.zeros_like(bias)
         chunks = (tensor.split(rows) for tensor in (features, total, grads[0], to_features))
         for chunk, sums, grad, out in zip(*chunks, strict=True):
-            shares = torch.addmm(bias, chunk, weight.T).sub_(sums[:, None]).exp_().mul_(grad[:, None])
+            shares = shares_of(torch.addmm(bias, chunk, weight.T), sums).mul_(grad[:, None])
             torch.mm(shares, weight, out=out)
             to_weight.addmm_(shares.T, chunk)
             to_bias.add_(shares.sum(0))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from generation.loss import next_code_losses, rows_at_once
 from generation.sampling import SamplingOptions
+from generation.shares import entropy
 from generation.text_encoders import TextFeatures
 from generation.transformer import LaytonGenTransformer
 from generation.vocabulary import LinearHead
@@ -79,8 +80,7 @@ def entropies(head: LinearHead) -> Tensor:
         weight, bias = head.weight.float(), head.bias
         for chunk in rows.split(rows_at_once(weight)):
             logits = chunk @ weight.T if bias is None else torch.addmm(bias.float(), chunk, weight.T)
-            total = logits.logsumexp(1)
-            found.append(total - ((logits - total[:, None]).exp_() * logits).sum(1))
+            found.append(entropy(logits))
     return torch.cat(found).view(head.features.shape[:-1])
 
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from generation.shares import entropy
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
@@ -109,9 +111,8 @@ def plain_where_sure(logits: Tensor, plain: Tensor, options: SamplingOptions) ->
     """
     if options.min_entropy == 0.0 or options.greedy:
         return logits
-    shares = plain.float().log_softmax(dim=-1)
-    entropy = -(shares.exp() * shares).sum(dim=-1, keepdim=True)
-    return torch.where(entropy < options.min_entropy, plain * options.temperature, logits)
+    sure = entropy(plain.float()) < options.min_entropy
+    return torch.where(sure[:, None], plain * options.temperature, logits)
 
 
 def uniform_noise(generators: Sequence[torch.Generator], count: int) -> Tensor:
