@@ -2,11 +2,11 @@
 
 Legend: B images, V vocabulary.
 
-The draw is the Gumbel-max trick, argmax(logits / temperature - log(-log u)), with one u for each code of the vocabulary
-from the image's own generator. So what is drawn does not depend on which other images are in the batch, and logits
-that differ by rounding (matrix products add up in another order for another number of rows) change the outcome only
-when two scores are that close, which inversion of a cumulative sum could not promise. One draw of V numbers is made for
-each code, whatever the options.
+The draw is the Gumbel-max trick, argmax(logits / temperature - log e), with one exponential number e for each code of
+the vocabulary from the image's own generator. So what is drawn does not depend on which other images are in the batch,
+and logits that differ by rounding (matrix products add up in another order for another number of rows) change the
+outcome only when two scores are that close, which inversion of a cumulative sum could not promise. One draw of V
+numbers is made for each code, whatever the options.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 
 from generation.shares import entropy
+
+_BELOW_ONE = 1 - 2**-24  # the largest float32 below 1
+_COLDEST = 1e-30  # less is 0 in float32; logits that differ at all differ by far more
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +84,10 @@ def sample_codes(
     """
     if logits.device.type == "mps":  # knows no float64
         return sample_codes(logits.cpu(), options=options, generators=generators).to(logits.device)
-    if not bool(torch.isfinite(logits.sum(dtype=torch.float64))):  # one number tells of any NaN or infinity
+    if not bool(torch.isfinite(logits.sum())):  # one number tells of any NaN or infinity
         rows = (~torch.isfinite(logits).all(dim=-1)).nonzero().flatten().tolist()
-        raise ValueError(f"logits of images {rows} are not finite: weights or inputs hold NaN or are too large")
+        if rows:  # else it was the sum that is too large
+            raise ValueError(f"logits of images {rows} are not finite: weights or inputs hold NaN or are too large")
     if options.top_k is not None and options.top_k > logits.shape[-1]:
         raise ValueError(f"top_k {options.top_k} is larger than the vocabulary of {logits.shape[-1]} codes")
     if options.greedy:
@@ -92,9 +96,9 @@ def sample_codes(
         given = "none" if generators is None else str(len(generators))
         raise ValueError(f"sampling {len(logits)} images needs as many generators, got {given}")
     noise = uniform_noise(generators, logits.shape[-1]).to(logits.device)
+    logs = noise.neg_().log1p_().neg_().log_()  # of exponential numbers
     scores, codes = _candidates(logits, options)
-    noise = noise if codes is None else noise.gather(1, codes)
-    best = (scores - torch.log(-torch.log(noise))).argmax(dim=-1, keepdim=True)
+    best = scores.sub_(logs if codes is None else logs.gather(1, codes)).argmax(dim=-1, keepdim=True)
     return (best if codes is None else codes.gather(1, best)).squeeze(1)
 
 
@@ -116,23 +120,31 @@ def plain_where_sure(logits: Tensor, plain: Tensor, options: SamplingOptions) ->
 
 
 def uniform_noise(generators: Sequence[torch.Generator], count: int) -> Tensor:
-    """Uniform numbers in [0, 1) for each generator: (B, count) float64, on the generators' device."""
-    rows = [torch.rand(count, generator=each, device=each.device, dtype=torch.float64) for each in generators]
-    return torch.stack(rows) if rows else torch.empty(0, count, dtype=torch.float64)
+    """Uniform numbers in [0, 1) for each generator: (B, count) float32, on the first generator's device.
+
+    They are drawn in float64. Small numbers, of which the smallest decides, keep their fineness in float32: drawn in
+    it, one of 16 million would be 0, and any code, however unlikely, would win with that.
+    """
+    if not generators:
+        return torch.empty(0, count)
+    noise = torch.empty(len(generators), count, device=generators[0].device)
+    for row, each in zip(noise, generators, strict=True):
+        row.copy_(torch.rand(count, generator=each, device=each.device, dtype=torch.float64))
+    return noise.clamp_max_(_BELOW_ONE)
 
 
 def _candidates(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor | None]:
-    """Scores (B, k) float64 of the codes that may be drawn, -inf for those that may not, and which they are.
+    """Scores (B, k) float32 of the codes that may be drawn, -inf for those that may not, and which they are.
 
     Codes are None when they are all codes in their order.
     """
-    values = logits.double()
+    values = logits.float()
     codes: Tensor | None = None
     if options.top_k is not None or options.top_p < 1.0:
         values, codes = values.topk(options.top_k or values.shape[-1], dim=-1)  # sorted, largest first
-    scores = (values - values.amax(dim=-1, keepdim=True)) / options.temperature
+    scores = (values - values.amax(dim=-1, keepdim=True)).div_(max(options.temperature, _COLDEST))
     if options.top_p < 1.0:
-        shares = scores.softmax(dim=-1)
+        shares = scores.double().softmax(dim=-1)
         before = shares.cumsum(dim=-1) - shares
         scores = scores.masked_fill(before >= options.top_p, float("-inf"))
     return scores, codes

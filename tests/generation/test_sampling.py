@@ -10,7 +10,14 @@ from torch.testing import assert_close
 
 from generation.decoding import FREE, generate_codes
 from generation.guidance import Guidance, guide
-from generation.sampling import GREEDY, SamplingOptions, plain_where_sure, sample_codes, seeded_generators
+from generation.sampling import (
+    GREEDY,
+    SamplingOptions,
+    plain_where_sure,
+    sample_codes,
+    seeded_generators,
+    uniform_noise,
+)
 from generation.shapes import Factors
 
 HOT = SamplingOptions(temperature=1.3, top_k=20, top_p=0.95)
@@ -45,6 +52,19 @@ def test_cold_is_greedy() -> None:
     assert set(draws(logits, SamplingOptions(1e-300), 5).tolist()) == {best}
     assert set(draws(logits, SamplingOptions(top_k=1), 5).tolist()) == {best}
     assert sample_codes(logits[None]).tolist() == [best]
+
+
+def test_no_number_of_the_noise_makes_any_code_win() -> None:
+    noise = uniform_noise(seeded_generators([0]), 1 << 22)[0]
+    assert 0.0 < float(noise.min()) < float(noise.max()) < 1.0
+    small = noise[noise < 1e-4] * 2.0**24  # float32 draws are whole numbers here, 0 among them
+    assert bool((small != small.round()).float().mean() > 0.9)
+    assert bool(torch.isfinite(noise.log1p()).all())
+
+
+def test_large_logits_are_finite_though_their_sum_is_not() -> None:
+    logits = torch.full((2, 64), 3e38)
+    assert set(sample_codes(logits, options=HOT, generators=seeded_generators([0, 1])).tolist()) <= set(range(64))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
