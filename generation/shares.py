@@ -28,7 +28,7 @@ def shares_of(logits: Tensor, total: Tensor) -> Tensor:
 
 
 def log_sum_exp(logits: Tensor) -> Tensor:
-    """log sum exp of each row (R, V) of finite logits: (R,)."""
+    """Log sum exp of each row (R, V) of finite logits: (R,)."""
     largest = logits.amax(dim=1)
     return shares_of(logits, largest).sum(dim=1).log_().add_(largest)
 
