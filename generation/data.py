@@ -27,8 +27,8 @@ _SCENES = "scenes/"
 class TokenShards(SampleSource):
     """A token dataset that `layton tokenize` wrote: codes in memory (2 bytes for a token), text features on disk.
 
-    A sample holds ``codes`` (N,) int64, ``caption`` and ``key``, and ``contrary`` if that was asked for; with cached
-    text features also ``text`` (L, D) float16, padded, and ``text_mask`` (L,) bool.
+    A sample holds ``codes`` (N,) int64, ``caption`` and ``key``, and ``contrary`` and ``ahead`` if those were asked
+    for; with cached text features also ``text`` (L, D) float16, padded, and ``text_mask`` (L,) bool.
 
     Images are never mirrored: the tokens were made once, and mirroring would make captions such as "left of" untrue.
 
@@ -44,6 +44,8 @@ class TokenShards(SampleSource):
             in (0, 1]; below 1 samples also hold ``weights`` (N,), see `generation.tasks.LaytonGenTask`.
         contrary: For scenes, what is wrong in a false caption that goes with the true one: some of count, colour,
             relation, shape (`layton.scenes.contrary`). Samples then hold ``contrary``, empty where nothing applies.
+        ahead: For scenes, whether samples also hold ``ahead`` (N, 3), what is still to be drawn at each code
+            (`layton.scenes.objects_ahead`).
         use_text: Whether cached text features are given out, where there are any.
         verify: Compare the shards' digests with the manifest's first.
 

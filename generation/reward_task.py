@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from generation.foresight import Foresight
 from generation.generator import SamplingDefaults
 from generation.policy import credit_advantages, group_advantages, most_telling, policy_losses, require_policy
 from generation.rewards import Reward, Scores
@@ -25,9 +26,11 @@ class LaytonGenRewardTask(LaytonGenTask):
     Each prompt of a batch is drawn ``group_size`` times, as the exported model will be: with its guidance and
     temperature. Images are decoded and rewarded; of each group the best and the worst ``kept`` teach (PODS,
     arXiv 2504.13818). Each group is used for one step, so that there is no ratio to clip. Nothing holds the model to
-    where it began, as a reference model would: real images' codes become less likely, quickly at large learning rates.
+    where it began, as a reference model would: real images' codes become less likely, quickly at large learning rates,
+    unless ``supervised`` also has them learnt.
 
-    Batches hold ``caption`` and ``key``, for example of `layton.data.prompts.SceneCaptions`.
+    Batches hold ``caption`` and ``key``, for example of `layton.data.prompts.SceneCaptions`, and with ``supervised``
+    all that `LaytonGenTask` needs, for example of `generation.data.TokenShards`.
 
     Args:
         transformer: A trained generator, without dropout.
@@ -41,6 +44,8 @@ class LaytonGenRewardTask(LaytonGenTask):
         whole: Weight of what the whole image earned, of which all its codes get the same, beside the credit of places
             where the reward gives that: few codes decide, and those of the background are noise. With 0 nothing says
             that something is missing.
+        supervised: Weight of what the same batch's real codes teach: cross-entropy, and ``foresight``.
+        foresight: See `LaytonGenTask`; its weight counts beside the cross-entropy's.
         sampling: How images are drawn, here and by the exported model: temperature, guidance and ``min_entropy``.
         gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
 
@@ -60,6 +65,8 @@ class LaytonGenRewardTask(LaytonGenTask):
         group_size: int = 8,
         kept: int = 4,
         whole: float = 1.0,
+        supervised: float = 0.0,
+        foresight: Foresight | None = None,
         sampling: SamplingDefaults | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -70,20 +77,24 @@ class LaytonGenRewardTask(LaytonGenTask):
             lr_scheduler=lr_scheduler,
             tokenizer=tokenizer,
             caption_dropout=0.0,
+            foresight=foresight,
             sampling=sampling,
             gradient_checkpointing=gradient_checkpointing,
         )
         if not 2 <= kept <= group_size:
             raise ValueError(f"need 2 <= kept <= group_size, got {kept} and {group_size}")
-        if whole < 0:
-            raise ValueError(f"whole must be >= 0, got {whole}")
+        if whole < 0 or supervised < 0:
+            raise ValueError(f"whole and supervised must be >= 0, got {whole} and {supervised}")
+        if foresight is not None and not supervised:
+            raise ValueError("foresight is learnt of real codes: give supervised > 0")
         if any(asdict(transformer.dropout).values()):
             raise ValueError(
                 f"images are drawn without dropout: the transformer must have none, got {transformer.dropout}"
             )
         require_policy(self.sampling.options())
         self._reward = [reward]  # in a list: what judges does not learn
-        self.group_size, self.kept, self.whole = group_size, kept, whole
+        self.group_size, self.kept = group_size, kept
+        self.whole, self.supervised = whole, supervised
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch of prompts, ()."""
@@ -103,7 +114,12 @@ class LaytonGenRewardTask(LaytonGenTask):
         telling[0] |= not telling.any()  # but every rank must go through all parameters
         loss = self._policy_loss(codes[rows[telling]], text, owner[rows[telling]], advantages[telling].to(self.device))
         terms = {"policy": loss / len(rows), "reward": scores.total.mean().to(self.device)}
-        return self.log_losses(terms, weights={"reward": 0.0}, batch_size=len(groups))
+        weights = {"reward": 0.0}
+        if self.supervised:
+            learnt, beside = self.supervised_terms(batch)
+            terms |= learnt
+            weights |= {name: self.supervised * beside.get(name, 1.0) for name in learnt}
+        return self.log_losses(terms, weights=weights, batch_size=len(groups))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Minus the mean reward of one image for each prompt, from seeds that are always the same, ()."""

@@ -161,6 +161,11 @@ class LaytonGenTask(LaytonTask):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch, ()."""
+        terms, weights = self.supervised_terms(batch)
+        return self.log_losses(terms, weights=weights, batch_size=len(batch["caption"]))
+
+    def supervised_terms(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """What real images' codes teach: terms of the loss (), and the weights of those whose weight is not 1."""
         generator = self.step_generator("dropout", device="cpu")
         codes = self.codes_of(batch)
         dropped = torch.rand(len(codes), generator=generator) < self.caption_dropout
@@ -174,8 +179,7 @@ class LaytonGenTask(LaytonTask):
         with output_of(asked) as seen:
             hidden = self._hidden(fed, text, silent, batch.get("positions"))
         losses = self._losses(hidden, codes)
-        valid = batch.get("valid")
-        terms = {"cross_entropy": mean_of_valid(losses, valid, batch.get("weights"))}
+        terms = {"cross_entropy": mean_of_valid(losses, batch.get("valid"), batch.get("weights"))}
         weights: dict[str, float] = {}
         if self.foresight is not None:
             weights["foresight"] = self.foresight.weight
@@ -184,7 +188,7 @@ class LaytonGenTask(LaytonTask):
             rows = self._contrasted(batch, dropped)
             terms["contrast"] = self._contrast(codes[rows], losses[rows], text, batch, rows)
             weights["contrast"] = self.contrast
-        return self.log_losses(terms, weights=weights, batch_size=len(codes))
+        return terms, weights
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Cross-entropy without smoothing and dropout, (); also logs the share of codes guessed right."""

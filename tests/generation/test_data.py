@@ -15,7 +15,7 @@ from generation.token_shards import read_shard, shard_files, write_shard
 from generation.tokenizing import TokenizeJob, tokenize_dataset
 from layton.data.loader import collate
 from layton.data.sources import ScenesSource
-from layton.scenes import begun_cells, caption, sample_scene
+from layton.scenes import begun_cells, caption, objects_ahead, sample_scene
 from layton.sceneval.prompts import spec_of_caption
 
 
@@ -166,3 +166,17 @@ def test_a_false_caption_goes_with_the_true_one(folder: str) -> None:
     assert "contrary" not in plain.sample(0, seed=0)
     with pytest.raises(ValueError, match=r"contrary must be some of count, colour, relation, shape, got \['size'\]"):
         TokenShards(folder, contrary=["size"])  # type: ignore[list-item]
+
+
+def test_what_is_ahead_goes_with_scenes_alone(folder: str, tmp_path: Path) -> None:
+    tokens = TokenShards(folder, ahead=True)
+    batch = collate([tokens.sample(index, seed=0) for index in range(3)])
+    assert batch["ahead"].shape == (3, TOKENS, 3)
+    assert batch["ahead"][2].tolist() == objects_ahead(sample_scene(2), 4).tolist()
+    assert "ahead" not in TokenShards(folder).sample(0, seed=0)
+    shutil.copytree(folder, tmp_path / "tokens")
+    path = shard_files(tmp_path / "tokens")[0]
+    header, shard = read_shard(path)
+    write_shard(path, header, replace(shard, keys=["scenes/0", "cats/1", *shard.keys[2:]]))
+    with pytest.raises(ValueError, match="also holds 'cats/1'"):
+        TokenShards(str(tmp_path / "tokens"), ahead=True, verify=False)

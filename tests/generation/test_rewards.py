@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.testing import assert_close
 
+from generation.data import TokenShards
 from generation.decoding import generate_codes
+from generation.foresight import Foresight
 from generation.generator import SamplingDefaults
 from generation.guidance import Guidance, guide
 from generation.policy import credit_advantages, entropies, group_advantages, most_telling, policy_losses
@@ -21,11 +23,13 @@ from generation.rewards import Reward, SceneReward, Scores, credit_map
 from generation.sampling import SamplingOptions, plain_where_sure, seeded_generators
 from generation.shapes import CaptionShape
 from generation.text_encoders import TextFeatures
+from generation.tokenizing import TokenizeJob, tokenize_dataset
 from generation.transformer import LaytonGenTransformer
 from generation.vocabulary import LinearHead
 from layton.data.loader import collate
 from layton.data.prompts import SceneCaptions
 from layton.data.sources import ScenesSource
+from layton.scenes import AHEAD_SIZES
 from layton.scenes.world import Shape
 from layton.sceneval.detection import FoundObject
 from layton.sceneval.spec import PromptSpec, Requirement
@@ -247,6 +251,22 @@ def test_a_batch_that_teaches_nothing_still_goes_through_every_parameter(tmp_pat
     assert not any("network" in name for name in task.state_dict())
 
 
+def test_real_codes_are_learnt_beside_the_reward(tmp_path: Path) -> None:
+    """A batch that earns nothing teaches exactly what supervised training does."""
+    foresight = Foresight(AHEAD_SIZES, block=0, weight=0.5)
+    task = reward_task(tmp_path, reward=_Alike(), supervised=0.1, foresight=foresight).train()
+    tokenizer = tiny_tokenizer()
+    source = ScenesSource(split="train", length=4, size=tokenizer.image_size)
+    tokenize_dataset(TokenizeJob(source, tokenizer, "scenes"), tmp_path / "tokens")
+    tokens = TokenShards(str(tmp_path / "tokens"), ahead=True)
+    batch = collate([tokens.sample(index, seed=0) for index in range(4)])
+    terms, _ = task.supervised_terms(batch)
+    loss = task.training_step(batch, 0)
+    assert_close(loss, 0.1 * (terms["cross_entropy"] + 0.5 * terms["foresight"]))
+    loss.backward()
+    assert not [name for name, value in task.named_parameters() if value.requires_grad and value.grad is None]
+
+
 def test_an_empty_prompt_is_drawn_as_the_pipeline_draws_it(tmp_path: Path) -> None:
     task = reward_task(tmp_path).eval()
     text = task._told({"caption": ["", "a red circle"]})
@@ -283,6 +303,10 @@ def test_scores_that_are_none_are_refused(tmp_path: Path, scores: Scores, compla
 def test_what_cannot_be_a_policy_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got 1 and 8"):
         reward_task(tmp_path, kept=1)
+    with pytest.raises(ValueError, match="got -1 and 0"):
+        reward_task(tmp_path, whole=-1)
+    with pytest.raises(ValueError, match="give supervised > 0"):
+        reward_task(tmp_path, foresight=Foresight(AHEAD_SIZES, block=0))
     with pytest.raises(ValueError, match="every code"):
         reward_task(tmp_path, sampling=SamplingDefaults(top_k=10))
     with pytest.raises(ValueError, match="without dropout"):

@@ -12,12 +12,14 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 
 from generation.data import TokenShards
+from generation.foresight import Foresight, ForesightHead
 from generation.generator import TokenizerFacts, load_generator
 from generation.tasks import LaytonGenTask, untold
 from generation.tokenizing import TokenizeJob, tokenize_dataset
 from layton.data.loader import collate
 from layton.data.sources import ScenesSource
 from layton.data.windows import ObjectWindows
+from layton.scenes import AHEAD_SIZES
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +43,8 @@ def task_of(place: Path, *, trainable: bool = True, dropout: float = 0.1, **opti
     )
 
 
-def batch_of(place: Path, *, use_text: bool = False) -> dict[str, Any]:
-    tokens = TokenShards(str(place / "tokens"), use_text=use_text)
+def batch_of(place: Path, *, use_text: bool = False, ahead: bool = False) -> dict[str, Any]:
+    tokens = TokenShards(str(place / "tokens"), use_text=use_text, ahead=ahead)
     return collate([tokens.sample(index, seed=0) for index in range(8)])
 
 
@@ -234,3 +236,48 @@ def test_contrast_asks_more_of_images_with_a_false_caption_alone(place: Path) ->
         task_of(place, contrast=-1)
     with pytest.raises(ValueError, match=r"must be 0, got 0\.1, 0\.0"):
         task_of(place, contrast=1, label_smoothing=0.1, dropout=0.0)
+
+
+def test_foresight_learns_what_is_ahead_and_leaves_nothing_behind(place: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    task = task_of(place, caption_dropout=0.0, dropout=0.0, foresight=Foresight(AHEAD_SIZES, block=0, weight=0.5))
+    plain, batch = task_of(place, caption_dropout=0.0, dropout=0.0), batch_of(place, ahead=True)
+    terms, weights = task.train().supervised_terms(batch)
+    assert terms["cross_entropy"].equal(plain.train().supervised_terms(batch)[0]["cross_entropy"])
+    assert weights == {"foresight": 0.5}
+    optimizer = AdamW(task.trainable_parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        task.training_step(batch, 0).backward()
+        optimizer.step()
+    after = task.supervised_terms(batch)[0]["foresight"]
+    assert after < 0.5 * terms["foresight"]
+    task.export(tmp_path / "export")
+    assert load_generator(tmp_path / "export").transformer.state_dict().keys() == plain.transformer.state_dict().keys()
+
+
+def test_foresight_is_not_asked_of_images_without_a_caption(place: Path) -> None:
+    task = task_of(place, caption_dropout=0.0, dropout=0.0, foresight=Foresight(AHEAD_SIZES, block=0)).train()
+    batch = batch_of(place, ahead=True)
+    first = {name: value[:4] for name, value in batch.items()}
+    wanted = task.supervised_terms(first)[0]["foresight"]
+    silent = {**batch, "caption": [*batch["caption"][:4], *[""] * 4]}
+    torch.testing.assert_close(task.supervised_terms(silent)[0]["foresight"], wanted)
+    missing = {**batch, "valid": torch.arange(8) < 4}
+    torch.testing.assert_close(task.supervised_terms(missing)[0]["foresight"], wanted)
+    missing["valid"] = missing["valid"][:, None].expand(8, TOKENS)
+    torch.testing.assert_close(task.supervised_terms(missing)[0]["foresight"], wanted)
+
+
+def test_foresight_that_cannot_be_is_refused(place: Path) -> None:
+    task = task_of(place, foresight=Foresight(AHEAD_SIZES, block=0))
+    with pytest.raises(ValueError, match="give TokenShards ahead: true"):
+        task.training_step(batch_of(place), 0)
+    blocks = len(task.transformer.blocks)
+    with pytest.raises(ValueError, match=f"the transformer has {blocks} blocks"):
+        task_of(place, foresight=Foresight(AHEAD_SIZES, block=blocks))
+    for arguments in (((), 0, 0.3), ((1,), 0, 0.3), ((6,), -1, 0.3), ((6,), 0, 0.0)):
+        with pytest.raises(ValueError, match="need answers"):
+            Foresight(*arguments)
+    with pytest.raises(ValueError, match=r"need answers \(2, 3, 1\), got \(2, 3, 2\)"):
+        ForesightHead(4, (6,))(torch.zeros(2, 3, 4), torch.zeros(2, 3, 2, dtype=torch.int64))

@@ -4,7 +4,18 @@ from dataclasses import replace
 
 import numpy as np
 
-from layton.scenes import Scene, SceneObject, begun_cells, object_cells, render, sample_scene
+from layton.scenes import (
+    AHEAD_SIZES,
+    COLOURS,
+    SHAPES,
+    Scene,
+    SceneObject,
+    begun_cells,
+    object_cells,
+    objects_ahead,
+    render,
+    sample_scene,
+)
 
 
 def test_cells_are_those_where_the_picture_shows_an_object() -> None:
@@ -23,3 +34,21 @@ def test_begun_cells_know_nothing_but_what_came_before() -> None:
     assert np.argwhere(touched).tolist() == [[3, 3], [3, 4], [4, 3], [4, 4]]
     expected = [[3, 4], [3, 5], [4, 2], [4, 3], [4, 4], [4, 5], [5, 2], [5, 3], [5, 4], [5, 5]]
     assert np.argwhere(begun).tolist() == expected
+
+
+def test_what_is_ahead_is_known_until_an_object_begins() -> None:
+    square = SceneObject("square", "red", 0.5, 0.5, 0.24, 0.0)
+    star = SceneObject("star", "blue", 0.2, 0.2, 0.2, 0.0)
+    scene: Scene = replace(sample_scene(0), objects=(square, star))
+    ahead = objects_ahead(scene, 8)
+    begins = [int(np.flatnonzero(object_cells(replace(scene, objects=(one,)), 8)).min()) for one in (star, square)]
+    assert begins[1] == 3 * 8 + 3
+    answers = [(2, "star", "blue"), (1, "square", "red")]
+    told = [[n, list(SHAPES).index(shape) + 1, list(COLOURS).index(colour) + 1] for n, shape, colour in answers]
+    assert ahead[: begins[0] + 1].tolist() == [told[0]] * (begins[0] + 1)
+    assert ahead[begins[0] + 1 : begins[1] + 1].tolist() == [told[1]] * (begins[1] - begins[0])
+    assert not ahead[begins[1] + 1 :].any()
+    assert objects_ahead(replace(scene, objects=(square, square)), 8)[begins[1]].tolist() == [2, *told[1][1:]]
+    assert not objects_ahead(replace(scene, objects=()), 8).any()
+    for seed in range(20):  # every answer is one that a head of these sizes can give
+        assert (objects_ahead(sample_scene(seed), 16) < AHEAD_SIZES).all()
