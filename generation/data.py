@@ -43,7 +43,7 @@ class TokenShards(SampleSource):
         unbegun: For scenes, weight of codes that come before any object is next to them (`layton.scenes.begun_cells`),
             in (0, 1]; below 1 samples also hold ``weights`` (N,), see `generation.tasks.LaytonGenTask`.
         contrary: For scenes, what is wrong in a false caption that goes with the true one: some of count, colour,
-            relation, shape (`layton.scenes.contrary`). Samples then hold ``contrary``, empty where nothing applies.
+            relation, shape, kind (`layton.scenes.contrary`). Samples then hold ``contrary``, empty where none applies.
         ahead: For scenes, whether samples also hold ``ahead`` (N, 3), what is still to be drawn at each code
             (`layton.scenes.objects_ahead`).
         use_text: Whether cached text features are given out, where there are any.

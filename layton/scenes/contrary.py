@@ -11,7 +11,7 @@ from layton.scenes.captions import CHINESE_PREFIXES, INVERSE, PREFIXES, Wording,
 from layton.scenes.splits import is_unseen, split_of_seed
 from layton.scenes.world import COLOURS, MAX_OBJECTS, SHAPES, Colour, Scene, SceneObject, Shape
 
-Change = Literal["count", "colour", "relation", "shape"]
+Change = Literal["count", "colour", "relation", "shape", "kind"]
 CHANGES: Final[tuple[Change, ...]] = get_args(Change)
 
 
@@ -73,6 +73,7 @@ def altered(scene: Scene, change: Change, rng: random.Random) -> Scene | None:
 
     One object or one kind of object: its number, colour or shape becomes another. Two kinds: colours are exchanged
     (one replaced where they are equal), the relation is mirrored, or one shape is replaced by one that is not there.
+    "kind": one of two objects goes, or another one joins a single object.
     """
     if change == "relation":
         return None if scene.relation is None else replace(scene, relation=INVERSE[scene.relation])
@@ -80,6 +81,8 @@ def altered(scene: Scene, change: Change, rng: random.Random) -> Scene | None:
     objects = scene.objects
     if change == "count":
         return _recounted(scene, rng) if one_kind else None
+    if change == "kind":
+        return _with_other_kinds(scene, one_kind, rng)
     if change == "shape":
         others = [shape for shape in SHAPES if shape not in {item.shape for item in objects}]
         return replace(scene, objects=_with(objects, one_kind, rng, shape=rng.choice(others)))
@@ -95,6 +98,18 @@ def _recounted(scene: Scene, rng: random.Random) -> Scene:
     count = len(scene.objects)
     other = rng.choice([number for number in (count - 1, count + 1) if 1 <= number <= MAX_OBJECTS])
     return replace(scene, task="counting" if other > 1 else "colors", objects=scene.objects[:1] * other)
+
+
+def _with_other_kinds(scene: Scene, one_kind: bool, rng: random.Random) -> Scene | None:
+    """Without one of two objects, or with another beside a single one; None for several of one kind."""
+    first, *others = scene.objects
+    if not one_kind:
+        return replace(scene, task="colors", relation=None, objects=(rng.choice([first, *others]),))
+    if others:
+        return None
+    shape = rng.choice([name for name in SHAPES if name != first.shape])
+    joined = (first, replace(first, shape=shape, colour=rng.choice(list(COLOURS))))
+    return replace(scene, task="color_attr", objects=joined)
 
 
 def _with(

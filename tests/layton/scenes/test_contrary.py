@@ -29,7 +29,7 @@ def test_exactly_one_thing_is_changed(task) -> None:
         scene, rng = sample_scene(seed, task=task), random.Random(seed)
         for change in CHANGES:
             other = altered(scene, change, rng)
-            if other is None:
+            if other is None or change == "kind":
                 continue
             applied.add(change)
             before, after = facts(scene), facts(other)
@@ -46,6 +46,21 @@ def test_exactly_one_thing_is_changed(task) -> None:
     assert applied == {"colour", "shape"} | ({"count"} if one_kind else set()) | (
         {"relation"} if task == "position" else set()
     )
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_one_of_two_goes_or_another_joins_a_single_one(task) -> None:
+    for seed in range(30):
+        scene = sample_scene(seed, task=task)
+        other = altered(scene, "kind", random.Random(seed))
+        if task == "counting":
+            assert other is None
+            continue
+        assert other is not None and {len(scene.objects), len(other.objects)} == {1, 2}
+        kinds = [{(item.shape, item.colour) for item in each.objects} for each in (scene, other)]
+        assert min(kinds, key=len) < max(kinds, key=len)
+        assert other.relation is None
+        assert (" and " in describe(other, Wording())) == (len(scene.objects) == 1)
 
 
 def test_captions_differ_from_the_true_one_and_are_worded_alike() -> None:
