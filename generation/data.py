@@ -17,7 +17,17 @@ from generation.stored_text import StoredText
 from generation.token_shards import TokenHeader, differences, read_shard, require_whole, shard_files
 from layton.data.sources import SampleSource, say, say_contrary
 from layton.data.types import Split, check_split, split_of_key
-from layton.scenes import Scene, Texture, begun_cells, check_textures, objects_ahead, sample_scene, texture_of
+from layton.scenes import (
+    SHOWN_SIZES,
+    Scene,
+    Texture,
+    begun_cells,
+    check_textures,
+    objects_ahead,
+    objects_shown,
+    sample_scene,
+    texture_of,
+)
 from layton.scenes.contrary import CHANGES, Change
 from layton.scenes.splits import split_of_seed
 
@@ -46,6 +56,9 @@ class TokenShards(SampleSource):
             relation, shape, kind (`layton.scenes.contrary`). Samples then hold ``contrary``, empty where none applies.
         ahead: For scenes, whether samples also hold ``ahead`` (N, 3), what is still to be drawn at each code
             (`layton.scenes.objects_ahead`).
+        shown: For `generation.judge_task`, side of a grid of which samples hold ``shown`` (shown**2, 3), what is seen
+            in each cell (`layton.scenes.objects_shown`), -1 for what is no scene; 0 for none.
+        untrue: Whether the captions are false: samples then hold them as ``contrary``, and an empty ``caption``.
         use_text: Whether cached text features are given out, where there are any.
         verify: Compare the shards' digests with the manifest's first.
 
@@ -66,6 +79,8 @@ class TokenShards(SampleSource):
         unbegun: float = 1.0,
         contrary: Sequence[Change] = (),
         ahead: bool = False,
+        shown: int = 0,
+        untrue: bool = False,
         use_text: bool = True,
         verify: bool = True,
     ) -> None:
@@ -76,6 +91,8 @@ class TokenShards(SampleSource):
             raise ValueError(f"unbegun must be in (0, 1], got {unbegun}")
         if isinstance(contrary, str) or not set(contrary) <= set(CHANGES):
             raise ValueError(f"contrary must be some of {', '.join(CHANGES)}, got {contrary!r}")
+        if shown < 0 or (untrue and (contrary or any(shares.values()))):
+            raise ValueError(f"need shown >= 0, and of untrue captions no others, got {shown}, {contrary}, {shares}")
         if textures is not None:
             check_textures(textures)
         self.folder, self.split, self._unbegun = Path(folder), check_split(split), unbegun
@@ -89,7 +106,7 @@ class TokenShards(SampleSource):
         other = next((key for key in kept.keys if ahead and not key.startswith(_SCENES)), None)
         if other is not None:
             raise ValueError(f"only of scenes is known what is ahead, {folder} also holds {other!r}")
-        self._ahead = ahead
+        self._ahead, self._shown, self._untrue = ahead, shown, untrue
         self.header, self._keys, self._captions = kept.header, kept.keys, kept.captions
         self._codes, self._places = kept.codes.numpy(), kept.places  # torch cannot pickle its uint16
         self._texts: StoredText | None = None
@@ -121,10 +138,14 @@ class TokenShards(SampleSource):
         }
         if self._contrary:
             sample["contrary"] = self._false_caption(key, seed)
+        if self._untrue:
+            sample |= {"caption": "", "contrary": sample["caption"]}
         if self._unbegun < 1 and key.startswith(_SCENES):
             sample["weights"] = self._weights(key)
         if self._ahead:
             sample["ahead"] = torch.from_numpy(objects_ahead(_scene(key), self._grid))
+        if self._shown:
+            sample["shown"] = self._seen(key)
         if self._texts is not None:
             shard, row = self._places[index].tolist()
             text, mask = self._texts.padded(shard, row)
@@ -157,6 +178,11 @@ class TokenShards(SampleSource):
         if not key.startswith(_SCENES):
             return ""
         return say_contrary(_scene(key), seed, self._contrary, **(self._shares or {}))
+
+    def _seen(self, key: str) -> Tensor:
+        if not key.startswith(_SCENES):
+            return torch.full((self._shown**2, len(SHOWN_SIZES)), -1)
+        return torch.from_numpy(objects_shown(_scene(key), self._shown))
 
     def _weights(self, key: str) -> Tensor:
         begun = begun_cells(_scene(key), self._grid)

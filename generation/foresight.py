@@ -43,8 +43,8 @@ class Foresight:
             raise ValueError(f"need answers of two kinds or more, block >= 0 and weight > 0, got {self}")
 
 
-class ForesightHead(nn.Module):
-    """One linear layer for all questions.
+class AnswerHead(nn.Module):
+    """Several questions asked at each place, all answered by one linear layer.
 
     Args:
         width: D.
@@ -55,30 +55,30 @@ class ForesightHead(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.norm = nn.RMSNorm(width, eps=1e-5)
-        self.answers = nn.Linear(width, sum(sizes))
+        self.layer = nn.Linear(width, sum(sizes))
 
-    def forward(self, hidden: Tensor, ahead: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, answers: Tensor, *, valid: Tensor | None = None) -> Tensor:
         """Cross-entropy of the answers, summed over the questions.
 
         Args:
-            hidden: (B, N, D), what the transformer knows before each code.
-            ahead: (B, N, F) int64, the right answers there.
+            hidden: (B, N, D), what is known at each place.
+            answers: (B, N, F) int64, the right answers there.
             valid: (B,) or (B, N) bool; None when all count.
 
         Returns:
             () float32.
 
         Raises:
-            ValueError: If ``ahead`` does not answer these questions.
+            ValueError: If there are not so many answers.
         """
-        if ahead.shape != (*hidden.shape[:2], len(self.sizes)):
-            raise ValueError(f"need answers {(*hidden.shape[:2], len(self.sizes))}, got {tuple(ahead.shape)}")
-        logits = self.answers(self.norm(hidden)).float().split(self.sizes, dim=-1)
+        if answers.shape != (*hidden.shape[:2], len(self.sizes)):
+            raise ValueError(f"need answers {(*hidden.shape[:2], len(self.sizes))}, got {tuple(answers.shape)}")
+        logits = self.layer(self.norm(hidden)).float().split(self.sizes, dim=-1)
         wrong = [
-            F.cross_entropy(each.flatten(0, 1), ahead[..., index].flatten(), reduction="none")
+            F.cross_entropy(each.flatten(0, 1), answers[..., index].flatten(), reduction="none", ignore_index=-1)
             for index, each in enumerate(logits)
         ]
-        return mean_of_valid(torch.stack(wrong).sum(0).view(ahead.shape[:2]), valid)
+        return mean_of_valid(torch.stack(wrong).sum(0).view(answers.shape[:2]), valid)
 
 
 @contextmanager

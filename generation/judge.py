@@ -59,6 +59,7 @@ class Judge(nn.Module):
             "caption_depth": caption_depth,
             "num_heads": num_heads,
         }
+        self.width = width
         self.stem = nn.Sequential(
             nn.Conv2d(code_dim, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 3, stride=2, padding=1)
         )

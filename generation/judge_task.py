@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from generation.data import TokenShards
+from generation.foresight import AnswerHead
 from generation.judge import Judge
 from generation.text_encoders import TextEncoder
 from layton.data.sources import walk
+from layton.scenes import SHOWN_SIZES
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
 from layton.tokenizer import LaytonTokenizer
 
@@ -27,6 +29,8 @@ class JudgeTask(LaytonTask):
         judge: Learns.
         text_encoder: Reads the captions; frozen.
         tokenizer: Tokenizer folder or embedded one.
+        reading: Weight of the cross-entropy of what is seen in each of the judge's places, batches' ``shown``
+            (B, T, 3); 0 does not ask. What can be read off a picture, captions are soon compared with.
         code_dropout: Share of the codes that are replaced by random ones.
         optimizer: Makes the optimizer.
         lr_scheduler: Makes the learning-rate schedule.
@@ -43,13 +47,16 @@ class JudgeTask(LaytonTask):
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None = None,
         tokenizer: str = "mini",
+        reading: float = 0.0,
         code_dropout: float = 0.0,
     ) -> None:
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
         if not 0.0 <= code_dropout < 1.0:
             raise ValueError(f"code_dropout must be in [0, 1), got {code_dropout}")
         place = LaytonTokenizer.from_pretrained(tokenizer, decoders=[])
-        self.judge, self.code_dropout = judge, code_dropout
+        self.judge, self.code_dropout, self.reading = judge, code_dropout, reading
+        if reading:
+            self.reader = AnswerHead(judge.width, SHOWN_SIZES)  # is no part of what is exported
         # in a list: what is frozen is no part of checkpoints
         self._frozen = [(text_encoder.requires_grad_(False).eval(), place.requires_grad_(False).eval())]
 
@@ -108,12 +115,18 @@ class JudgeTask(LaytonTask):
         kind = torch.tensor(kinds, device=odds.device)
         holds = (kind == 0).to(odds)
         terms = {"cross_entropy": F.binary_cross_entropy_with_logits(odds, holds)}
+        weights: dict[str, float] = {}
+        if self.reading:
+            known = batch["shown"][:, 0, 0] >= 0
+            terms["reading"], weights["reading"] = self.reader(seen, batch["shown"], valid=known), self.reading
         right = ((odds > 0) == holds.bool()).float()
         logged = {}
         for number, name in enumerate(("true", "false", "foreign")):
             if bool((kind == number).any()):
                 logged[f"right_{name}"] = right[kind == number].mean()
-        return self.log_losses({**terms, **logged}, weights=dict.fromkeys(logged, 0.0), batch_size=len(codes))
+        return self.log_losses(
+            {**terms, **logged}, weights={**weights, **dict.fromkeys(logged, 0.0)}, batch_size=len(codes)
+        )
 
 
 def _rolled(captions: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from generation.data import TokenShards
 from generation.decoding import generate_codes
-from generation.foresight import Foresight, ForesightHead, output_of
+from generation.foresight import AnswerHead, Foresight, output_of
 from generation.generator import Generator, GeneratorCard, SamplingDefaults, TokenizerFacts, save_generator
 from generation.guidance import Guidance
 from generation.loss import contrast_loss, mean_of_valid, next_code_loss, next_code_losses
@@ -103,7 +103,7 @@ class LaytonGenTask(LaytonTask):
         if foresight is not None:
             if foresight.block >= len(transformer.blocks):
                 raise ValueError(f"the transformer has {len(transformer.blocks)} blocks, got {foresight}")
-            self.foresight_head = ForesightHead(transformer.width, foresight.sizes)
+            self.foresight_head = AnswerHead(transformer.width, foresight.sizes)
         self.sampling = sampling or SamplingDefaults()
         self._told_of_cuts = False
         self._check_parts()

@@ -7,7 +7,14 @@
 from __future__ import annotations
 
 from layton.scenes.captions import canonical_caption, caption, vocabulary
-from layton.scenes.cells import AHEAD_SIZES, begun_cells, object_cells, objects_ahead
+from layton.scenes.cells import (
+    AHEAD_SIZES,
+    SHOWN_SIZES,
+    begun_cells,
+    object_cells,
+    objects_ahead,
+    objects_shown,
+)
 from layton.scenes.layout import as_position, check_textures, sample_scene, texture_of, textured_seeds
 from layton.scenes.render import coverage, render
 from layton.scenes.splits import Split, is_unseen, split_of_seed, split_seeds
@@ -17,6 +24,7 @@ __all__ = [
     "AHEAD_SIZES",
     "COLOURS",
     "SHAPES",
+    "SHOWN_SIZES",
     "TASKS",
     "Background",
     "Colour",
@@ -35,6 +43,7 @@ __all__ = [
     "is_unseen",
     "object_cells",
     "objects_ahead",
+    "objects_shown",
     "render",
     "sample_scene",
     "split_of_seed",

@@ -9,6 +9,7 @@ from layton.scenes.render import coverage
 from layton.scenes.world import COLOURS, MAX_OBJECTS, SHAPES, Scene, SceneObject
 
 _POINTS = 8  # a cell is looked at with so many points a side
+SHOWN_SIZES = (len(SHAPES) + 1, len(COLOURS) + 1, MAX_OBJECTS + 1)  # numbers of values of `objects_shown`
 AHEAD_SIZES = (MAX_OBJECTS + 1, len(SHAPES) + 1, len(COLOURS) + 1)  # numbers of values of `objects_ahead`
 
 
@@ -48,6 +49,28 @@ def objects_ahead(scene: Scene, grid: int) -> NDArray[np.int64]:
         ahead[start : cell + 1] = left, shapes.index(item.shape) + 1, colours.index(item.colour) + 1
         start = max(start, cell + 1)
     return ahead
+
+
+def objects_shown(scene: Scene, grid: int) -> NDArray[np.int64]:
+    """What is seen in each cell.
+
+    Returns:
+        (grid * grid, 3): shape and colour of an object that touches the cell, as places in `SHAPES` and `COLOURS`
+        counted from 1, and 0 where there is none; how many objects' centres lie there. `SHOWN_SIZES` says how many
+        values each has. Of two objects the one whose centre is nearer is seen.
+    """
+    shapes, colours = list(SHAPES), list(COLOURS)
+    shown = np.zeros((grid, grid, len(SHOWN_SIZES)), dtype=np.int64)
+    nearest = np.full((grid, grid), np.inf)
+    middle = (np.arange(grid) + 0.5) / grid
+    for item in scene.objects:
+        distance = np.hypot(middle[:, None] - item.cy, middle[None] - item.cx)
+        seen = _cells_of(item, grid) & (distance < nearest)
+        shown[seen, :2] = shapes.index(item.shape) + 1, colours.index(item.colour) + 1
+        nearest[seen] = distance[seen]
+        row, column = (min(int(place * grid), grid - 1) for place in (item.cy, item.cx))
+        shown[row, column, 2] += 1
+    return shown.reshape(grid * grid, -1)
 
 
 def _cells_of(item: SceneObject, grid: int) -> NDArray[np.bool_]:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 
 from generation.data import TokenShards
-from generation.foresight import Foresight, ForesightHead
+from generation.foresight import AnswerHead, Foresight
 from generation.generator import TokenizerFacts, load_generator
 from generation.tasks import LaytonGenTask, untold
 from generation.tokenizing import TokenizeJob, tokenize_dataset
@@ -280,4 +280,4 @@ def test_foresight_that_cannot_be_is_refused(place: Path) -> None:
         with pytest.raises(ValueError, match="need answers"):
             Foresight(*arguments)
     with pytest.raises(ValueError, match=r"need answers \(2, 3, 1\), got \(2, 3, 2\)"):
-        ForesightHead(4, (6,))(torch.zeros(2, 3, 4), torch.zeros(2, 3, 2, dtype=torch.int64))
+        AnswerHead(4, (6,))(torch.zeros(2, 3, 4), torch.zeros(2, 3, 2, dtype=torch.int64))
