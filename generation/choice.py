@@ -24,6 +24,7 @@ class SamplingChoice:
         top_k: Number of likeliest codes to draw among; 0 for all.
         top_p: Share of the likeliest codes to draw among; 1 for all.
         min_entropy: Nats from which on guidance and temperature act, see `generation.sampling.SamplingOptions`.
+        candidates: Images drawn for each one that is wanted, of which a judge keeps the best.
     """
 
     guidance_scale: float | None = None
@@ -32,6 +33,7 @@ class SamplingChoice:
     top_k: int | None = None
     top_p: float | None = None
     min_entropy: float | None = None
+    candidates: int | None = None
 
     def over(self, defaults: SamplingDefaults) -> tuple[SamplingOptions, Guidance]:
         """These settings, filled up with a model's defaults.

@@ -105,10 +105,11 @@ class LaytonGenDrawer:
             top_k=sampling.top_k or 0,
             top_p=sampling.top_p,
             min_entropy=sampling.min_entropy,
+            candidates=self.sampling.candidates,
             generator=list(generators),
             output_type="np",
             callback_on_step_end=None if callback is None else lambda _, index, *__: callback(index),
-            batch_size=max(1, len(generators)),
+            batch_size=max(1, len(generators)) * self.pipeline.candidates(self.sampling.candidates),
         )
         return [np.round(image * 255).astype(np.uint8) for image in np.asarray(result.images)]
 
@@ -136,5 +137,7 @@ class LaytonGenDrawer:
             "top_k": sampling.top_k,
             "top_p": sampling.top_p,
             "min_entropy": sampling.min_entropy,
+            "candidates": self.pipeline.candidates(self.sampling.candidates),
+            "judge": None if self.pipeline.judge is None else weights_digest(self.pipeline.judge.judge),
             "prompts_rewritten": False,
         }

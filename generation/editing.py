@@ -28,6 +28,8 @@ def continue_image(
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_entropy: float | None = None,
+    candidates: int | None = None,
     decoder: str | None = None,
     num_inference_steps: int | None = None,
     generator: Generators | None = None,
@@ -44,6 +46,8 @@ def continue_image(
         temperature: See there.
         top_k: See there.
         top_p: See there.
+        min_entropy: See there.
+        candidates: See there.
         decoder: See there.
         num_inference_steps: See there.
         generator: See there.
@@ -64,6 +68,8 @@ def continue_image(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_entropy=min_entropy,
+        candidates=candidates,
         decoder=decoder,
         num_inference_steps=num_inference_steps,
         generator=generator,
@@ -81,6 +87,8 @@ def resample_tokens(
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_entropy: float | None = None,
+    candidates: int | None = None,
     decoder: str | None = None,
     num_inference_steps: int | None = None,
     generator: Generators | None = None,
@@ -97,6 +105,8 @@ def resample_tokens(
         temperature: See there.
         top_k: See there.
         top_p: See there.
+        min_entropy: See there.
+        candidates: See there.
         decoder: See there.
         num_inference_steps: See there.
         generator: See there.
@@ -119,6 +129,8 @@ def resample_tokens(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_entropy=min_entropy,
+        candidates=candidates,
         decoder=decoder,
         num_inference_steps=num_inference_steps,
         generator=generator,
@@ -182,6 +194,7 @@ def interpolate_prompts(
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_entropy: float | None = None,
     seed: int = 0,
 ) -> Tensor:
     """Codes of images between two prompts: text features are mixed linearly; all images draw with the same seed.
@@ -195,6 +208,7 @@ def interpolate_prompts(
         temperature: See there.
         top_k: See there.
         top_p: See there.
+        min_entropy: See there.
         seed: Of every image.
 
     Returns:
@@ -209,7 +223,9 @@ def interpolate_prompts(
     # between the ends a token counts that either prompt has; at the ends only the prompt's own
     inside = (text.mask[0] | text.mask[1]).expand(steps, -1).clone()
     inside[0], inside[-1] = text.mask[0], text.mask[1]
-    sampling, guidance = pipeline.options(guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+    sampling, guidance = pipeline.options(
+        guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, min_entropy=min_entropy
+    )
     generators = [torch.Generator().manual_seed(seed) for _ in range(steps)]
     for generator in generators:  # as in the pipeline, which takes a number for the decoder's noise first
         torch.randint(2**62, (1,), generator=generator)

@@ -67,6 +67,11 @@ class SamplingDefaults:
         top_p: Share of the likeliest codes; 1 for all.
         min_entropy: Of the next code, in nats, from which on guidance and temperature act; see
             `generation.sampling.SamplingOptions`.
+        candidates: Images drawn for each one that is wanted, of which a judge keeps the best; heeded where there is a
+            judge (`generation.caption_judge`).
+
+    Raises:
+        ValueError: If there are no candidates.
     """
 
     guidance_scale: float = 2.0
@@ -74,6 +79,12 @@ class SamplingDefaults:
     top_k: int = 0
     top_p: float = 1.0
     min_entropy: float = 0.0
+    candidates: int = 1
+
+    def __post_init__(self) -> None:
+        """Check what no other class does."""
+        if self.candidates < 1:
+            raise ValueError(f"candidates must be at least 1, got {self.candidates}")
 
     def options(self) -> SamplingOptions:
         """How a code is drawn."""

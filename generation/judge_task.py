@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from generation.caption_judge import CaptionJudge
 from generation.data import TokenShards
 from generation.foresight import AnswerHead
 from generation.judge import Judge
@@ -87,8 +88,9 @@ class JudgeTask(LaytonTask):
         return self._loss(batch, batch["codes"].long())
 
     def export(self, folder: Path) -> None:
-        """Write the judge."""
-        self.judge.save_pretrained(folder)
+        """Write a folder of `generation.caption_judge.CaptionJudge`."""
+        text_encoder, tokenizer = self._frozen[0]
+        CaptionJudge(self.judge, text_encoder, tokenizer.fingerprint()).save_pretrained(folder)
 
     def _loss(self, batch: dict[str, Any], codes: Tensor) -> Tensor:
         text_encoder, tokenizer = self._frozen[0]

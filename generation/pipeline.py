@@ -17,6 +17,8 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from generation.caption_judge import PART as JUDGE_PART
+from generation.caption_judge import CaptionJudge, judge_beside
 from generation.choice import SamplingChoice
 from generation.decoding import generate_codes
 from generation.generator import (
@@ -37,6 +39,7 @@ from layton.interface import Generators
 from layton.tokenizer import LDM_FOLDER, LaytonTokenizer
 
 MAX_IMAGES = 10_000
+MAX_CANDIDATES = 64
 StepEnd = Callable[["LaytonGenPipeline", int, int, dict[str, Any]], object]
 
 
@@ -66,13 +69,17 @@ class LaytonGenPipeline:
     Args:
         generator: Transformer and text encoder.
         tokenizer: With at least one decoder, unless only codes are wanted.
+        judge: Chooses among candidates; without it each image is drawn once.
 
     Raises:
-        ValueError: If the tokenizer is not the one that the generator was trained with.
+        ValueError: If the tokenizer is not the one that the generator, or the judge, was trained with.
     """
 
-    def __init__(self, generator: Generator, tokenizer: LaytonTokenizer) -> None:
+    def __init__(self, generator: Generator, tokenizer: LaytonTokenizer, judge: CaptionJudge | None = None) -> None:
         generator.card.require_tokenizer(tokenizer)
+        if judge is not None:
+            judge.require_tokenizer(tokenizer)
+        self.judge = judge
         self.card = generator.card
         self.transformer = generator.transformer.eval()
         self.text_encoder = generator.text_encoder.eval()
@@ -90,7 +97,7 @@ class LaytonGenPipeline:
         torch_dtype: torch.dtype = torch.float32,
         allow: Sequence[str] = (),
     ) -> Self:
-        """Load a pipeline without network.
+        """Load a pipeline without network; with the judge that lies beside the tokenizer, if there is one.
 
         Args:
             name: An embedded model such as ``"mini"``, a folder that `save_pretrained` wrote, or a generator's folder.
@@ -108,7 +115,9 @@ class LaytonGenPipeline:
         if isinstance(tokenizer, LaytonTokenizer):
             return cls(generator, tokenizer)
         place = assets.resolve(tokenizer) if tokenizer is not None else find_tokenizer(name, folder)
-        pipeline = cls(generator, LaytonTokenizer.from_pretrained(place, decoders=decoders, allow=allow))
+        beside = judge_beside(place)
+        judge = None if beside is None else CaptionJudge.from_pretrained(beside, allow=allow)
+        pipeline = cls(generator, LaytonTokenizer.from_pretrained(place, decoders=decoders, allow=allow), judge)
         pipeline._ldm = place / LDM_FOLDER if (place / LDM_FOLDER).is_dir() else None
         return pipeline
 
@@ -133,12 +142,16 @@ class LaytonGenPipeline:
         self.tokenizer.save_pretrained(root, dtype=dtype)
         if self._ldm is not None and self._ldm.resolve() != (root / LDM_FOLDER).resolve():
             shutil.copytree(self._ldm, root / LDM_FOLDER, dirs_exist_ok=True)
+        if self.judge is not None:
+            self.judge.save_pretrained(root / JUDGE_PART, dtype=dtype)
         save_generator(root / PART, Generator(self.transformer, self.text_encoder, self.card), dtype=dtype)
 
     def to(self, device: torch.device | str) -> Self:
         """Move all parts."""
         for part in (self.transformer, self.text_encoder, self.tokenizer):
             part.to(device)
+        if self.judge is not None:
+            self.judge.to(device)
         return self
 
     @property
@@ -161,6 +174,7 @@ class LaytonGenPipeline:
         top_k: int | None = None,
         top_p: float | None = None,
         min_entropy: float | None = None,
+        candidates: int | None = None,
         num_inference_steps: int | None = None,
         decoder: str | None = None,
         generator: Generators | None = None,
@@ -180,14 +194,17 @@ class LaytonGenPipeline:
             top_p: Share of the likeliest codes to draw among; 1 for all.
             min_entropy: Where the model is surer of the next code than so many nats, it is drawn plainly, without
                 guidance and at temperature 1; 0 for nowhere. See `generation.sampling.SamplingOptions`.
+            candidates: Images drawn for each one that is wanted, of which the judge keeps the best; by default the
+                model's own number, or 1 where there is no judge.
             num_inference_steps: Steps of the decoder; its own number by default.
             decoder: Name of the decoder; the tokenizer's choice by default.
             generator: One for each image, or one that seeds them all; seeds 0, 1, 2 ... by default.
             output_type: "pil", "np", "pt", or "codes" for no pictures.
             callback_on_step_end: Called with the pipeline, the index of the code, the same again (diffusers' time
-                step), and a dictionary with ``codes`` (B, N) so far, -1 where none is yet.
+                step), and a dictionary with ``codes`` (B, N) of all candidates so far, -1 where none is yet.
             known_codes: (B, N) codes that are given, -1 where one is to be drawn.
-            batch_size: Images encoded, drawn and decoded at once; what more images take is their codes and pictures.
+            batch_size: Images encoded, drawn and decoded at once, candidates counted, but at least one; what more
+                images take is their codes and pictures.
 
         Raises:
             ValueError: If an argument is out of range or the prompt is no text.
@@ -211,20 +228,25 @@ class LaytonGenPipeline:
         sampling, guidance = self.options(
             guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, min_entropy=min_entropy
         )
+        each = self.candidates(candidates)
+        at_once = max(1, batch_size // each)
         codes: list[Tensor] = []
         cuts: dict[int, TextCut] = {}
         pictures: list[Any] = []
-        for start in range(0, total, batch_size):
-            part = slice(start, min(start + batch_size, total))
-            text = self._text_of(prompts, range(part.start, part.stop), num_images_per_prompt, cuts)
+        for start in range(0, total, at_once):
+            part = slice(start, min(start + at_once, total))
+            images = range(part.start, part.stop)
+            text = self._text_of(prompts, images, num_images_per_prompt, cuts)
             drawn = self.draw_codes(
-                text,
-                generators=generators[part],
+                _repeated(text, each),
+                generators=_generators_of_candidates(generators[part], each),
                 sampling=sampling,
                 guidance=guidance,
-                known=None if known_codes is None else known_codes[part],
+                known=None if known_codes is None else known_codes[part].repeat_interleave(each, 0),
                 callback=callback_on_step_end,
             )
+            if each > 1 and self.judge is not None:
+                drawn = self._best(self.judge, drawn, [prompts[index // num_images_per_prompt] for index in images])
             codes.append(drawn.cpu())
             if output_type != "codes":
                 decoded = self.tokenizer.decode(
@@ -232,6 +254,26 @@ class LaytonGenPipeline:
                 )
                 pictures.append(finish(decoded.float().cpu(), output_type))
         return LaytonGenOutput(images=join(pictures, output_type), codes=torch.cat(codes), cut=tuple(cuts.values()))
+
+    def candidates(self, asked: int | None) -> int:
+        """How many images to draw for each.
+
+        Raises:
+            ValueError: If it is out of range, or there is nobody to choose.
+        """
+        count = asked if asked is not None else self.card.sampling.candidates if self.judge is not None else 1
+        if not 1 <= count <= MAX_CANDIDATES:
+            raise ValueError(f"candidates must be in [1, {MAX_CANDIDATES}], got {count}")
+        if count > 1 and self.judge is None:
+            raise ValueError(f"the best of {count} candidates is chosen by a judge, and none lies beside the tokenizer")
+        return count
+
+    def _best(self, judge: CaptionJudge, codes: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Of each prompt's candidates, codes (P * C, N), those that the judge likes best, (P, N)."""
+        each = len(codes) // len(prompts)
+        odds = judge.odds(self.tokenizer, codes, [prompt for prompt in prompts for _ in range(each)])
+        best = odds.view(-1, each).argmax(1) + each * torch.arange(len(prompts), device=odds.device)
+        return codes[best.to(codes.device)]
 
     def _text_of(
         self, prompts: Sequence[str], images: range, images_per_prompt: int, cuts: dict[int, TextCut]
@@ -313,3 +355,16 @@ class LaytonGenPipeline:
         )
         sampling, guidance = asked.over(self.card.sampling)
         return sampling, guidance_scale if isinstance(guidance_scale, Guidance) else guidance
+
+
+def _repeated(text: TextFeatures, count: int) -> TextFeatures:
+    if count == 1:
+        return text
+    return TextFeatures(text.features.repeat_interleave(count, 0), text.mask.repeat_interleave(count, 0))
+
+
+def _generators_of_candidates(generators: Sequence[torch.Generator], count: int) -> list[torch.Generator]:
+    """One generator for each candidate; a single one of each image draws with the image's own."""
+    if count == 1:
+        return list(generators)
+    return [child_generator(each) for each in generators for _ in range(count)]

@@ -37,6 +37,7 @@ def evaluate_generation(
     top_k: int | None = None,
     top_p: float | None = None,
     min_entropy: float | None = None,
+    candidates: int | None = None,
     weights: Weights | None = None,
     clip: str | None = None,
     resamples: int = 20,
@@ -65,6 +66,7 @@ def evaluate_generation(
         top_k: of LaytonGen; 0 for all codes.
         top_p: of LaytonGen; 1 for all codes.
         min_entropy: of LaytonGen, in nats; where it is surer of the next code, that is drawn plainly.
+        candidates: of LaytonGen, images drawn for each one that is kept: the one that its judge likes best.
         weights: of LaytonGen while it draws: bf16, or int8 on a CPU, to be quicker; by default as they are saved.
         clip: folder of a CLIP model in transformers' format.
         resamples: bootstrap resamples for the spread of FD-effnet; 0 for none.
@@ -86,7 +88,12 @@ def evaluate_generation(
     if images.count < 2:
         raise UsageError(f"two sets are compared: at least two images are needed, got {images.count}")
     sampling = SamplingChoice(
-        guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, min_entropy=min_entropy
+        guidance_scale,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_entropy=min_entropy,
+        candidates=candidates,
     )
     loaded = load_drawer(
         kind,

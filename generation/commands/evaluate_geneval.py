@@ -33,6 +33,7 @@ def evaluate_geneval(
     top_k: int | None = None,
     top_p: float | None = None,
     min_entropy: float | None = None,
+    candidates: int | None = None,
     weights: Weights | None = None,
     images_per_prompt: int = 4,
     seed: int = 42,
@@ -59,6 +60,7 @@ def evaluate_geneval(
         top_k: of LaytonGen; 0 for all codes.
         top_p: of LaytonGen; 1 for all codes.
         min_entropy: of LaytonGen, in nats; where it is surer of the next code, that is drawn plainly.
+        candidates: of LaytonGen, images drawn for each one that is kept: the one that its judge likes best.
         weights: of LaytonGen while it draws: bf16, or int8 on a CPU, to be quicker; by default as they are saved.
         images_per_prompt: images for each prompt; published scores have 4.
         seed: of the first image of every prompt.
@@ -76,7 +78,12 @@ def evaluate_geneval(
     if prompts is not None and out is not None:
         lines = read_prompts(prompts)
         sampling = SamplingChoice(
-            guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, min_entropy=min_entropy
+            guidance_scale,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_entropy=min_entropy,
+            candidates=candidates,
         )
         loaded = load_drawer(
             kind,

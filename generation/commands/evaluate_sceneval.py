@@ -32,6 +32,7 @@ def evaluate_sceneval(
     top_k: int | None = None,
     top_p: float | None = None,
     min_entropy: float | None = None,
+    candidates: int | None = None,
     weights: Weights | None = None,
     seed: int = 0,
     batch_size: int = 16,
@@ -57,6 +58,7 @@ def evaluate_sceneval(
         top_k: of LaytonGen; 0 for all codes.
         top_p: of LaytonGen; 1 for all codes.
         min_entropy: of LaytonGen, in nats; where it is surer of the next code, that is drawn plainly.
+        candidates: of LaytonGen, images drawn for each one that is kept: the one that its judge likes best.
         weights: of LaytonGen while it draws: bf16, or int8 on a CPU, to be quicker; by default as they are saved.
         seed: of the first image; the following images count up from it.
         batch_size: images drawn at once; the score does not depend on it.
@@ -68,7 +70,12 @@ def evaluate_sceneval(
     require_least(1, {"per_task": per_task, "images_per_prompt": images_per_prompt, "batch_size": batch_size})
     require_least(0, {"seed": seed})
     sampling = SamplingChoice(
-        guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, min_entropy=min_entropy
+        guidance_scale,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_entropy=min_entropy,
+        candidates=candidates,
     )
     if kind == "diffusion":
         if sampling.given() or any(value is not None for value in (tokenizer, decoder, weights, allow)):

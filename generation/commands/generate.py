@@ -32,6 +32,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     min_entropy: float | None = None,
+    candidates: int | None = None,
     weights: Weights | None = None,
     batch_size: int = 16,
     overwrite: bool = False,
@@ -58,6 +59,7 @@ def generate(
         top_k: number of likeliest codes to draw among; 0 for all.
         top_p: share of the likeliest codes to draw among; 1 for all.
         min_entropy: where the model is surer of the next code than so many nats, that is drawn plainly; 0 for nowhere.
+        candidates: images drawn for each one that is kept: the one that the judge beside the tokenizer likes best.
         weights: of the model while it draws: bf16, or int8 on a CPU, to be quicker; by default as they are saved.
         batch_size: images drawn at once; memory does not grow with their number.
         overwrite: replace pictures of the same names; without it they are an error, before anything is drawn.
@@ -75,7 +77,7 @@ def generate(
 
     require_least(1, {"num_images": num_images, "batch_size": batch_size, "steps": steps})
     require_least(0, {"seed": seed})
-    sampling = SamplingChoice(guidance_scale, guidance_schedule, temperature, top_k, top_p, min_entropy)
+    sampling = SamplingChoice(guidance_scale, guidance_schedule, temperature, top_k, top_p, min_entropy, candidates)
     require_sampling(sampling)
     if num_images > MAX_IMAGES:
         raise UsageError(f"--num-images must be at most {MAX_IMAGES}, got {num_images}")

@@ -75,5 +75,8 @@ COMMANDS: dict[str, Command] = {
     ),
     "reconstruct": Command("layton.commands.reconstruct", "reconstruct", "original and reconstruction side by side"),
     "reproduce": Command("layton.commands.reproduce", "reproduce", "one paper's headline claim, measured again"),
+    "rollouts": Command(
+        "generation.commands.rollouts", "rollouts", "what a LaytonGen draws of captions, right or wrong"
+    ),
     "tokenize": Command("generation.commands.tokenize", "tokenize", "a dataset to token shards; run again, it resumes"),
 }

@@ -8,11 +8,13 @@ from layton.scenes import (
     AHEAD_SIZES,
     COLOURS,
     SHAPES,
+    SHOWN_SIZES,
     Scene,
     SceneObject,
     begun_cells,
     object_cells,
     objects_ahead,
+    objects_shown,
     render,
     sample_scene,
 )
@@ -52,3 +54,19 @@ def test_what_is_ahead_is_known_until_an_object_begins() -> None:
     assert not objects_ahead(replace(scene, objects=()), 8).any()
     for seed in range(20):  # every answer is one that a head of these sizes can give
         assert (objects_ahead(sample_scene(seed), 16) < AHEAD_SIZES).all()
+
+
+def test_what_is_shown_is_the_nearer_object_and_its_centre() -> None:
+    square = SceneObject("square", "red", 0.5, 0.5, 0.24, 0.0)
+    star = SceneObject("star", "blue", 0.9, 0.1, 0.2, 0.0)
+    scene: Scene = replace(sample_scene(0), objects=(square, star))
+    shown = objects_shown(scene, 8).reshape(8, 8, 3)
+    red = [list(SHAPES).index("square") + 1, list(COLOURS).index("red") + 1]
+    assert np.argwhere((shown[..., :2] == red).all(-1)).tolist() == [[3, 3], [3, 4], [4, 3], [4, 4]]
+    assert shown[4, 4].tolist() == [*red, 1] and shown[3, 3].tolist() == [*red, 0]
+    assert np.argwhere(shown[..., 2]).tolist() == [[0, 7], [4, 4]]
+    assert ((shown[..., 0] > 0) == object_cells(scene, 8)).all()
+    for seed in range(20):
+        every = objects_shown(sample_scene(seed), 8)
+        assert (every < SHOWN_SIZES).all()
+        assert every[:, 2].sum() == len(sample_scene(seed).objects)

@@ -1,0 +1,122 @@
+"""A judge with the text encoder that reads its captions: how well images' tokens show what their prompts ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from generation.judge import Judge
+from generation.text_encoders import TextEncoder, text_encoder
+from layton.folder import class_name, load_config, save_config
+from layton.tokenizer import LDM_FOLDER, LaytonTokenizer, resolve_class
+
+CLASS_NAME = "generation.caption_judge.CaptionJudge"
+PART = "judge"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CaptionJudge:
+    """What chooses among drawn images; lies in ``judge/`` beside the tokenizer whose codes it reads.
+
+    Attributes:
+        judge: In eval mode.
+        text_encoder: In eval mode.
+        fingerprint: Of the tokenizer's codebook.
+    """
+
+    judge: Judge
+    text_encoder: TextEncoder
+    fingerprint: str
+
+    @torch.no_grad()
+    def odds(self, tokenizer: LaytonTokenizer, codes: Tensor, captions: Sequence[str]) -> Tensor:
+        """Log odds that images show what their captions say.
+
+        Args:
+            tokenizer: Whose codes they are.
+            codes: (B, N) int64.
+            captions: B texts.
+
+        Returns:
+            (B,) float32.
+        """
+        text = self.text_encoder.encode(captions)
+        embeddings = tokenizer.quantizer.codes_to_embeddings(codes, tokenizer.grid)
+        found: Tensor = self.judge(embeddings.float(), text.features, text.mask)
+        return found
+
+    def require_tokenizer(self, tokenizer: LaytonTokenizer) -> None:
+        """Refuse any tokenizer but the one whose codes were learnt.
+
+        Raises:
+            ValueError: With both fingerprints.
+        """
+        if tokenizer.fingerprint() != self.fingerprint:
+            raise ValueError(
+                f"the judge reads codes of another tokenizer (codebook {self.fingerprint}, "
+                f"got {tokenizer.fingerprint()})"
+            )
+
+    def to(self, device: torch.device | str) -> None:
+        """Move both parts."""
+        self.judge.to(device)
+        self.text_encoder.to(device)
+
+    def save_pretrained(
+        self, folder: str | Path, *, dtype: torch.dtype | None = None, with_text_encoder: bool = True
+    ) -> None:
+        """Write a folder; ``config.json``, which makes it one, comes last.
+
+        Args:
+            folder: Where to.
+            dtype: Floating-point type on disk.
+            with_text_encoder: Without, the folder must lie beside a latent diffusion model with the same one.
+        """
+        root = Path(folder)
+        self.judge.save_pretrained(root / "network", dtype=dtype)
+        if with_text_encoder:
+            self.text_encoder.save_pretrained(root / "text_encoder", dtype=dtype)
+        save_config(
+            root,
+            {
+                "class": CLASS_NAME,
+                "text_encoder_class": class_name(type(self.text_encoder)),
+                "text_encoder": self.text_encoder.fingerprint(),
+                "tokenizer": self.fingerprint,
+            },
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, allow: Sequence[str] = ()) -> CaptionJudge:
+        """Read what `save_pretrained` wrote.
+
+        Args:
+            folder: Where it is.
+            allow: Prefixes of class names that may be loaded beside ``layton.`` and ``generation.``.
+
+        Raises:
+            ValueError: If something is missing, damaged, or is not what ``config.json`` says.
+        """
+        root = Path(folder)
+        config = load_config(root, expected_class=CLASS_NAME)
+        if (root / "text_encoder").is_dir():
+            kind = resolve_class(str(config.get("text_encoder_class")), TextEncoder, allow)
+            encoder = cast(TextEncoder, kind.from_pretrained(root / "text_encoder"))
+        else:
+            encoder = text_encoder(str(root.parent / LDM_FOLDER))
+        found, wanted = encoder.fingerprint(), str(config.get("text_encoder"))
+        if found != wanted:
+            raise ValueError(f"{root}: the judge reads features of another text encoder ({wanted}, found {found})")
+        judge = Judge.from_pretrained(root / "network").eval().requires_grad_(False)
+        return cls(judge, encoder.eval().requires_grad_(False), str(config.get("tokenizer")))
+
+
+def judge_beside(tokenizer: Path) -> Path | None:
+    """The folder of the judge that lies with a tokenizer; None if there is none."""
+    folder = tokenizer / PART
+    return folder if folder.is_dir() else None

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from laytongen_parts import CODES, LENGTH, TOKENS, WIDTH, tiny_generator, tiny_text_encoder, tiny_tokenizer, write_model
+from torch import Tensor
+from torch.optim import AdamW
+from torch.testing import assert_close
+
+from generation.caption_judge import CaptionJudge
+from generation.data import TokenShards
+from generation.generator import SamplingDefaults
+from generation.judge import Judge
+from generation.judge_task import JudgeTask
+from generation.pipeline import LaytonGenPipeline
+from generation.rewards import Reward, Scores
+from generation.rollouts import draw_rollouts
+from generation.token_shards import verify
+from generation.tokenizing import TokenizeJob, tokenize_dataset
+from layton.cli import main
+from layton.data.loader import collate
+from layton.data.prompts import SceneCaptions
+from layton.data.sources import ScenesSource
+from layton.ldm.text import build_text_encoder
+from layton.scenes.contrary import CHANGES
+
+GRID = 4
+
+
+def tiny_judge(*, seed: int = 0) -> Judge:
+    torch.manual_seed(seed)
+    return Judge(
+        code_dim=4,
+        grid=GRID,
+        text_width=WIDTH,
+        text_length=LENGTH,
+        width=32,
+        image_depth=1,
+        caption_depth=1,
+        num_heads=2,
+    ).eval()
+
+
+def caption_judge() -> CaptionJudge:
+    return CaptionJudge(tiny_judge(), tiny_text_encoder(), tiny_tokenizer().fingerprint())
+
+
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+def test_the_verdict_depends_on_image_and_caption_alone() -> None:
+    judge, generator = tiny_judge(), torch.Generator().manual_seed(0)
+    images = torch.randn(3, 4, GRID, GRID, generator=generator)
+    features = torch.randn(3, 6, WIDTH, generator=generator)
+    mask = torch.tensor([[True] * 6, [False] * 2 + [True] * 4, [False] * 5 + [True]])
+    with torch.no_grad():
+        odds = judge(images, features, mask)
+        alone = [judge(images[row : row + 1], features[row : row + 1], mask[row : row + 1]) for row in range(3)]
+        assert_close(torch.cat(alone), odds)
+        noisy = torch.where(mask[..., None], features, 9.0)
+        assert_close(judge(images, noisy, mask), odds)
+        more = torch.nn.functional.pad(features, (0, 0, 3, 0)), torch.nn.functional.pad(mask, (3, 0))
+        assert_close(judge(images, *more), odds)
+        assert not torch.allclose(judge(images.flip(0), features, mask), odds)
+        assert not torch.allclose(judge(images.flip(3), features, mask), odds)  # left is not right
+        assert not torch.allclose(judge(images, features.flip(1), mask.new_ones(mask.shape)), odds)
+    with pytest.raises(ValueError, match=f"captions of {LENGTH} tokens, got {LENGTH + 1}"):
+        judge(images, torch.zeros(3, LENGTH + 1, WIDTH), torch.ones(3, LENGTH + 1, dtype=torch.bool))
+    with pytest.raises(ValueError, match="even, got 5"):
+        Judge(grid=5)
+
+
+def test_a_saved_judge_is_the_same_and_knows_its_tokenizer(tmp_path: Path) -> None:
+    judge, tokenizer = caption_judge(), tiny_tokenizer()
+    codes = torch.randint(CODES, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+    captions = ["a red circle", "two blue stars"]
+    judge.save_pretrained(tmp_path / "judge")
+    loaded = CaptionJudge.from_pretrained(tmp_path / "judge")
+    assert_close(loaded.odds(tokenizer, codes, captions), judge.odds(tokenizer, codes, captions))
+    with pytest.raises(ValueError, match="reads codes of another tokenizer"):
+        loaded.require_tokenizer(tiny_tokenizer(seed=1))
+    shutil.rmtree(tmp_path / "judge" / "text_encoder")
+    ldm = tmp_path / "ldm"
+    judge.text_encoder.tokenizer.save_pretrained(ldm)
+    judge.text_encoder.model.save_pretrained(ldm)
+    beside = CaptionJudge.from_pretrained(tmp_path / "judge")
+    assert_close(beside.odds(tokenizer, codes, captions), judge.odds(tokenizer, codes, captions))
+    build_text_encoder(judge.text_encoder.tokenizer, width=WIDTH, depth=2, num_heads=2).save_pretrained(ldm)
+    with pytest.raises(ValueError, match="another text encoder"):
+        CaptionJudge.from_pretrained(tmp_path / "judge")
+
+
+class _LikesHigh(CaptionJudge):
+    """Likes images of high codes, whatever their captions say."""
+
+    __slots__ = ()
+
+    def odds(self, tokenizer: Any, codes: Tensor, captions: Any) -> Tensor:
+        return codes.float().sum(1)
+
+
+def picky_pipeline(*, candidates: int = 1) -> LaytonGenPipeline:
+    tokenizer = tiny_tokenizer()
+    judge = caption_judge()
+    pipe = LaytonGenPipeline(
+        tiny_generator(tokenizer), tokenizer, _LikesHigh(judge.judge, judge.text_encoder, judge.fingerprint)
+    )
+    object.__setattr__(pipe.card, "sampling", SamplingDefaults(guidance_scale=1.5, candidates=candidates))
+    return pipe
+
+
+def test_the_best_candidate_is_kept_in_any_batch() -> None:
+    pipe, prompts = picky_pipeline(), ["a red circle", "two blue stars", "three hearts"]
+    chosen = pipe(prompts, candidates=5, generator=seeds(0, 1, 2), output_type="codes").codes
+    plain = pipe(prompts, generator=seeds(0, 1, 2), output_type="codes").codes
+    assert (chosen.sum(1) > plain.sum(1)).all()
+    for index, prompt in enumerate(prompts):
+        alone = pipe(prompt, candidates=5, generator=seeds(index), output_type="codes", batch_size=1).codes
+        assert alone.equal(chosen[index : index + 1])
+    few = pipe(prompts, candidates=5, generator=seeds(0, 1, 2), output_type="codes", batch_size=7).codes
+    assert few.equal(chosen)
+    two = pipe(prompts[0], candidates=5, num_images_per_prompt=2, generator=seeds(0, 1), output_type="codes").codes
+    assert two[:1].equal(chosen[:1])
+
+
+def test_the_model_says_how_many_candidates_where_there_is_a_judge() -> None:
+    pipe = picky_pipeline(candidates=4)
+    asked = pipe("a red circle", candidates=4, generator=seeds(3), output_type="codes").codes
+    assert pipe("a red circle", generator=seeds(3), output_type="codes").codes.equal(asked)
+    once = pipe("a red circle", candidates=1, generator=seeds(3), output_type="codes").codes
+    pipe.judge = None
+    assert pipe("a red circle", generator=seeds(3), output_type="codes").codes.equal(once)
+    with pytest.raises(ValueError, match="chosen by a judge, and none"):
+        pipe("a red circle", candidates=2)
+    for count in (0, 65):
+        with pytest.raises(ValueError, match=f"candidates must be in .* got {count}"):
+            pipe("a red circle", candidates=count)
+    with pytest.raises(ValueError, match="candidates must be at least 1, got 0"):
+        SamplingDefaults(candidates=0)
+
+
+def test_a_judge_lies_beside_its_tokenizer_and_goes_with_the_pipeline(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "tiny")
+    assert LaytonGenPipeline.from_pretrained(model).judge is None
+    caption_judge().save_pretrained(model / "judge")
+    pipe = LaytonGenPipeline.from_pretrained(model)
+    wanted = pipe("a red circle", candidates=3, output_type="codes").codes
+    pipe.save_pretrained(tmp_path / "copy")
+    again = LaytonGenPipeline.from_pretrained(tmp_path / "copy")
+    assert again("a red circle", candidates=3, output_type="codes").codes.equal(wanted)
+    out = tmp_path / "out"
+    words = ["generate", "a red circle", "--model", str(model), "--out", str(out), "--candidates", "3"]
+    assert main(words) == 0
+    again("a red circle", candidates=3).images[0].save(tmp_path / "wanted.png")
+    assert next(out.iterdir()).read_bytes() == (tmp_path / "wanted.png").read_bytes()
+
+
+class _Half(Reward):
+    """Likes every second image."""
+
+    def score(self, images: Tensor, captions: Any, keys: Any, *, grid: tuple[int, int]) -> Scores:
+        return Scores(torch.arange(len(images)) % 2)
+
+
+def judge_task(place: Path, **options: Any) -> JudgeTask:
+    return JudgeTask(
+        tiny_judge(),
+        text_encoder=tiny_text_encoder(),
+        tokenizer=str(place),
+        optimizer=lambda parameters: AdamW(parameters, lr=3e-3),
+        **options,
+    )
+
+
+def test_rollouts_are_kept_apart_and_taught(tmp_path: Path) -> None:
+    pipe, out = picky_pipeline(candidates=4), tmp_path / "drawn"
+    pipe.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    report = draw_rollouts(pipe, SceneCaptions(length=5), _Half(), out, images_per_prompt=2, batch_size=4)
+    assert (report.right, report.wrong) == (5, 5)
+    right, wrong = TokenShards(str(out / "right"), shown=2), TokenShards(str(out / "wrong"), untrue=True, shown=2)
+    assert verify(out / "right") == verify(out / "wrong") == []
+    samples = [source.sample(index, seed=0) for source in (right, wrong) for index in range(5)]
+    said = [sample["caption"] or sample["contrary"] for sample in samples]
+    assert said[:5] == said[5:]  # of each prompt one image was right
+    assert [bool(sample["caption"]) for sample in samples] == [True] * 5 + [False] * 5
+    once = pipe(said[0], candidates=1, generator=seeds(0), output_type="codes").codes[0]
+    assert wrong.codes()[0].equal(once)
+    task = judge_task(tmp_path / "tokenizer", reading=0.5).train()
+    batch = collate([{**sample, "contrary": sample.get("contrary", "")} for sample in samples])
+    loss = task.training_step(batch, 0)
+    loss.backward()
+    assert torch.isfinite(loss)
+    with pytest.raises(ValueError, match="exists already"):
+        draw_rollouts(pipe, SceneCaptions(length=1), _Half(), out)
+
+
+def test_it_learns_which_captions_hold(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    source = ScenesSource(split="train", length=12, size=tokenizer.image_size)
+    tokenize_dataset(TokenizeJob(source, tokenizer, "scenes"), tmp_path / "tokens")
+    tokens = TokenShards(str(tmp_path / "tokens"), contrary=CHANGES, shown=2, reworded=0.5)
+    batch = collate([tokens.sample(index, seed=index) for index in range(12)])
+    task = judge_task(tmp_path, reading=0.3, code_dropout=0.01).train()
+    before = task.validation_step(batch, 0).item()
+    optimizer = AdamW(task.trainable_parameters(), lr=3e-3)
+    for _ in range(80):
+        optimizer.zero_grad()
+        task.training_step(batch, 0).backward()
+        optimizer.step()
+    assert task.validation_step(batch, 0).item() < 0.6 * before
+    task.eval().export(tmp_path / "judge")
+    judge = CaptionJudge.from_pretrained(tmp_path / "judge")
+    told = judge.odds(tokenizer, batch["codes"], batch["caption"])
+    rows = [row for row, caption in enumerate(batch["contrary"]) if caption]
+    false = judge.odds(tokenizer, batch["codes"][rows], [batch["contrary"][row] for row in rows])
+    assert (told[rows] > false).float().mean() > 0.9
+
+
+def test_a_judge_task_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"code_dropout .* got 1\.0"):
+        judge_task(tmp_path, code_dropout=1.0)
