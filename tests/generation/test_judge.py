@@ -19,6 +19,7 @@ from generation.judge_task import JudgeTask
 from generation.pipeline import LaytonGenPipeline
 from generation.rewards import Reward, Scores
 from generation.rollouts import draw_rollouts
+from generation.seeding import child_generator
 from generation.token_shards import verify
 from generation.tokenizing import TokenizeJob, tokenize_dataset
 from layton.cli import main
@@ -117,8 +118,14 @@ def picky_pipeline(*, candidates: int = 1) -> LaytonGenPipeline:
 def test_the_best_candidate_is_kept_in_any_batch() -> None:
     pipe, prompts = picky_pipeline(), ["a red circle", "two blue stars", "three hearts"]
     chosen = pipe(prompts, candidates=5, generator=seeds(0, 1, 2), output_type="codes").codes
-    plain = pipe(prompts, generator=seeds(0, 1, 2), output_type="codes").codes
-    assert (chosen.sum(1) > plain.sum(1)).sum() >= 2
+    sampling, guidance = pipe.options(None, temperature=None, top_k=None, top_p=None)
+    for index, (prompt, generator) in enumerate(zip(prompts, seeds(0, 1, 2), strict=True)):
+        child_generator(generator)  # the decoder's
+        children = [child_generator(generator) for _ in range(5)]
+        text = pipe.encode_prompt([prompt] * 5)
+        every = pipe.draw_codes(text, generators=children, sampling=sampling, guidance=guidance)
+        assert len(every.sum(1).unique()) == 5
+        assert every[every.sum(1).argmax()].equal(chosen[index])
     for index, prompt in enumerate(prompts):
         alone = pipe(prompt, candidates=5, generator=seeds(index), output_type="codes", batch_size=1).codes
         assert alone.equal(chosen[index : index + 1])
