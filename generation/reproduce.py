@@ -21,6 +21,7 @@ from layton.reproduce.students import find_teacher
 from layton.reproduce.training import claim_out
 
 MOST_DECODER_STEPS = 3
+_ONE = "laytongen_one_candidate"
 _SIZE = 256  # not used: SceneEval looks at images of any size
 
 
@@ -38,11 +39,14 @@ def measure(context: Context) -> Outcome:
             f"this claim needs a LaytonGen ({error}); give a folder that holds one with --tokenizer"
         ) from error
     drawers = {
-        "laytongen": _laytongen(context),
+        "laytongen": _laytongen(context, SamplingChoice()),
         "diffusion": load_drawer(
             "diffusion", str(teacher), steps=DEFAULT_STEPS, sampling=SamplingChoice(DEFAULT_GUIDANCE)
         ),
     }
+    candidates = int(drawers["laytongen"].settings["candidates"])
+    if candidates > 1:
+        drawers[_ONE] = _laytongen(context, SamplingChoice(candidates=1))
     facts = json.dumps({name: drawer.settings for name, drawer in drawers.items()}, sort_keys=True)
     claim_out(context, claim="laytongen", teacher=hashlib.sha256(facts.encode()).hexdigest()[:16])
     evaluator = Evaluator(context.out / "evaluation", context.scale, _SIZE)
@@ -56,12 +60,13 @@ def measure(context: Context) -> Outcome:
         source="arXiv 2503.08377, GenEval",
         checks=tuple(judge(scores["laytongen"], scores["diffusion"])),
         arms={
-            "laytongen": {"role": "method", **drawers["laytongen"].settings},
-            "diffusion": {"role": "baseline", **drawers["diffusion"].settings},
+            name: {"role": "baseline" if name == "diffusion" else "method", **drawer.settings}
+            for name, drawer in drawers.items()
         },
         figures={name: found.to_dict() for name, found in scores.items()},
         protocol={
             "sceneval": "test prompts; mean and standard error over repetitions with other drawing seeds",
+            "candidates": f"the best of {candidates} of LaytonGen's images by its judge; one of the diffusion model's",
             "scale": "SceneEval is another scale than GenEval: the paper's figures and ours are not to be compared",
         },
     )
@@ -96,11 +101,11 @@ def judge(ours: SceneScores, baseline: SceneScores) -> list[Check]:
     ]
 
 
-def _laytongen(context: Context) -> Drawer:
+def _laytongen(context: Context, sampling: SamplingChoice) -> Drawer:
     """LaytonGen with its tokenizer's own decoder, in as many steps as that takes, but at most three."""
     name = context.tokenizer
     beside = str(find_tokenizer(name, find_generator(name)))
-    drawer = load_drawer("laytongen", name, tokenizer=beside, decoder=default_decoder(beside))
+    drawer = load_drawer("laytongen", name, tokenizer=beside, decoder=default_decoder(beside), sampling=sampling)
     steps: Any = drawer.settings["num_inference_steps"]
     if int(steps) <= MOST_DECODER_STEPS:
         return drawer
