@@ -14,17 +14,22 @@ from generation.data import TokenShards
 from generation.foresight import AnswerHead
 from generation.judge import Judge
 from generation.text_encoders import TextEncoder
-from layton.data.sources import walk
-from layton.scenes import SHOWN_SIZES
+from layton.data.sources import say, say_contrary, walk
+from layton.scenes import SHOWN_SIZES, sample_scene
+from layton.scenes.contrary import CHANGES
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
 from layton.tokenizer import LaytonTokenizer
+
+_SCENES = "scenes/"
+_KINDS = ("true", "false", "foreign")
 
 
 class JudgeTask(LaytonTask):
     """Binary cross-entropy of captions that hold, of false ones, and of other images' captions.
 
-    Batches hold ``codes`` (B, N), ``caption``, and ``contrary``, a caption that does not hold, of
-    `generation.data.TokenShards`; either of the two may be empty.
+    Batches hold ``codes`` (B, N), ``caption`` and ``key``. Of scenes (keys ``scenes/<seed>``) a true caption is said
+    anew and with it every false one that is wrong in one thing (`layton.scenes.contrary`). Of other images, such as
+    drawn ones (`generation.rollouts`), ``caption`` is true and ``contrary`` false where they are there and not empty.
 
     Args:
         judge: Learns.
@@ -33,11 +38,14 @@ class JudgeTask(LaytonTask):
         reading: Weight of the cross-entropy of what is seen in each of the judge's places, batches' ``shown``
             (B, T, 3); 0 does not ask. What can be read off a picture, captions are soon compared with.
         code_dropout: Share of the codes that are replaced by random ones.
+        chinese: Of scenes, share of captions in Chinese.
+        reworded: Of scenes, share of captions said in another way than the canonical one.
+        related: Of scenes of two objects, share of captions that say how they stand, where that is clear.
         optimizer: Makes the optimizer.
         lr_scheduler: Makes the learning-rate schedule.
 
     Raises:
-        ValueError: If the share is not in [0, 1).
+        ValueError: If the share of dropped codes is not in [0, 1).
     """
 
     def __init__(
@@ -50,12 +58,16 @@ class JudgeTask(LaytonTask):
         tokenizer: str = "mini",
         reading: float = 0.0,
         code_dropout: float = 0.0,
+        chinese: float = 0.1,
+        reworded: float = 0.8,
+        related: float = 0.5,
     ) -> None:
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
         if not 0.0 <= code_dropout < 1.0:
             raise ValueError(f"code_dropout must be in [0, 1), got {code_dropout}")
         place = LaytonTokenizer.from_pretrained(tokenizer, decoders=[])
         self.judge, self.code_dropout, self.reading = judge, code_dropout, reading
+        self._shares = {"chinese": chinese, "reworded": reworded, "related": related}
         if reading:
             self.reader = AnswerHead(judge.width, SHOWN_SIZES)  # is no part of what is exported
         # in a list: what is frozen is no part of checkpoints
@@ -75,61 +87,65 @@ class JudgeTask(LaytonTask):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch, ()."""
-        codes = batch["codes"].long()
+        codes, generator = batch["codes"].long(), self.step_generator("judge", device="cpu")
         if self.code_dropout:
-            generator = self.step_generator("judge", device="cpu")
             noise = torch.randint(self._frozen[0][1].vocab_size, codes.shape, generator=generator)
             replaced = torch.rand(codes.shape, generator=generator) < self.code_dropout
             codes = torch.where(replaced.to(codes.device), noise.to(codes.device), codes)
-        return self._loss(batch, codes)
+        return self._loss(batch, codes, generator)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """As `training_step`, on the codes as they are."""
-        return self._loss(batch, batch["codes"].long())
+        """Loss on the codes as they are, with wordings that depend on the batch's position only, ()."""
+        return self._loss(batch, batch["codes"].long(), torch.Generator().manual_seed(batch_idx))
 
     def export(self, folder: Path) -> None:
         """Write a folder of `generation.caption_judge.CaptionJudge`."""
         text_encoder, tokenizer = self._frozen[0]
         CaptionJudge(self.judge, text_encoder, tokenizer.fingerprint()).save_pretrained(folder)
 
-    def _loss(self, batch: dict[str, Any], codes: Tensor) -> Tensor:
+    def _loss(self, batch: dict[str, Any], codes: Tensor, generator: torch.Generator) -> Tensor:
         text_encoder, tokenizer = self._frozen[0]
-        own = batch["caption"], batch.get("contrary", [""] * len(codes))
-        said = [true or false for true, false in zip(*own, strict=True)]
-        foreign = [
-            "" if before in (true, false) else before for true, false, before in zip(*own, _rolled(said), strict=True)
-        ]
-        asked = [
-            (row, caption, kind)
-            for kind, captions in enumerate((*own, foreign))
-            for row, caption in enumerate(captions)
-            if caption
-        ]
+        asked = self._asked(batch, generator)
         rows, captions, kinds = zip(*asked, strict=True)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             text = text_encoder.to(self.device).encode(captions)
-            quantizer = tokenizer.to(self.device).quantizer
-            embeddings = quantizer.codes_to_embeddings(codes, tokenizer.grid)
+            embeddings = tokenizer.to(self.device).quantizer.codes_to_embeddings(codes, tokenizer.grid)
         seen = self.judge.see(embeddings)
         length = int(text.mask.sum(1).max())
-        owner = torch.tensor(rows, device=seen.device)
-        odds = self.judge.compare_with(seen[owner], text.features[:, -length:], text.mask[:, -length:])
-        kind = torch.tensor(kinds, device=odds.device)
-        holds = (kind == 0).to(odds)
-        terms = {"cross_entropy": F.binary_cross_entropy_with_logits(odds, holds)}
+        odds = self.judge.compare_with(seen[list(rows)], text.features[:, -length:], text.mask[:, -length:])
+        kind = torch.tensor([_KINDS.index(each) for each in kinds], device=odds.device)
+        terms = {"cross_entropy": F.binary_cross_entropy_with_logits(odds, (kind == 0).to(odds))}
         weights: dict[str, float] = {}
         if self.reading:
             known = batch["shown"][:, 0, 0] >= 0
             terms["reading"], weights["reading"] = self.reader(seen, batch["shown"], valid=known), self.reading
-        right = ((odds > 0) == holds.bool()).float()
-        logged = {}
-        for number, name in enumerate(("true", "false", "foreign")):
+        right = ((odds > 0) == (kind == 0)).float()
+        for number, name in enumerate(_KINDS):
             if bool((kind == number).any()):
-                logged[f"right_{name}"] = right[kind == number].mean()
-        return self.log_losses(
-            {**terms, **logged}, weights={**weights, **dict.fromkeys(logged, 0.0)}, batch_size=len(codes)
-        )
+                terms[f"right_{name}"], weights[f"right_{name}"] = right[kind == number].mean(), 0.0
+        return self.log_losses(terms, weights=weights, batch_size=len(codes))
 
+    def _asked(self, batch: dict[str, Any], generator: torch.Generator) -> list[tuple[int, str, str]]:
+        """What is asked of a batch: rows, captions, and whether they are true, false or foreign."""
+        seeds = torch.randint(2**62, (len(batch["key"]),), generator=generator).tolist()
+        contrary = batch.get("contrary", [""] * len(seeds))
+        said = [
+            self._said(key, seed) or ([true] if true else [], [false] if false else [])
+            for key, seed, true, false in zip(batch["key"], seeds, batch["caption"], contrary, strict=True)
+        ]
+        asked: list[tuple[int, str, str]] = []
+        for row, (true, false) in enumerate(said):
+            before = [caption for part in said[row - 1] for caption in part][:1]
+            foreign = [caption for caption in before if caption not in (*true, *false)]
+            for name, captions in zip(_KINDS, (true, false, foreign), strict=True):
+                asked += [(row, caption, name) for caption in captions]
+        return asked
 
-def _rolled(captions: list[str]) -> list[str]:
-    return [captions[-1], *captions[:-1]]
+    def _said(self, key: str, seed: int) -> tuple[list[str], list[str]] | None:
+        """A true caption of a scene and all that are wrong in one thing; None of what is no scene."""
+        name = key.removeprefix(_SCENES)
+        if name == key:
+            return None
+        scene = sample_scene(int(name))
+        false = [say_contrary(scene, seed, [change], **self._shares) for change in CHANGES]
+        return [say(scene, seed, **self._shares)], [caption for caption in false if caption]

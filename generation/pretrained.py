@@ -7,6 +7,8 @@ For a text encoder see `generation.text_encoders.text_encoder`.
 
 from __future__ import annotations
 
+from generation.caption_judge import CaptionJudge
+from generation.judge import Judge
 from generation.transformer import LaytonGenTransformer
 
 
@@ -23,3 +25,15 @@ def laytongen_transformer(folder: str) -> LaytonGenTransformer:
     if transformer.config.get("int8"):
         raise ValueError(f"{folder} holds an int8 model, which cannot learn")
     return transformer.train()
+
+
+def judge(folder: str) -> Judge:
+    """The network of a saved `generation.caption_judge.CaptionJudge`, to go on learning.
+
+    Args:
+        folder: What its ``save_pretrained`` wrote.
+
+    Raises:
+        ValueError: If the folder holds something else.
+    """
+    return CaptionJudge.from_pretrained(folder).judge.requires_grad_(True).train()

@@ -16,6 +16,7 @@ from typing import Any, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from generation.text_loading import clean_caption, load_model, load_tokenizer, silent_transformers
 from layton.folder import CONFIG_NAME, class_name, load_config, save_config
@@ -152,10 +153,12 @@ class TransformersTextEncoder(TextEncoder):
         """Features of B prompts; see `TextEncoder.encode`. With gradients if it is trainable."""
         ids, mask, cut = self.tokenize(prompts)
         device = next(self.model.parameters()).device
+        longest = int(mask.sum(1).max())  # what stands behind is padding of all
         ids, mask = ids.to(device), mask.to(device)
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
-            features = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        features = features * mask[..., None].to(features.dtype)
+            found = self.model(input_ids=ids[:, :longest], attention_mask=mask[:, :longest].long()).last_hidden_state
+        found = found * mask[:, :longest, None].to(found.dtype)
+        features = F.pad(found, (0, 0, 0, ids.shape[1] - longest))
         if self.padding == "left":
             features, mask = pad_left(features, mask)
         return TextFeatures(features, mask, cut)
