@@ -20,6 +20,7 @@ RUNS = [
     (CONFIGS / "mini" / "laytongen_reward.yaml", "scenes_reward_prompts"),
     (CONFIGS / "mini" / "laytongen_reward.yaml", "scenes_tokens_reward"),
     (CONFIGS / "mini" / "judge.yaml", "scenes_tokens_judge"),
+    (CONFIGS / "mini" / "judge_drawn.yaml", "scenes_tokens_judge_drawn"),
     *((path, "tokens") for path in sorted((CONFIGS / "laytongen").glob("*.yaml"))),
 ]
 
