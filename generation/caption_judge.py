@@ -12,7 +12,7 @@ from torch import Tensor
 
 from generation.judge import Judge
 from generation.text_encoders import TextEncoder, text_encoder
-from layton.folder import class_name, load_config, save_config
+from layton.folder import CONFIG_NAME, class_name, load_config, save_config
 from layton.tokenizer import LDM_FOLDER, LaytonTokenizer, resolve_class
 
 CLASS_NAME = "generation.caption_judge.CaptionJudge"
@@ -24,14 +24,28 @@ class CaptionJudge:
     """What chooses among drawn images; lies in ``judge/`` beside the tokenizer whose codes it reads.
 
     Attributes:
-        judge: In eval mode.
-        text_encoder: In eval mode.
+        judge: Looks and compares.
+        text_encoder: Reads; frozen.
         fingerprint: Of the tokenizer's codebook.
+
+    Raises:
+        ValueError: If the judge cannot read what the text encoder writes.
     """
 
     judge: Judge
     text_encoder: TextEncoder
     fingerprint: str
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit."""
+        config, encoder = self.judge.config, self.text_encoder
+        if config["text_width"] != encoder.width or len(self.judge.order) < encoder.max_length:
+            raise ValueError(
+                f"the judge reads captions of {config['text_length']} x {config['text_width']}, the text encoder "
+                f"writes {encoder.max_length} x {encoder.width}"
+            )
+        if getattr(encoder, "padding", "left") != "left":
+            raise ValueError("captions must be padded on the left, as for the generator")
 
     @torch.no_grad()
     def odds(self, tokenizer: LaytonTokenizer, codes: Tensor, captions: Sequence[str]) -> Tensor:
@@ -54,8 +68,14 @@ class CaptionJudge:
         """Refuse any tokenizer but the one whose codes were learnt.
 
         Raises:
-            ValueError: With both fingerprints.
+            ValueError: With both fingerprints, or sizes.
         """
+        config = self.judge.config
+        if (config["code_dim"], (config["grid"],) * 2) != (tokenizer.quantizer.code_dim, tokenizer.grid):
+            raise ValueError(
+                f"the judge reads a grid of {config['grid']} with codes of {config['code_dim']} dimensions, "
+                f"got {tokenizer.grid} with {tokenizer.quantizer.code_dim}"
+            )
         if tokenizer.fingerprint() != self.fingerprint:
             raise ValueError(
                 f"the judge reads codes of another tokenizer (codebook {self.fingerprint}, "
@@ -67,20 +87,16 @@ class CaptionJudge:
         self.judge.to(device)
         self.text_encoder.to(device)
 
-    def save_pretrained(
-        self, folder: str | Path, *, dtype: torch.dtype | None = None, with_text_encoder: bool = True
-    ) -> None:
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write a folder; ``config.json``, which makes it one, comes last.
 
         Args:
             folder: Where to.
             dtype: Floating-point type on disk.
-            with_text_encoder: Without, the folder must lie beside a latent diffusion model with the same one.
         """
         root = Path(folder)
         self.judge.save_pretrained(root / "network", dtype=dtype)
-        if with_text_encoder:
-            self.text_encoder.save_pretrained(root / "text_encoder", dtype=dtype)
+        self.text_encoder.save_pretrained(root / "text_encoder", dtype=dtype)
         save_config(
             root,
             {
@@ -96,7 +112,7 @@ class CaptionJudge:
         """Read what `save_pretrained` wrote.
 
         Args:
-            folder: Where it is.
+            folder: Where it is; without ``text_encoder/`` that of the latent diffusion model beside it is taken.
             allow: Prefixes of class names that may be loaded beside ``layton.`` and ``generation.``.
 
         Raises:
@@ -119,4 +135,4 @@ class CaptionJudge:
 def judge_beside(tokenizer: Path) -> Path | None:
     """The folder of the judge that lies with a tokenizer; None if there is none."""
     folder = tokenizer / PART
-    return folder if folder.is_dir() else None
+    return folder if (folder / CONFIG_NAME).is_file() else None

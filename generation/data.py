@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from generation.stored_text import StoredText
-from generation.token_shards import TokenHeader, differences, read_shard, require_whole, shard_files
+from generation.token_shards import DRAWN_WRONG, TokenHeader, differences, read_shard, require_whole, shard_files
 from layton.data.sources import SampleSource, say, say_contrary
 from layton.data.types import Split, check_split, split_of_key
 from layton.scenes import (
@@ -57,8 +57,9 @@ class TokenShards(SampleSource):
         ahead: For scenes, whether samples also hold ``ahead`` (N, 3), what is still to be drawn at each code
             (`layton.scenes.objects_ahead`).
         shown: For `generation.judge_task`, side of a grid of which samples hold ``shown`` (shown**2, 3), what is seen
-            in each cell (`layton.scenes.objects_shown`), -1 for what is no scene; 0 for none.
-        untrue: Whether the captions are false: samples then hold them as ``contrary``, and an empty ``caption``.
+            in each cell (`layton.scenes.objects_shown`), -1 for what is no scene, and ``contrary``; 0 for none.
+        untrue: Whether the captions are false, as those of drawn images that are wrong (`generation.rollouts`): samples
+            then hold them as ``contrary``, and an empty ``caption``.
         use_text: Whether cached text features are given out, where there are any.
         verify: Compare the shards' digests with the manifest's first.
 
@@ -106,6 +107,10 @@ class TokenShards(SampleSource):
         other = next((key for key in kept.keys if ahead and not key.startswith(_SCENES)), None)
         if other is not None:
             raise ValueError(f"only of scenes is known what is ahead, {folder} also holds {other!r}")
+        if untrue and any(key.startswith(_SCENES) for key in kept.keys):
+            raise ValueError(f"captions of scenes are true, {folder} holds some: untrue is of drawn images")
+        if kept.header.policy == DRAWN_WRONG and not untrue:
+            raise ValueError(f"{folder} holds images that do not show what their captions say: pass untrue=True")
         self._ahead, self._shown, self._untrue = ahead, shown, untrue
         self.header, self._keys, self._captions = kept.header, kept.keys, kept.captions
         self._codes, self._places = kept.codes.numpy(), kept.places  # torch cannot pickle its uint16
@@ -136,7 +141,7 @@ class TokenShards(SampleSource):
             "caption": self._caption(index, key, seed),
             "key": key,
         }
-        if self._contrary:
+        if self._contrary or self._shown:
             sample["contrary"] = self._false_caption(key, seed)
         if self._untrue:
             sample |= {"caption": "", "contrary": sample["caption"]}
@@ -175,7 +180,7 @@ class TokenShards(SampleSource):
         return say(_scene(key), seed, **self._shares)
 
     def _false_caption(self, key: str, seed: int) -> str:
-        if not key.startswith(_SCENES):
+        if not self._contrary or not key.startswith(_SCENES):
             return ""
         return say_contrary(_scene(key), seed, self._contrary, **(self._shares or {}))
 

@@ -117,6 +117,7 @@ class LaytonGenDrawer:
         """Every setting that decides a picture, beside prompt and seed."""
         sampling, guidance = self.sampling.over(self.pipeline.card.sampling)
         decoder = self.pipeline.tokenizer.decoder(self.decoder)
+        candidates, judge = self.pipeline.candidates(self.sampling.candidates), self.pipeline.judge
         return {
             "model": self.name,
             "interim": self.interim,
@@ -137,7 +138,7 @@ class LaytonGenDrawer:
             "top_k": sampling.top_k,
             "top_p": sampling.top_p,
             "min_entropy": sampling.min_entropy,
-            "candidates": self.pipeline.candidates(self.sampling.candidates),
-            "judge": None if self.pipeline.judge is None else weights_digest(self.pipeline.judge.judge),
+            "candidates": candidates,
+            "judge": None if candidates == 1 or judge is None else weights_digest(judge.judge, judge.text_encoder),
             "prompts_rewritten": False,
         }

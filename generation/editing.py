@@ -203,7 +203,7 @@ def interpolate_prompts(
         pipeline: Draws.
         first: First prompt.
         last: Last prompt.
-        steps: Number of images, both ends included: these have the codes that the prompts alone give.
+        steps: Number of images, both ends included: these have the codes that the prompts alone give, drawn once.
         guidance_scale: As for the pipeline.
         temperature: See there.
         top_k: See there.

@@ -24,6 +24,7 @@ from layton.tokenizer import LaytonTokenizer, resolve_class
 
 CLASS_NAME = "generation.pipeline.LaytonGenPipeline"
 PART = "laytongen"
+MAX_CANDIDATES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class SamplingDefaults:
             judge (`generation.caption_judge`).
 
     Raises:
-        ValueError: If there are no candidates.
+        ValueError: If the number of candidates is out of range.
     """
 
     guidance_scale: float = 2.0
@@ -83,8 +84,8 @@ class SamplingDefaults:
 
     def __post_init__(self) -> None:
         """Check what no other class does."""
-        if self.candidates < 1:
-            raise ValueError(f"candidates must be at least 1, got {self.candidates}")
+        if not 1 <= self.candidates <= MAX_CANDIDATES:
+            raise ValueError(f"candidates must be in [1, {MAX_CANDIDATES}], got {self.candidates}")
 
     def options(self) -> SamplingOptions:
         """How a code is drawn."""
@@ -154,9 +155,7 @@ def save_generator(folder: str | Path, generator: Generator, *, dtype: torch.dty
     """
     root = Path(folder)
     generator.transformer.save_pretrained(root / "transformer", dtype=dtype)
-    # its fingerprint counts weights as float16, which bfloat16 would change
-    text_dtype = torch.float16 if dtype == torch.bfloat16 else dtype
-    generator.text_encoder.save_pretrained(root / "text_encoder", dtype=text_dtype)
+    generator.text_encoder.save_pretrained(root / "text_encoder", dtype=dtype)
     card = cast("dict[str, JsonValue]", asdict(generator.card))
     save_config(root, {"class": CLASS_NAME, "text_encoder_class": class_name(type(generator.text_encoder)), **card})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from generation.data import TokenShards
 from generation.foresight import AnswerHead
 from generation.judge import Judge
 from generation.text_encoders import TextEncoder
+from generation.token_shards import differences
 from layton.data.sources import say, say_contrary, walk
 from layton.scenes import SHOWN_SIZES, sample_scene
 from layton.scenes.contrary import CHANGES
@@ -22,6 +24,7 @@ from layton.tokenizer import LaytonTokenizer
 
 _SCENES = "scenes/"
 _KINDS = ("true", "false", "foreign")
+_READS = "judge_reads"  # key of checkpoints
 
 
 class JudgeTask(LaytonTask):
@@ -45,7 +48,7 @@ class JudgeTask(LaytonTask):
         lr_scheduler: Makes the learning-rate schedule.
 
     Raises:
-        ValueError: If the share of dropped codes is not in [0, 1).
+        ValueError: If a number is out of range, or parts do not fit each other.
     """
 
     def __init__(
@@ -63,15 +66,23 @@ class JudgeTask(LaytonTask):
         related: float = 0.5,
     ) -> None:
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
-        if not 0.0 <= code_dropout < 1.0:
-            raise ValueError(f"code_dropout must be in [0, 1), got {code_dropout}")
-        place = LaytonTokenizer.from_pretrained(tokenizer, decoders=[])
-        self.judge, self.code_dropout, self.reading = judge, code_dropout, reading
         self._shares = {"chinese": chinese, "reworded": reworded, "related": related}
+        if (
+            not 0.0 <= code_dropout < 1.0
+            or reading < 0
+            or not all(0.0 <= each <= 1.0 for each in self._shares.values())
+        ):
+            raise ValueError(
+                "need code_dropout in [0, 1), reading >= 0 and shares in [0, 1], "
+                f"got {code_dropout}, {reading} and {self._shares}"
+            )
+        place = LaytonTokenizer.from_pretrained(tokenizer, decoders=[]).requires_grad_(False).eval()
+        self.judge, self.code_dropout, self.reading = judge, code_dropout, reading
         if reading:
             self.reader = AnswerHead(judge.width, SHOWN_SIZES)  # is no part of what is exported
-        # in a list: what is frozen is no part of checkpoints
-        self._frozen = [(text_encoder.requires_grad_(False).eval(), place.requires_grad_(False).eval())]
+        whole = CaptionJudge(judge, text_encoder.requires_grad_(False).eval(), place.fingerprint())
+        whole.require_tokenizer(place)
+        self._whole = [(whole, place)]  # in a list: what is frozen is no part of checkpoints
 
     def setup(self, stage: str) -> None:
         """Refuse token shards of another tokenizer.
@@ -83,13 +94,33 @@ class JudgeTask(LaytonTask):
         names = ("train", "validation", "test")
         for source in walk([source for name in names for source in getattr(module, name, None) or []]):
             if isinstance(source, TokenShards):
-                source.require_tokenizer(self._frozen[0][1].fingerprint())
+                source.require_tokenizer(self._whole[0][0].fingerprint)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Record whose codes and features were learnt."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[_READS] = self._reads()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that was trained on other codes or features.
+
+        Raises:
+            ValueError: With all fingerprints that differ.
+        """
+        super().on_load_checkpoint(checkpoint)
+        differs = differences(checkpoint.get(_READS) or {}, self._reads())
+        if differs:
+            raise ValueError(f"the checkpoint was trained with other parts ({differs})")
+
+    def _reads(self) -> dict[str, str]:
+        whole, _ = self._whole[0]
+        return {"tokenizer": whole.fingerprint, "text_encoder": whole.text_encoder.fingerprint()}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch, ()."""
         codes, generator = batch["codes"].long(), self.step_generator("judge", device="cpu")
         if self.code_dropout:
-            noise = torch.randint(self._frozen[0][1].vocab_size, codes.shape, generator=generator)
+            noise = torch.randint(self._whole[0][1].vocab_size, codes.shape, generator=generator)
             replaced = torch.rand(codes.shape, generator=generator) < self.code_dropout
             codes = torch.where(replaced.to(codes.device), noise.to(codes.device), codes)
         return self._loss(batch, codes, generator)
@@ -100,33 +131,36 @@ class JudgeTask(LaytonTask):
 
     def export(self, folder: Path) -> None:
         """Write a folder of `generation.caption_judge.CaptionJudge`."""
-        text_encoder, tokenizer = self._frozen[0]
-        CaptionJudge(self.judge, text_encoder, tokenizer.fingerprint()).save_pretrained(folder)
+        self._whole[0][0].save_pretrained(folder)
 
     def _loss(self, batch: dict[str, Any], codes: Tensor, generator: torch.Generator) -> Tensor:
-        text_encoder, tokenizer = self._frozen[0]
+        whole, tokenizer = self._whole[0]
         asked = self._asked(batch, generator)
+        if not asked:
+            raise ValueError(f"a batch has no caption at all: {batch['key'][:3]}")
+        if self.reading and "shown" not in batch:
+            raise ValueError("reading needs batches that hold 'shown': give TokenShards shown: 8")
         rows, captions, kinds = zip(*asked, strict=True)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            text = text_encoder.to(self.device).encode(captions)
+            text = whole.text_encoder.to(self.device).encode(captions)
             embeddings = tokenizer.to(self.device).quantizer.codes_to_embeddings(codes, tokenizer.grid)
         seen = self.judge.see(embeddings)
-        length = int(text.mask.sum(1).max())
+        length = max(1, int(text.mask.sum(1).max()))  # what stands before is padding of all
         odds = self.judge.compare_with(seen[list(rows)], text.features[:, -length:], text.mask[:, -length:])
-        kind = torch.tensor([_KINDS.index(each) for each in kinds], device=odds.device)
-        terms = {"cross_entropy": F.binary_cross_entropy_with_logits(odds, (kind == 0).to(odds))}
-        weights: dict[str, float] = {}
+        true = torch.tensor([kind == "true" for kind in kinds], device=odds.device)
+        terms = {"cross_entropy": F.binary_cross_entropy_with_logits(odds, true.to(odds))}
+        weights: dict[str, float] = {"told_apart": 0.0}
         if self.reading:
             known = batch["shown"][:, 0, 0] >= 0
             terms["reading"], weights["reading"] = self.reader(seen, batch["shown"], valid=known), self.reading
-        right = ((odds > 0) == (kind == 0)).float()
-        for number, name in enumerate(_KINDS):
-            if bool((kind == number).any()):
-                terms[f"right_{name}"], weights[f"right_{name}"] = right[kind == number].mean(), 0.0
+        terms["told_apart"] = _told_apart(odds.detach(), rows, kinds)
         return self.log_losses(terms, weights=weights, batch_size=len(codes))
 
     def _asked(self, batch: dict[str, Any], generator: torch.Generator) -> list[tuple[int, str, str]]:
-        """What is asked of a batch: rows, captions, and whether they are true, false or foreign."""
+        """What is asked of a batch: rows, captions, and whether they are true, false or foreign.
+
+        Another image's caption is taken for false if it reads otherwise; of Scenes 0.6 % are true in other words.
+        """
         seeds = torch.randint(2**62, (len(batch["key"]),), generator=generator).tolist()
         contrary = batch.get("contrary", [""] * len(seeds))
         said = [
@@ -149,3 +183,13 @@ class JudgeTask(LaytonTask):
         scene = sample_scene(int(name))
         false = [say_contrary(scene, seed, [change], **self._shares) for change in CHANGES]
         return [say(scene, seed, **self._shares)], [caption for caption in false if caption]
+
+
+def _told_apart(odds: Tensor, rows: Sequence[int], kinds: Sequence[str]) -> Tensor:
+    """Share of false captions that are less likely than the true one of the same image; a half if there are none."""
+    own = {row: place for place, (row, kind) in enumerate(zip(rows, kinds, strict=True)) if kind == "true"}
+    pairs = [(own[row], place) for place, row in enumerate(rows) if kinds[place] == "false" and row in own]
+    if not pairs:
+        return odds.new_tensor(0.5)
+    true, false = torch.tensor(pairs, device=odds.device).T
+    return (odds[true] > odds[false]).float().mean()

@@ -22,6 +22,7 @@ from generation.caption_judge import CaptionJudge, judge_beside
 from generation.choice import SamplingChoice
 from generation.decoding import generate_codes
 from generation.generator import (
+    MAX_CANDIDATES,
     PART,
     Generator,
     find_generator,
@@ -39,7 +40,6 @@ from layton.interface import Generators
 from layton.tokenizer import LDM_FOLDER, LaytonTokenizer
 
 MAX_IMAGES = 10_000
-MAX_CANDIDATES = 64
 StepEnd = Callable[["LaytonGenPipeline", int, int, dict[str, Any]], object]
 
 
@@ -94,16 +94,18 @@ class LaytonGenPipeline:
         tokenizer: str | Path | LaytonTokenizer | None = None,
         decoders: Sequence[str] | None = None,
         text_encoder: TextEncoder | None = None,
+        judge: CaptionJudge | None = None,
         torch_dtype: torch.dtype = torch.float32,
         allow: Sequence[str] = (),
     ) -> Self:
-        """Load a pipeline without network; with the judge that lies beside the tokenizer, if there is one.
+        """Load a pipeline without network.
 
         Args:
             name: An embedded model such as ``"mini"``, a folder that `save_pretrained` wrote, or a generator's folder.
             tokenizer: Its tokenizer, or where it is; by default what lies beside the generator.
             decoders: Names of the decoders to load; all by default.
             text_encoder: Taken instead of the saved one; must be the same.
+            judge: Chooses among candidates; by default the one that lies beside the tokenizer, if there is one.
             torch_dtype: Of the transformer's weights.
             allow: Prefixes of class names that may be loaded beside ``layton.`` and ``generation.``.
 
@@ -113,10 +115,11 @@ class LaytonGenPipeline:
         folder = find_generator(name)
         generator = load_generator(folder, text_encoder=text_encoder, dtype=torch_dtype, allow=allow)
         if isinstance(tokenizer, LaytonTokenizer):
-            return cls(generator, tokenizer)
+            return cls(generator, tokenizer, judge)
         place = assets.resolve(tokenizer) if tokenizer is not None else find_tokenizer(name, folder)
         beside = judge_beside(place)
-        judge = None if beside is None else CaptionJudge.from_pretrained(beside, allow=allow)
+        if judge is None and beside is not None:
+            judge = CaptionJudge.from_pretrained(beside, allow=allow)
         pipeline = cls(generator, LaytonTokenizer.from_pretrained(place, decoders=decoders, allow=allow), judge)
         pipeline._ldm = place / LDM_FOLDER if (place / LDM_FOLDER).is_dir() else None
         return pipeline
@@ -265,14 +268,17 @@ class LaytonGenPipeline:
         if not 1 <= count <= MAX_CANDIDATES:
             raise ValueError(f"candidates must be in [1, {MAX_CANDIDATES}], got {count}")
         if count > 1 and self.judge is None:
-            raise ValueError(f"the best of {count} candidates is chosen by a judge, and none lies beside the tokenizer")
+            raise ValueError(f"the best of {count} candidates is chosen by a judge, and the pipeline has none")
         return count
 
     def _best(self, judge: CaptionJudge, codes: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Of each prompt's candidates, codes (P * C, N), those that the judge likes best, (P, N)."""
+        """Of each prompt's candidates, codes (P * C, N), those that the judge likes best, (P, N); the first of none."""
         each = len(codes) // len(prompts)
         odds = judge.odds(self.tokenizer, codes, [prompt for prompt in prompts for _ in range(each)])
-        best = odds.view(-1, each).argmax(1) + each * torch.arange(len(prompts), device=odds.device)
+        told = torch.tensor([bool(prompt) for prompt in prompts], device=odds.device)
+        best = torch.where(told[:, None], odds.view(-1, each), 0.0).argmax(1) + each * torch.arange(
+            len(prompts), device=odds.device
+        )
         return codes[best.to(codes.device)]
 
     def _text_of(

@@ -66,7 +66,8 @@ def measure(context: Context) -> Outcome:
         figures={name: found.to_dict() for name, found in scores.items()},
         protocol={
             "sceneval": "test prompts; mean and standard error over repetitions with other drawing seeds",
-            "candidates": f"the best of {candidates} of LaytonGen's images by its judge; one of the diffusion model's",
+            "candidates": f"of LaytonGen {candidates}, of which its judge chooses one where there are several; of the "
+            "diffusion model 1",
             "scale": "SceneEval is another scale than GenEval: the paper's figures and ours are not to be compared",
         },
     )

@@ -44,7 +44,8 @@ class LaytonGenRewardTask(LaytonGenTask):
         whole: Weight of what the whole image earned, of which all its codes get the same, beside the credit of places
             where the reward gives that: few codes decide, and those of the background are noise. With 0 nothing says
             that something is missing.
-        supervised: Weight of what the same batch's real codes teach: cross-entropy, and ``foresight``.
+        supervised: Weight of what the same batch's real codes teach: cross-entropy with their captions, and
+            ``foresight``. Nothing teaches the model without a caption.
         foresight: See `LaytonGenTask`; its weight counts beside the cross-entropy's.
         sampling: How images are drawn, here and by the exported model: temperature, guidance and ``min_entropy``.
         gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.

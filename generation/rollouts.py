@@ -6,7 +6,7 @@ What a judge must learn is how generated images fail, which real images with fal
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 from generation.pipeline import LaytonGenPipeline
 from generation.rewards import Reward
 from generation.token_shards import (
+    DRAWN_RIGHT,
+    DRAWN_WRONG,
     FORMAT,
     MANIFEST_NAME,
     TokenHeader,
@@ -58,10 +60,14 @@ def draw_rollouts(
 ) -> RolloutReport:
     """Draw images, judge them, and write two token datasets, ``right`` and ``wrong``, which appear when both are whole.
 
+    A side without images is not written. Nothing is kept of a run that was interrupted: for many images, make several
+    of other prompts.
+
     Args:
         pipeline: Draws, one candidate of each image.
         prompts: Samples with ``caption`` and ``key``, such as `layton.data.prompts.SceneCaptions`.
-        reward: An image is right that earns 1.
+        reward: An image is right that earns 1: of `generation.rewards.SceneReward` one that shows what is asked for and,
+            with ``partial`` above 0, nothing else.
         out: Folder to write; must not exist.
         images_per_prompt: Images of each prompt.
         decoder: Of the pictures that are judged; the tokenizer's choice by default.
@@ -91,7 +97,7 @@ def draw_rollouts(
         scores = reward.score(images, captions, keys, grid=tokenizer.grid).checked(len(part), tokenizer.grid)
         names = [f"drawn/{key.rpartition('/')[2]}-{number}" for key, (_, number) in zip(keys, part, strict=True)]
         for earned, row in zip(scores.total.tolist(), zip(drawn.codes, names, captions, strict=True), strict=True):
-            kept[earned >= 1].append(row)
+            kept[earned > 1 - 1e-6].append(row)
         if on_progress is not None:
             on_progress(len(part))
     header = TokenHeader(
@@ -100,22 +106,22 @@ def draw_rollouts(
         num_tokens=tokenizer.num_tokens,
         image_size=tokenizer.image_size,
         encoder=weights_digest(tokenizer.encoder),
-        policy="drawn",
+        policy=DRAWN_RIGHT,
     )
     with staged(out) as folder:
-        for name, rows in ((RIGHT, kept[True]), (WRONG, kept[False])):
-            _write(folder / name, header, rows)
+        for name, policy, rows in ((RIGHT, DRAWN_RIGHT, kept[True]), (WRONG, DRAWN_WRONG, kept[False])):
+            if rows:
+                _write(folder / name, replace(header, policy=policy), rows)
     return RolloutReport(len(kept[True]), len(kept[False]))
 
 
 def _write(folder: Path, header: TokenHeader, rows: list[tuple[Tensor, str, str]]) -> None:
     """One token dataset of one shard."""
-    codes = torch.stack([row[0] for row in rows]) if rows else torch.zeros(0, header.num_tokens, dtype=torch.int64)
-    shard = TokenShard(codes, [row[1] for row in rows], [row[2] for row in rows])
+    shard = TokenShard(torch.stack([row[0] for row in rows]), [row[1] for row in rows], [row[2] for row in rows])
     path = folder / shard_name(0)
     folder.mkdir()
     write_shard(path, header, shard)
     entry = {"file": path.name, "samples": len(shard), "skipped": 0, "sha256": sha256_of(path)}
     counts = {"inputs": len(shard), "samples": len(shard), "skipped": 0}
-    about = {"format": FORMAT, "header": asdict(header), "source": "drawn"}
+    about = {"format": FORMAT, "header": asdict(header), "source": header.policy}
     write_json(folder / MANIFEST_NAME, {**about, "shards": [entry], "counts": counts, "skipped": []})

@@ -153,7 +153,7 @@ class TransformersTextEncoder(TextEncoder):
         """Features of B prompts; see `TextEncoder.encode`. With gradients if it is trainable."""
         ids, mask, cut = self.tokenize(prompts)
         device = next(self.model.parameters()).device
-        longest = int(mask.sum(1).max())  # what stands behind is padding of all
+        longest = max(1, int(mask.sum(1).max()))  # what stands behind is padding of all
         ids, mask = ids.to(device), mask.to(device)
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
             found = self.model(input_ids=ids[:, :longest], attention_mask=mask[:, :longest].long()).last_hidden_state
@@ -203,6 +203,7 @@ class TransformersTextEncoder(TextEncoder):
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write ``config.json``, ``tokenizer/`` and ``model/``; see `TextEncoder.save_pretrained`."""
         root = Path(folder)
+        dtype = torch.float16 if dtype == torch.bfloat16 else dtype  # the fingerprint counts weights as float16
         self.tokenizer.save_pretrained(str(root / "tokenizer"))
         state = {
             key: value.to(dtype) if dtype is not None and value.is_floating_point() else value

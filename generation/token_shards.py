@@ -27,6 +27,7 @@ from torch import Tensor
 from layton.folder import write_atomically
 
 FORMAT = "layton tokens 1"
+DRAWN_RIGHT, DRAWN_WRONG = "drawn, right", "drawn, wrong"  # policies of images that a generator drew
 PLAN_NAME, MANIFEST_NAME = "plan.json", "manifest.json"
 _UINT16_CODES = 2**16
 Precision = Literal["fp32", "bf16"]
@@ -42,7 +43,7 @@ class TokenHeader:
         num_tokens: N.
         image_size: Side in pixels of the squares that were encoded.
         encoder: Hash of the encoder's weights: another encoder gives other codes of the same codebook.
-        policy: How images became square.
+        policy: How images became square; of drawn ones, whether they show what their captions say.
         text_encoder: Fingerprint of the text encoder whose features are cached, empty without them.
         text_length: L, to which they are padded when they are read.
         text_padding: On which side.

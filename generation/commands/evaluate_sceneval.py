@@ -61,7 +61,7 @@ def evaluate_sceneval(
         candidates: of LaytonGen, images drawn for each one that is kept: the one that its judge likes best.
         weights: of LaytonGen while it draws: bf16, or int8 on a CPU, to be quicker; by default as they are saved.
         seed: of the first image; the following images count up from it.
-        batch_size: images drawn at once; the score does not depend on it.
+        batch_size: images drawn at once, each with its candidates; the score does not depend on it.
         out: folder for the images in GenEval's layout; must be new or empty.
         device: where to run; the accelerator if there is one.
         allow: dotted names, or their beginnings, of classes of your own that a saved part may name.

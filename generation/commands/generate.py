@@ -61,7 +61,7 @@ def generate(
         min_entropy: where the model is surer of the next code than so many nats, that is drawn plainly; 0 for nowhere.
         candidates: images drawn for each one that is kept: the one that the judge beside the tokenizer likes best.
         weights: of the model while it draws: bf16, or int8 on a CPU, to be quicker; by default as they are saved.
-        batch_size: images drawn at once; memory does not grow with their number.
+        batch_size: images drawn at once, each with its candidates; memory does not grow with the number of images.
         overwrite: replace pictures of the same names; without it they are an error, before anything is drawn.
         device: where to run; the accelerator if there is one.
         allow: dotted names, or their beginnings, of classes of your own that a saved part may name.

@@ -30,7 +30,8 @@ def rollouts(
 ) -> None:
     """Draw images of scenes' captions and keep their tokens, right and wrong ones apart: what a judge learns from.
 
-    Writes two token datasets, OUT/right and OUT/wrong. SceneEval's checker says which is which.
+    Writes two token datasets, OUT/right and OUT/wrong. Right are images in which SceneEval's checker finds what is
+    asked for and nothing else.
 
     Args:
         out: folder to write; must not exist.
@@ -64,7 +65,7 @@ def rollouts(
         report = draw_rollouts(
             loaded.pipeline,
             prompts,
-            SceneReward(partial=0.0),
+            SceneReward(),
             out,
             images_per_prompt=images_per_prompt,
             decoder=decoder,

@@ -164,7 +164,9 @@ def test_a_false_caption_goes_with_the_true_one(folder: str) -> None:
                     spec_of_caption(scene, sample["contrary"])
     assert told > 10
     assert "contrary" not in plain.sample(0, seed=0)
-    with pytest.raises(ValueError, match=r"contrary must be some of count, colour, relation, shape, got \['size'\]"):
+    with pytest.raises(
+        ValueError, match=r"contrary must be some of count, colour, relation, shape, kind, got \['size'\]"
+    ):
         TokenShards(folder, contrary=["size"])  # type: ignore[list-item]
 
 

@@ -13,10 +13,12 @@ from torch.testing import assert_close
 
 from generation.caption_judge import CaptionJudge
 from generation.data import TokenShards
+from generation.editing import continue_image
 from generation.generator import SamplingDefaults
 from generation.judge import Judge
-from generation.judge_task import JudgeTask
+from generation.judge_task import JudgeTask, _told_apart
 from generation.pipeline import LaytonGenPipeline
+from generation.pretrained import judge as judge_from
 from generation.rewards import Reward, Scores
 from generation.rollouts import draw_rollouts
 from generation.seeding import child_generator
@@ -70,7 +72,7 @@ def test_the_verdict_depends_on_image_and_caption_alone() -> None:
         assert_close(judge(images, *more), odds)
         assert not torch.allclose(judge(images.flip(0), features, mask), odds)
         assert not torch.allclose(judge(images.flip(3), features, mask), odds)  # left is not right
-        assert not torch.allclose(judge(images, features.flip(1), mask.new_ones(mask.shape)), odds)
+        assert not torch.allclose(judge(images, features.flip(1), mask)[0], odds[0])  # words have an order
     with pytest.raises(ValueError, match=f"captions of {LENGTH} tokens, got {LENGTH + 1}"):
         judge(images, torch.zeros(3, LENGTH + 1, WIDTH), torch.ones(3, LENGTH + 1, dtype=torch.bool))
     with pytest.raises(ValueError, match="even, got 5"):
@@ -81,6 +83,13 @@ def test_a_saved_judge_is_the_same_and_knows_its_tokenizer(tmp_path: Path) -> No
     judge, tokenizer = caption_judge(), tiny_tokenizer()
     codes = torch.randint(CODES, (2, TOKENS), generator=torch.Generator().manual_seed(0))
     captions = ["a red circle", "two blue stars"]
+    judge.save_pretrained(tmp_path / "half", dtype=torch.bfloat16)
+    assert_close(
+        CaptionJudge.from_pretrained(tmp_path / "half").odds(tokenizer, codes, captions),
+        judge.odds(tokenizer, codes, captions),
+        atol=0.05,
+        rtol=0.05,
+    )
     judge.save_pretrained(tmp_path / "judge")
     loaded = CaptionJudge.from_pretrained(tmp_path / "judge")
     assert_close(loaded.odds(tokenizer, codes, captions), judge.odds(tokenizer, codes, captions))
@@ -143,20 +152,63 @@ def test_the_model_says_how_many_candidates_where_there_is_a_judge() -> None:
     once = pipe("a red circle", candidates=1, generator=seeds(3), output_type="codes").codes
     pipe.judge = None
     assert pipe("a red circle", generator=seeds(3), output_type="codes").codes.equal(once)
-    with pytest.raises(ValueError, match="chosen by a judge, and none"):
+    with pytest.raises(ValueError, match="chosen by a judge, and the pipeline has none"):
         pipe("a red circle", candidates=2)
     for count in (0, 65):
         with pytest.raises(ValueError, match=f"candidates must be in .* got {count}"):
             pipe("a red circle", candidates=count)
-    with pytest.raises(ValueError, match="candidates must be at least 1, got 0"):
-        SamplingDefaults(candidates=0)
+    for count in (0, 65):
+        with pytest.raises(ValueError, match=f"candidates must be in .* got {count}"):
+            SamplingDefaults(candidates=count)
+
+
+def test_an_empty_prompt_is_not_judged() -> None:
+    pipe = picky_pipeline()
+    empty = pipe(["", "a red circle"], candidates=4, generator=seeds(0, 1), output_type="codes").codes
+    generator = seeds(0)[0]
+    child_generator(generator)
+    sampling, guidance = pipe.options(None, temperature=None, top_k=None, top_p=None)
+    first = pipe.draw_codes(
+        pipe.encode_prompt([""]), generators=[child_generator(generator)], sampling=sampling, guidance=guidance
+    )
+    assert empty[:1].equal(first)
+
+
+def test_codes_are_drawn_again_by_candidates() -> None:
+    pipe = picky_pipeline()
+    codes = pipe("a red circle", generator=seeds(0), output_type="codes").codes
+    options: dict[str, Any] = {"keep": 6, "output_type": "codes"}
+    best = continue_image(pipe, codes, "a red circle", candidates=8, generator=seeds(5), **options).codes
+    assert best[:, :6].equal(codes[:, :6])
+    once = continue_image(pipe, codes, "a red circle", candidates=1, generator=seeds(5), **options).codes
+    assert best.sum() > once.sum()
+
+
+def test_the_rollouts_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, out = write_model(tmp_path / "tiny"), tmp_path / "drawn"
+    words = ["rollouts", "--model", str(model), "--out", str(out), "--count", "3"]
+    assert main(words) == 0
+    assert "0 of 6 images right" in capsys.readouterr().out  # noise shows nothing
+    assert [path.name for path in out.iterdir()] == ["wrong"]
+    assert len(TokenShards(str(out / "wrong"), untrue=True)) == 6
+    assert main(words) == 2
+
+
+def test_a_judge_goes_on_learning(tmp_path: Path) -> None:
+    caption_judge().save_pretrained(tmp_path)
+    found = judge_from(str(tmp_path))
+    assert found.training and all(parameter.requires_grad for parameter in found.parameters())
 
 
 def test_a_judge_lies_beside_its_tokenizer_and_goes_with_the_pipeline(tmp_path: Path) -> None:
     model = write_model(tmp_path / "tiny")
     assert LaytonGenPipeline.from_pretrained(model).judge is None
+    (model / "judge").mkdir()  # of a copy that was interrupted
+    assert LaytonGenPipeline.from_pretrained(model).judge is None
     caption_judge().save_pretrained(model / "judge")
     pipe = LaytonGenPipeline.from_pretrained(model)
+    given = LaytonGenPipeline.from_pretrained(model, tokenizer=tiny_tokenizer(), judge=pipe.judge)
+    assert given.judge is pipe.judge
     wanted = pipe("a red circle", candidates=3, output_type="codes").codes
     pipe.save_pretrained(tmp_path / "copy")
     again = LaytonGenPipeline.from_pretrained(tmp_path / "copy")
@@ -192,6 +244,8 @@ def test_rollouts_are_kept_apart_and_taught(tmp_path: Path) -> None:
     assert (report.right, report.wrong) == (5, 5)
     right, wrong = TokenShards(str(out / "right"), shown=2), TokenShards(str(out / "wrong"), untrue=True, shown=2)
     assert verify(out / "right") == verify(out / "wrong") == []
+    with pytest.raises(ValueError, match="pass untrue=True"):
+        TokenShards(str(out / "wrong"))
     samples = [source.sample(index, seed=0) for source in (right, wrong) for index in range(5)]
     said = [sample["caption"] or sample["contrary"] for sample in samples]
     assert said[:5] == said[5:]  # of each prompt one image was right
@@ -199,7 +253,7 @@ def test_rollouts_are_kept_apart_and_taught(tmp_path: Path) -> None:
     once = pipe(said[0], candidates=1, generator=seeds(0), output_type="codes").codes[0]
     assert wrong.codes()[0].equal(once)
     task = judge_task(tmp_path / "tokenizer", reading=0.5).train()
-    batch = collate([{**sample, "contrary": sample.get("contrary", "")} for sample in samples])
+    batch = collate(samples)
     loss = task.training_step(batch, 0)
     loss.backward()
     assert torch.isfinite(loss)
@@ -230,6 +284,7 @@ def test_it_learns_which_captions_hold(tmp_path: Path) -> None:
     rows, captions, kinds = zip(*task._asked(batch, task.step_generator("judge", device="cpu")), strict=True)
     assert {*kinds} == {"true", "false", "foreign"}
     odds = judge.odds(tokenizer, batch["codes"][list(rows)], captions)
+    assert _told_apart(odds, rows, kinds) > 0.9
     assert ((odds > 0) == torch.tensor([kind == "true" for kind in kinds])).float().mean() > 0.9
     false = {caption for caption, kind in zip(captions, kinds, strict=True) if kind == "false"}
     for row, caption, kind in zip(rows, captions, kinds, strict=True):
@@ -242,5 +297,34 @@ def test_it_learns_which_captions_hold(tmp_path: Path) -> None:
 
 def test_a_judge_task_that_cannot_be_is_refused(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"code_dropout .* got 1\.0"):
-        judge_task(tmp_path, code_dropout=1.0)
+    for options, found in (
+        ({"code_dropout": 1.0}, r"got 1\.0"),
+        ({"reading": -1.0}, r"-1\.0"),
+        ({"chinese": 2.0}, r"2\.0"),
+    ):
+        with pytest.raises(ValueError, match=found):
+            judge_task(tmp_path, **options)
+    task = judge_task(tmp_path, reading=0.1)
+    batch = {"codes": torch.zeros(2, TOKENS, dtype=torch.int64), "caption": ["", ""], "key": ["a/1", "a/2"]}
+    with pytest.raises(ValueError, match=r"no caption at all: \['a/1'"):
+        task.training_step(batch, 0)
+    with pytest.raises(ValueError, match="give TokenShards shown"):
+        task.training_step({**batch, "caption": ["a", "b"]}, 0)
+    checkpoint: dict[str, Any] = {"state_dict": {}}
+    task.on_save_checkpoint(checkpoint)
+    checkpoint["judge_reads"]["tokenizer"] = "another"
+    with pytest.raises(ValueError, match="tokenizer: stored 'another'"):
+        task.on_load_checkpoint(checkpoint)
+
+
+def test_parts_that_a_judge_cannot_read_are_refused() -> None:
+    judge, encoder, tokenizer = tiny_judge(), tiny_text_encoder(), tiny_tokenizer()
+    short = Judge(code_dim=4, grid=GRID, text_width=WIDTH, text_length=LENGTH - 1, width=32, num_heads=2)
+    with pytest.raises(ValueError, match=f"captions of {LENGTH - 1} x {WIDTH}"):
+        CaptionJudge(short, encoder, "")
+    wide = Judge(code_dim=4, grid=6, text_width=WIDTH, text_length=LENGTH, width=32, num_heads=2)
+    with pytest.raises(ValueError, match=r"a grid of 6 .* got \(4, 4\)"):
+        CaptionJudge(wide, encoder, tokenizer.fingerprint()).require_tokenizer(tokenizer)
+    encoder.padding = "right"
+    with pytest.raises(ValueError, match="on the left"):
+        CaptionJudge(judge, encoder, "")
