@@ -66,8 +66,8 @@ def draw_rollouts(
     Args:
         pipeline: Draws, one candidate of each image.
         prompts: Samples with ``caption`` and ``key``, such as `layton.data.prompts.SceneCaptions`.
-        reward: An image is right that earns 1: of `generation.rewards.SceneReward` one that shows what is asked for and,
-            with ``partial`` above 0, nothing else.
+        reward: An image is right that earns 1: of `generation.rewards.SceneReward` one that shows what is asked
+            for and, with ``partial`` above 0, nothing else.
         out: Folder to write; must not exist.
         images_per_prompt: Images of each prompt.
         decoder: Of the pictures that are judged; the tokenizer's choice by default.
