@@ -31,11 +31,12 @@ class Demonstration:
 
 
 def has_generator(name: str) -> bool:
-    """Whether there is a finished LaytonGen of this name or in this folder."""
+    """Whether there is a LaytonGen of this name or in this folder, be it one that is still in training."""
     try:
-        return not is_interim(find_generator(name))
+        find_generator(name)
     except ValueError:
         return False
+    return True
 
 
 def draw_samples(
@@ -65,4 +66,5 @@ def draw_samples(
         noise = [torch.Generator().manual_seed(number) for number in numbers]
         images = tokenizer.decode(codes[numbers], decoder=decoder, generator=noise)
         pictures[decoder] = {n: np.asarray(to_image(image)) for n, image in zip(numbers, images, strict=True)}
-    return Demonstration(pictures, LaytonGenDrawer(pipeline, name, default).settings())
+    drawer = LaytonGenDrawer(pipeline, name, default, interim=is_interim(find_generator(name)))
+    return Demonstration(pictures, drawer.settings())

@@ -173,7 +173,7 @@ def test_a_finished_generator_wins_over_an_interim_one(tmp_path: Path, monkeypat
     write_model(tmp_path / "small")
     shutil.move(tmp_path / "small" / "laytongen", tmp_path / "interim" / "small" / "laytongen")
     interim = find_generator("small")
-    assert is_interim(interim) and not has_generator("small")
+    assert is_interim(interim) and has_generator("small") and not has_generator("none")
     assert find_tokenizer("small", interim) == tmp_path / "small"
     assert LaytonGenPipeline.from_pretrained("small").num_tokens == TOKENS
     shutil.copytree(interim, tmp_path / "small" / "laytongen")
