@@ -68,11 +68,11 @@ def test_the_embedded_laytongen_draws_the_same_in_any_batch() -> None:
     pipe = LaytonGenPipeline.from_pretrained("mini", decoders=["light"])
     prompts = ["a yellow ring", "two green rings"]
     alone = [
-        pipe(prompt, generator=torch.Generator().manual_seed(number), output_type="codes").codes
+        pipe(prompt, candidates=2, generator=torch.Generator().manual_seed(number), output_type="codes").codes
         for number, prompt in enumerate(prompts)
     ]
     seeds = [torch.Generator().manual_seed(number) for number in range(2)]
-    both = pipe(prompts, generator=seeds, decoder="light")
+    both = pipe(prompts, candidates=2, generator=seeds, decoder="light")
     assert both.codes.equal(torch.cat(alone)) and both.codes.unique().numel() > 50
     assert [image.size for image in both.images] == [(256, 256)] * 2
 
