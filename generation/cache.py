@@ -45,10 +45,11 @@ class CachedDecoder:
         condition: Text features (R, L, dim) or labels (R,).
         mask: (R, L), true for real caption tokens, which stand last; None when all are real.
         num_codes: How many codes will be decoded at most; N when None.
+        layout: (R, M, F), where objects stand; None when nothing is told.
 
     Raises:
         ValueError: If the model is in training mode, the mask does not fit, is not left-padded or leaves a caption
-            empty, or ``num_codes`` is not in 1..N.
+            empty, ``num_codes`` is not in 1..N, or a layout does not fit or is none of the model's.
     """
 
     @torch.inference_mode()
@@ -59,6 +60,7 @@ class CachedDecoder:
         mask: Tensor | None = None,
         *,
         num_codes: int | None = None,
+        layout: Tensor | None = None,
     ) -> None:
         count = model.num_tokens if num_codes is None else num_codes
         if model.training:
@@ -68,6 +70,7 @@ class CachedDecoder:
         self.model = model
         self.mask = _checked_mask(mask, condition)
         self._prefix: Tensor = model.prefix(condition)
+        self._control = model.control(layout, len(self._prefix))
         self._vocabulary = packed(model.vocabulary)
         self._blocks = [packed(block) for block in model.blocks]
         self._head = self._vocabulary.frozen_head()
@@ -105,6 +108,9 @@ class CachedDecoder:
         x = self._prefix
         if codes is not None and codes.shape[1]:
             x = torch.cat([x, self._vocabulary.embed(codes).to(x.dtype)], dim=1)
+        if self._control is not None:
+            first = self.prefix_length - 1
+            x = torch.cat([x[:, :first], x[:, first:] + self._control[:, : x.shape[1] - first]], dim=1)
         if x.shape[1] > self.capacity:
             raise ValueError(f"{x.shape[1]} tokens do not fit into a cache of {self.capacity}")
         bias = attention_bias(self.mask, queries=x.shape[1], keys=x.shape[1], device=x.device, dtype=x.dtype)
@@ -127,6 +133,8 @@ class CachedDecoder:
         if not 0 < place < self.capacity:
             raise ValueError(f"the cache holds {place} of {self.capacity} tokens: nothing can be fed")
         x = self._vocabulary.embed(codes[:, None]).to(self.memory.dtype)
+        if self._control is not None:
+            x = x + self._control[:, place - self.prefix_length + 1, None]
         bias = None if self._bias is None else self._bias[..., : place + 1]
         return self._feed(x, self.rotation.at(place, place + 1), bias)
 
@@ -135,6 +143,7 @@ class CachedDecoder:
         for layer in self.layers:
             layer.keys, layer.values = layer.keys[:count], layer.values[:count]
         self._bias = None if self._bias is None else self._bias[:count]
+        self._control = None if self._control is None else self._control[:count]
 
     def _feed(self, x: Tensor, rotation: Rotation, bias: Tensor | None) -> Tensor:
         for block, layer in zip(self._blocks, self.layers, strict=True):

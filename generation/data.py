@@ -24,6 +24,7 @@ from layton.scenes import (
     begun_cells,
     check_textures,
     objects_ahead,
+    objects_placed,
     objects_shown,
     sample_scene,
     texture_of,
@@ -56,6 +57,8 @@ class TokenShards(SampleSource):
             relation, shape, kind (`layton.scenes.contrary`). Samples then hold ``contrary``, empty where none applies.
         ahead: For scenes, whether samples also hold ``ahead`` (N, 3), what is still to be drawn at each code
             (`layton.scenes.objects_ahead`).
+        placed: For scenes, steps of the side in which samples are told where objects stand, ``layout`` (5, 5), see
+            `layton.scenes.objects_placed` and `generation.layout`; 0 for none.
         shown: For `generation.judge_task`, side of a grid of which samples hold ``shown`` (shown**2, 3), what is seen
             in each cell (`layton.scenes.objects_shown`), -1 for what is no scene, and ``contrary``; 0 for none.
         untrue: Whether the captions are false, as those of drawn images that are wrong (`generation.rollouts`): samples
@@ -80,6 +83,7 @@ class TokenShards(SampleSource):
         unbegun: float = 1.0,
         contrary: Sequence[Change] = (),
         ahead: bool = False,
+        placed: int = 0,
         shown: int = 0,
         untrue: bool = False,
         use_text: bool = True,
@@ -92,8 +96,10 @@ class TokenShards(SampleSource):
             raise ValueError(f"unbegun must be in (0, 1], got {unbegun}")
         if isinstance(contrary, str) or not set(contrary) <= set(CHANGES):
             raise ValueError(f"contrary must be some of {', '.join(CHANGES)}, got {contrary!r}")
-        if shown < 0 or (untrue and (contrary or any(shares.values()))):
-            raise ValueError(f"need shown >= 0, and of untrue captions no others, got {shown}, {contrary}, {shares}")
+        if min(shown, placed) < 0 or (untrue and (contrary or any(shares.values()))):
+            raise ValueError(
+                f"need shown and placed >= 0, and of untrue captions no others, got {shown}, {placed}, {contrary}, {shares}"
+            )
         if textures is not None:
             check_textures(textures)
         self.folder, self.split, self._unbegun = Path(folder), check_split(split), unbegun
@@ -104,14 +110,14 @@ class TokenShards(SampleSource):
         kept = _read_all(paths, partial(_is_wanted, split=self.split, textures=textures), length)
         if not kept.keys:
             raise ValueError(f"split {split!r} of {folder} holds no samples" + (f" on {textures}" if textures else ""))
-        other = next((key for key in kept.keys if ahead and not key.startswith(_SCENES)), None)
+        other = next((key for key in kept.keys if (ahead or placed) and not key.startswith(_SCENES)), None)
         if other is not None:
-            raise ValueError(f"only of scenes is known what is ahead, {folder} also holds {other!r}")
+            raise ValueError(f"only of scenes is known what is ahead and where, {folder} also holds {other!r}")
         if untrue and any(key.startswith(_SCENES) for key in kept.keys):
             raise ValueError(f"captions of scenes are true, {folder} holds some: untrue is of drawn images")
         if kept.header.policy == DRAWN_WRONG and not untrue:
             raise ValueError(f"{folder} holds images that do not show what their captions say: pass untrue=True")
-        self._ahead, self._shown, self._untrue = ahead, shown, untrue
+        self._ahead, self._placed, self._shown, self._untrue = ahead, placed, shown, untrue
         self.header, self._keys, self._captions = kept.header, kept.keys, kept.captions
         self._codes, self._places = kept.codes.numpy(), kept.places  # torch cannot pickle its uint16
         self._texts: StoredText | None = None
@@ -149,6 +155,8 @@ class TokenShards(SampleSource):
             sample["weights"] = self._weights(key)
         if self._ahead:
             sample["ahead"] = torch.from_numpy(objects_ahead(_scene(key), self._grid))
+        if self._placed:
+            sample["layout"] = torch.from_numpy(objects_placed(_scene(key), self._placed))
         if self._shown:
             sample["shown"] = self._seen(key)
         if self._texts is not None:

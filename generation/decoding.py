@@ -12,6 +12,7 @@ from torch import Tensor
 
 from generation.cache import CachedDecoder
 from generation.guidance import Guidance, guide
+from generation.layout import UNTOLD
 from generation.sampling import SamplingOptions, plain_where_sure, sample_codes, uniform_noise
 from generation.transformer import LaytonGenTransformer
 
@@ -31,6 +32,7 @@ def generate_codes(
     sampling: SamplingOptions | None = None,
     guidance: Guidance | None = None,
     known: Tensor | None = None,
+    layout: Tensor | None = None,
     num_codes: int | None = None,
     callback: StepCallback | None = None,
 ) -> Tensor:
@@ -48,6 +50,7 @@ def generate_codes(
         guidance: Classifier-free guidance; none when None. Both halves run as one batch.
         known: (B, N) int64 codes that are given, `FREE` where one is to be drawn: to go on from an image's first
             codes, or to draw chosen ones again.
+        layout: (B, M, F) where objects stand (`generation.layout`); the unguided half is not told.
         num_codes: How many codes to make; N when None.
         callback: Called after each code with its index and all codes so far, (B, num_codes).
 
@@ -71,7 +74,8 @@ def generate_codes(
     if twice:
         condition = torch.cat([condition, model.null_condition(condition)])
         mask = None if mask is None else torch.cat([mask, mask])
-    decoder = CachedDecoder(model, condition, mask, num_codes=count)
+        layout = None if layout is None else torch.cat([layout, torch.full_like(layout, UNTOLD)])
+    decoder = CachedDecoder(model, condition, mask, num_codes=count, layout=layout)
     if batch == 0 or start == count:
         return codes
     if generators is not None and not options.greedy:

@@ -294,7 +294,7 @@ class LaytonGenPipeline:
                 warnings.warn(str(cut), PromptCutWarning, stacklevel=3)
                 cuts[cut.index] = cut
         rows = (rows - first).to(text.mask.device)
-        return TextFeatures(text.features[rows], text.mask[rows])
+        return text.pick(rows)
 
     @torch.no_grad()
     def _encode(self, prompts: Sequence[str]) -> TextFeatures:
@@ -366,7 +366,7 @@ class LaytonGenPipeline:
 def _repeated(text: TextFeatures, count: int) -> TextFeatures:
     if count == 1:
         return text
-    return TextFeatures(text.features.repeat_interleave(count, 0), text.mask.repeat_interleave(count, 0))
+    return text.pick(torch.arange(len(text.mask), device=text.mask.device).repeat_interleave(count))
 
 
 def _generators_of_candidates(generators: Sequence[torch.Generator], count: int) -> list[torch.Generator]:

@@ -43,7 +43,7 @@ def policy_losses(
         ValueError: If sampling is greedy or leaves codes out.
     """
     require_policy(sampling)
-    head = transformer.vocabulary.linear_head(transformer.hidden(codes, text.features, text.mask))
+    head = transformer.vocabulary.linear_head(transformer.hidden(codes, text.features, text.mask, layout=text.layout))
     features = head.features
     if guidance_scale != 1.0:
         with torch.no_grad():

@@ -9,19 +9,25 @@ from __future__ import annotations
 
 from generation.caption_judge import CaptionJudge
 from generation.judge import Judge
+from generation.layout import LayoutShape
 from generation.transformer import LaytonGenTransformer
 
 
-def laytongen_transformer(folder: str) -> LaytonGenTransformer:
+def laytongen_transformer(folder: str, layout: LayoutShape | None = None) -> LaytonGenTransformer:
     """A saved `LaytonGenTransformer` that goes on learning.
 
     Args:
         folder: What its ``save_pretrained`` wrote.
+        layout: What it shall learn to be told of where objects stand; at first it goes on as without. None leaves it
+            what it is.
 
     Raises:
-        ValueError: If the folder holds something else, or a quantized model, which cannot learn.
+        ValueError: If the folder holds something else, a quantized model, which cannot learn, or one that is told
+            other layouts already.
     """
     transformer = LaytonGenTransformer.from_pretrained(folder)
+    if layout is not None:
+        transformer.learn_layouts(layout)
     if transformer.config.get("int8"):
         raise ValueError(f"{folder} holds an int8 model, which cannot learn")
     return transformer.train()

@@ -144,7 +144,7 @@ class LaytonGenRewardTask(LaytonGenTask):
         """Codes (B, N) drawn for the prompts ``owner`` (B,), and their scores on the CPU."""
         training = self.transformer.training
         self.transformer.eval()
-        codes = self.draw(_of(text, owner), seeds)
+        codes = self.draw(text.pick(owner), seeds)
         self.transformer.train(training)
         captions, keys = ([batch[name][row] for row in owner.tolist()] for name in ("caption", "key"))
         with torch.autocast(self.device.type, enabled=False):
@@ -158,7 +158,7 @@ class LaytonGenRewardTask(LaytonGenTask):
             losses = policy_losses(
                 self.transformer,
                 codes,
-                _of(text, owner),
+                text.pick(owner),
                 sampling=self.sampling.options(),
                 guidance_scale=self.sampling.guidance_scale,
             )
@@ -169,7 +169,3 @@ class LaytonGenRewardTask(LaytonGenTask):
         text = self.text_of(batch)
         features = self.transformer.drop_condition(text.features.float(), untold(batch).to(self.device))
         return replace(text, features=features)
-
-
-def _of(text: TextFeatures, rows: Tensor) -> TextFeatures:
-    return TextFeatures(text.features[rows], text.mask[rows])

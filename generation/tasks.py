@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ class LaytonGenTask(LaytonTask):
             ``contrary`` (`generation.data.TokenShards`), or if it has no such entry, other images' captions.
         foresight: Also ask the transformer, at every place, what is still to be drawn; batches then hold the answers,
             ``ahead`` (B, N, F) (`generation.data.TokenShards`). Not asked when a caption says nothing.
+        layout_dropout: Share of the batches' ``layout`` (B, M, F) that the transformer is not told, of images whose
+            caption it is told; without a caption it is told none (`generation.layout`).
         sampling: Defaults that are saved with the generator, and of the pictures made while training.
         gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
 
@@ -76,11 +78,12 @@ class LaytonGenTask(LaytonTask):
         code_dropout: float = 0.0,
         contrast: float = 0.0,
         foresight: Foresight | None = None,
+        layout_dropout: float = 0.2,
         sampling: SamplingDefaults | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
-        for share in (caption_dropout, label_smoothing, code_dropout):
+        for share in (caption_dropout, label_smoothing, code_dropout, layout_dropout):
             if not 0.0 <= share < 1.0:
                 raise ValueError(f"shares must be in [0, 1), got {share}")
         if contrast < 0:
@@ -99,6 +102,7 @@ class LaytonGenTask(LaytonTask):
         self.facts = TokenizerFacts.of(self._tokenizer[0])
         self.caption_dropout, self.code_dropout = caption_dropout, code_dropout
         self.label_smoothing, self.contrast = label_smoothing, contrast
+        self.layout_dropout = layout_dropout
         self.foresight = foresight
         if foresight is not None:
             if foresight.block >= len(transformer.blocks):
@@ -175,6 +179,9 @@ class LaytonGenTask(LaytonTask):
             replaced = torch.rand(codes.shape, generator=generator) < self.code_dropout
             fed = torch.where(replaced.to(codes.device), noise.to(codes.device), codes)
         text, silent = self.text_of(batch), untold(batch) | dropped
+        if text.layout is not None:
+            hidden_from = torch.rand(len(codes), generator=generator) < self.layout_dropout
+            text = replace(text, layout=self.transformer.drop_layout(text.layout, hidden_from.to(codes.device)))
         asked = self.transformer.blocks[-1 if self.foresight is None else self.foresight.block]
         with output_of(asked) as seen:
             hidden = self._hidden(fed, text, silent, batch.get("positions"))
@@ -222,10 +229,11 @@ class LaytonGenTask(LaytonTask):
         return codes.new_zeros(len(codes), self.facts.num_tokens).scatter(1, positions, codes)
 
     def text_of(self, batch: dict[str, Any]) -> TextFeatures:
-        """Text features of a batch: cached ones, or made now. Captions that are cut are told once."""
+        """Text features of a batch: cached ones, or made now; its layouts. Captions that are cut are told once."""
+        layout = batch.get("layout")
         if "text" in batch:
-            return TextFeatures(batch["text"].float(), batch["text_mask"])
-        text = self.text_encoder.encode(batch["caption"])
+            return TextFeatures(batch["text"].float(), batch["text_mask"], layout=layout)
+        text = replace(self.text_encoder.encode(batch["caption"]), layout=layout)
         if text.cut and not self._told_of_cuts:
             self._told_of_cuts = True
             rank_zero_warn(f"captions are longer than the text encoder reads; the first: {text.cut[0]}")
@@ -248,6 +256,7 @@ class LaytonGenTask(LaytonTask):
                 generators=seeded_generators(seeds),
                 sampling=self.sampling.options(),
                 guidance=Guidance(self.sampling.guidance_scale),
+                layout=text.layout,
             )
 
     def picture_grid(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -337,8 +346,10 @@ class LaytonGenTask(LaytonTask):
 
     def _hidden(self, codes: Tensor, text: TextFeatures, dropped: Tensor, positions: Tensor | None) -> Tensor:
         text = _without_common_padding(text)
-        condition = self.transformer.drop_condition(text.features, dropped.to(codes.device))
-        return self.transformer.hidden(codes, condition, text.mask, positions=positions)
+        silent = dropped.to(codes.device)
+        condition = self.transformer.drop_condition(text.features, silent)
+        layout = None if text.layout is None else self.transformer.drop_layout(text.layout, silent)
+        return self.transformer.hidden(codes, condition, text.mask, positions=positions, layout=layout)
 
     def _check_parts(self) -> None:
         transformer, encoder, facts = self.transformer, self._text_encoder[0], self.facts
@@ -367,7 +378,7 @@ def untold(batch: dict[str, Any]) -> Tensor:
 def _without_common_padding(text: TextFeatures) -> TextFeatures:
     """Features from the longest caption's first token on; what stands before is padding of all and changes nothing."""
     longest = max(1, int(text.mask.sum(1).max()))
-    return TextFeatures(text.features[:, -longest:], text.mask[:, -longest:], text.cut)
+    return replace(text, features=text.features[:, -longest:], mask=text.mask[:, -longest:])
 
 
 def _with_quickest_decoder(name: str) -> LaytonTokenizer:

@@ -53,11 +53,18 @@ class TextFeatures:
         features: (B, L, D), zero at padding.
         mask: (B, L) bool, true where there is a token.
         cut: Prompts that were too long.
+        layout: (B, M, F) int64, where objects are to stand (`generation.layout`); None when nothing is told of it.
     """
 
     features: Tensor
     mask: Tensor
     cut: tuple[TextCut, ...] = ()
+    layout: Tensor | None = None
+
+    def pick(self, rows: Tensor) -> TextFeatures:
+        """Those of chosen prompts, by their places (b,) or by a mask (B,); what was cut is not kept."""
+        layout = None if self.layout is None else self.layout[rows]
+        return TextFeatures(self.features[rows], self.mask[rows], layout=layout)
 
 
 class TextEncoder(nn.Module, ABC):

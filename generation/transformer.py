@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from generation.blocks import Block
+from generation.layout import UNTOLD, LayoutControl, LayoutShape
 from generation.prefix import CaptionPrefix, ClassPrefix
 from generation.rope import CaptionRotary, Rotation, rotation_table
 from generation.shapes import SIZES, CaptionShape, Dropout, Factors, swiglu_width
@@ -39,6 +40,7 @@ class LaytonGenTransformer(nn.Module):
         vocab_size: V.
         num_tokens: N, a square number.
         factors: Tied token layers of low rank; None for a full embedding and a full head.
+        layout: What it may also be told of where objects stand; None for nothing.
         dropout: While training.
         zero_head: Start with all logits 0 (LlamaGen); otherwise the head starts like all other layers, N(0, 0.02).
         class_rotary: Rotary factors at the place of the class token, see `generation.rope`; captions carry their own.
@@ -63,6 +65,7 @@ class LaytonGenTransformer(nn.Module):
         vocab_size: int = 16384,
         num_tokens: int = 256,
         factors: Factors | None = None,
+        layout: LayoutShape | None = None,
         dropout: Dropout | None = None,
         zero_head: bool = True,
         class_rotary: CaptionRotary = "identity",
@@ -109,6 +112,24 @@ class LaytonGenTransformer(nn.Module):
         self.apply(_init)
         if zero_head:
             self.vocabulary.zero_head()
+        self.layout_control: LayoutControl | None = None
+        if layout is not None:
+            self.learn_layouts(layout)
+
+    def learn_layouts(self, layout: LayoutShape) -> None:
+        """Make room for being told where objects stand, which changes nothing at first.
+
+        Raises:
+            ValueError: If it is told layouts of another shape already.
+        """
+        if self.layout_control is not None:
+            if self.layout_control.shape != layout:
+                raise ValueError(f"the transformer is told layouts of {self.layout_control.shape}, not of {layout}")
+            return
+        self.layout_control = LayoutControl(layout, self.num_tokens, self.width)
+        self.layout_control.apply(_init)
+        self.layout_control.start_silent()
+        self.config["layout"] = cast("dict[str, JsonValue]", asdict(layout))
 
     @classmethod
     def from_size(
@@ -145,7 +166,13 @@ class LaytonGenTransformer(nn.Module):
         )
 
     def forward(
-        self, codes: Tensor, condition: Tensor, mask: Tensor | None = None, *, positions: Tensor | None = None
+        self,
+        codes: Tensor,
+        condition: Tensor,
+        mask: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        layout: Tensor | None = None,
     ) -> Tensor:
         """Logits of every code, given the condition and all codes before it (teacher forcing).
 
@@ -155,20 +182,35 @@ class LaytonGenTransformer(nn.Module):
             mask: (B, L), true where a caption token is real; None when all are.
             positions: (B, N) int64 places of the codes on the image grid, row-major, for codes that are a part of an
                 image; None when they are its first N.
+            layout: (B, M, F) int64 where objects stand (`generation.layout`); None when nothing is told of it.
 
         Returns:
             (B, N, V).
+
+        Raises:
+            ValueError: If a layout is given to a model that knows none, or does not fit.
         """
-        return self.vocabulary.logits(self.hidden(codes, condition, mask, positions=positions))
+        return self.vocabulary.logits(self.hidden(codes, condition, mask, positions=positions, layout=layout))
 
     def hidden(
-        self, codes: Tensor, condition: Tensor, mask: Tensor | None = None, *, positions: Tensor | None = None
+        self,
+        codes: Tensor,
+        condition: Tensor,
+        mask: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        layout: Tensor | None = None,
     ) -> Tensor:
         """What the logits of `forward` are made of, (B, N, D), from the same arguments."""
         kind = self.norm.weight.dtype  # under autocast the residual stream stays in the weights' own precision
         prefix = self.prefix(condition).to(kind)
         length = prefix.shape[1]
         x = torch.cat([prefix, self.vocabulary.embed(codes[:, :-1]).to(kind)], dim=1)
+        control = self.control(layout, len(codes))
+        if control is not None:
+            places = torch.arange(codes.shape[1], device=x.device)[None] if positions is None else positions
+            chosen = control[torch.arange(len(codes), device=x.device)[:, None], places]
+            x = torch.cat([x[:, : length - 1], x[:, length - 1 :] + chosen.to(kind)], dim=1)
         if self.training:
             x = F.dropout(x, self.dropout.token)
         bias = attention_bias(mask, queries=x.shape[1], keys=x.shape[1], device=x.device, dtype=x.dtype)
@@ -179,6 +221,20 @@ class LaytonGenTransformer(nn.Module):
             caption = torch.arange(length, device=x.device).expand(len(x), length)
             rotation = table.pick(torch.cat([caption, length + positions[:, :-1]], dim=1))
         return self.run(x, rotation, bias)[:, length - 1 :]
+
+    def control(self, layout: Tensor | None, rows: int) -> Tensor | None:
+        """What is added where each code is predicted, (B, N, D); None when nothing is told.
+
+        Raises:
+            ValueError: If a layout is given to a model that knows none, or does not fit.
+        """
+        if layout is None:
+            return None
+        if self.layout_control is None:
+            raise ValueError("the transformer was not trained with layouts, one is given")
+        self.layout_control.shape.check(layout, rows)
+        control: Tensor = self.layout_control(layout)
+        return control
 
     def run(self, x: Tensor, rotation: Rotation, bias: Tensor | None) -> Tensor:
         """All blocks and the last norm: (B, T, D) -> (B, T, D)."""
@@ -205,6 +261,10 @@ class LaytonGenTransformer(nn.Module):
     def null_condition(self, condition: Tensor) -> Tensor:
         """The condition "none", shaped like ``condition``: features (B, L, dim) or labels (B,)."""
         return self.prefix.unconditional(condition)
+
+    def drop_layout(self, layout: Tensor, dropped: Tensor) -> Tensor:
+        """Layouts (B, M, F) that are not given where ``dropped`` (B,) is true."""
+        return torch.where(dropped[:, None, None], UNTOLD, layout)
 
     def set_codebook(self, codebook: Tensor) -> None:
         """Give a model with factored tokens the tokenizer's codebook (V, d).
@@ -292,7 +352,7 @@ def _init(module: nn.Module) -> None:
 
 
 def _arguments(config: Mapping[str, JsonValue]) -> dict[str, Any]:
-    nested = {"caption": CaptionShape, "factors": Factors, "dropout": Dropout}
+    nested = {"caption": CaptionShape, "factors": Factors, "dropout": Dropout, "layout": LayoutShape}
     return {
         name: nested[name](**cast("dict[str, Any]", value)) if name in nested and value is not None else value
         for name, value in config.items()

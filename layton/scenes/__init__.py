@@ -13,6 +13,7 @@ from layton.scenes.cells import (
     begun_cells,
     object_cells,
     objects_ahead,
+    objects_placed,
     objects_shown,
 )
 from layton.scenes.layout import as_position, check_textures, sample_scene, texture_of, textured_seeds
@@ -43,6 +44,7 @@ __all__ = [
     "is_unseen",
     "object_cells",
     "objects_ahead",
+    "objects_placed",
     "objects_shown",
     "render",
     "sample_scene",

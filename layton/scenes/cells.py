@@ -73,6 +73,21 @@ def objects_shown(scene: Scene, grid: int) -> NDArray[np.int64]:
     return shown.reshape(grid * grid, -1)
 
 
+def objects_placed(scene: Scene, steps: int) -> NDArray[np.int64]:
+    """Where objects stand, in the scene's own order.
+
+    Returns:
+        (MAX_OBJECTS, 5): shape and colour as places in `SHAPES` and `COLOURS` counted from 1, and centre (x, y) and
+        diameter in steps of which the side has ``steps``; zeros behind the last object.
+    """
+    shapes, colours = list(SHAPES), list(COLOURS)
+    placed = np.zeros((MAX_OBJECTS, 5), dtype=np.int64)
+    for row, item in enumerate(scene.objects):
+        places = (min(int(place * steps), steps - 1) for place in (item.cx, item.cy, item.diameter))
+        placed[row] = (shapes.index(item.shape) + 1, colours.index(item.colour) + 1, *places)
+    return placed
+
+
 def _cells_of(item: SceneObject, grid: int) -> NDArray[np.bool_]:
     """(grid, grid): whether the object touches the cell."""
     side = grid * _POINTS
