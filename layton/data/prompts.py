@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from layton.data.randomness import mix
-from layton.data.sources import SampleSource
+import torch
+
+from layton.data.sources import SampleSource, say
 from layton.data.types import Split, check_split, split_of_key
-from layton.scenes import caption as scene_caption
-from layton.scenes import sample_scene, split_seeds
+from layton.scenes import Scene, objects_placed, sample_scene, split_seeds
 
 MAX_LINE_BYTES = 4096
-_SHARE_ONE = 2**63
+_PASSED_OVER = 32  # scenes that are looked at for one of large objects
 
 
 class SceneCaptions(SampleSource):
@@ -31,6 +31,12 @@ class SceneCaptions(SampleSource):
         offset: Scenes to pass over at the beginning of the split.
         chinese: Share of captions in Chinese, in [0, 1]; chosen by the sample's seed.
         reworded: Share of captions said in another true way than the canonical one, in [0, 1]; chosen likewise.
+        related: Share of captions of two objects that say how they stand, where that is clear; chosen likewise.
+        placed: Steps of the side in which samples also hold where the objects stand, ``layout`` (5, 5), see
+            `layton.scenes.objects_placed`; 0 for none.
+        min_diameter: Of all objects, as a fraction of the side; a scene with a smaller one is passed over for one of
+            the same task, from the next seed that gives one without, or if none does soon, the one that comes nearest.
+            Keys are then ``scene/<task>/<seed>``.
 
     Raises:
         ValueError: A number is out of range, or there is no such split.
@@ -44,17 +50,22 @@ class SceneCaptions(SampleSource):
         offset: int = 0,
         chinese: float = 0.0,
         reworded: float = 0.0,
+        related: float = 0.0,
+        placed: int = 0,
+        min_diameter: float = 0.0,
     ) -> None:
-        if length < 1:
-            raise ValueError(f"length must be >= 1, got {length}")
-        if not (0.0 <= chinese <= 1.0 and 0.0 <= reworded <= 1.0):
-            raise ValueError(f"chinese and reworded must be in [0, 1], got {chinese} and {reworded}")
+        if length < 1 or placed < 0 or min_diameter < 0:
+            raise ValueError(
+                f"need length >= 1, placed >= 0 and min_diameter >= 0, got {length}, {placed} and {min_diameter}"
+            )
+        self._shares = {"chinese": chinese, "reworded": reworded, "related": related}
+        if not all(0.0 <= share <= 1.0 for share in self._shares.values()):
+            raise ValueError(f"chinese, reworded and related must be in [0, 1], got {self._shares}")
         known = check_split(split)
         if known is None:
             raise ValueError("scenes have no common order of all splits: choose one")
         self.seeds = split_seeds(known, length, offset=offset)
-        self.chinese = chinese
-        self.reworded = reworded
+        self._placed, self._min_diameter = placed, min_diameter
 
     def __len__(self) -> int:
         """Number of scenes."""
@@ -62,14 +73,27 @@ class SceneCaptions(SampleSource):
 
     def sample(self, index: int, *, seed: int) -> Mapping[str, Any]:
         """One caption; see `SampleSource.sample`."""
-        scene_seed = self.seeds[index]
-        language, wording, variant = (mix(seed, scene_seed, choice) for choice in range(3))
-        text = scene_caption(
-            sample_scene(scene_seed),
-            language="zh" if language < self.chinese * _SHARE_ONE else "en",
-            variant=variant if wording < self.reworded * _SHARE_ONE else None,
-        )
-        return {"caption": text, "key": f"scenes/{scene_seed}"}
+        scene = self._scene(index)
+        own = self._min_diameter == 0  # else the seed alone does not give the scene: its task is wanted, too
+        key = f"scenes/{scene.seed}" if own else f"scene/{scene.task}/{scene.seed}"
+        sample: dict[str, Any] = {"caption": say(scene, seed, **self._shares), "key": key}
+        if self._placed:
+            sample["layout"] = torch.from_numpy(objects_placed(scene, self._placed))
+        return sample
+
+    def _scene(self, index: int) -> Scene:
+        """The scene of a place, or the next one of large objects."""
+        best = sample_scene(self.seeds[index])
+        for ahead in range(1, _PASSED_OVER):
+            if _smallest(best) >= self._min_diameter:
+                break
+            scene = sample_scene(self.seeds[(index + ahead) % len(self.seeds)], task=best.task)
+            best = max(best, scene, key=_smallest)
+        return best
+
+
+def _smallest(scene: Scene) -> float:
+    return min(item.diameter for item in scene.objects)
 
 
 class PromptFile(SampleSource):
