@@ -98,8 +98,8 @@ class TokenShards(SampleSource):
             raise ValueError(f"contrary must be some of {', '.join(CHANGES)}, got {contrary!r}")
         if min(shown, placed) < 0 or (untrue and (contrary or any(shares.values()))):
             raise ValueError(
-                f"need shown >= 0 and placed >= 0, and of untrue captions no others, got {(shown, placed)}, {contrary}, "
-                f"{shares}"
+                "need shown >= 0 and placed >= 0, and of untrue captions no others, "
+                f"got {(shown, placed)}, {contrary}, {shares}"
             )
         if textures is not None:
             check_textures(textures)

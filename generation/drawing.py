@@ -11,10 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 from generation.choice import SamplingChoice
+from generation.layout import PlacedObject
 from generation.pipeline import LaytonGenPipeline
 from generation.quantization import set_weights, weights_type
 from generation.weight_types import Weights
 from layton.modules import weights_digest
+
+Layout = Sequence[PlacedObject]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,6 +87,7 @@ class LaytonGenDrawer:
         generators: Sequence[torch.Generator],
         *,
         images_per_prompt: int = 1,
+        layouts: Sequence[Layout | None] | None = None,
         callback: Callable[[int], object] | None = None,
     ) -> list[NDArray[np.uint8]]:
         """Images of prompts, some of each one after another, each from its own generator.
@@ -92,8 +96,23 @@ class LaytonGenDrawer:
             prompts: What to draw.
             generators: One for each image.
             images_per_prompt: Images of each prompt.
+            layouts: Where objects shall stand, one for each prompt; see `LaytonGenPipeline`.
             callback: Is told the index of each code.
         """
+        return self.draw_told(
+            prompts, generators, images_per_prompt=images_per_prompt, layouts=layouts, callback=callback
+        )[0]
+
+    def draw_told(
+        self,
+        prompts: Sequence[str],
+        generators: Sequence[torch.Generator],
+        *,
+        images_per_prompt: int = 1,
+        layouts: Sequence[Layout | None] | None = None,
+        callback: Callable[[int], object] | None = None,
+    ) -> tuple[list[NDArray[np.uint8]], tuple[Layout | None, ...]]:
+        """As `draw`, and where objects were told to stand; None where nothing was told."""
         sampling, guidance = self.sampling.over(self.pipeline.card.sampling)
         result = self.pipeline(
             list(prompts),
@@ -108,15 +127,17 @@ class LaytonGenDrawer:
             candidates=self.sampling.candidates,
             generator=list(generators),
             output_type="np",
+            layouts=layouts,
             callback_on_step_end=None if callback is None else lambda _, index, *__: callback(index),
             batch_size=max(1, len(generators)) * self.pipeline.candidates(self.sampling.candidates),
         )
-        return [np.round(image * 255).astype(np.uint8) for image in np.asarray(result.images)]
+        return [np.round(image * 255).astype(np.uint8) for image in np.asarray(result.images)], result.layouts
 
     def settings(self) -> dict[str, Any]:
         """Every setting that decides a picture, beside prompt and seed."""
         sampling, guidance = self.sampling.over(self.pipeline.card.sampling)
         decoder = self.pipeline.tokenizer.decoder(self.decoder)
+        planner = self.pipeline.planner
         candidates, judge = self.pipeline.candidates(self.sampling.candidates), self.pipeline.judge
         return {
             "model": self.name,
@@ -140,5 +161,7 @@ class LaytonGenDrawer:
             "min_entropy": sampling.min_entropy,
             "candidates": candidates,
             "judge": None if candidates == 1 or judge is None else weights_digest(judge.judge, judge.text_encoder),
+            "planner": None if planner is None else weights_digest(planner),
+            "planner_temperature": None if planner is None else planner.temperature,
             "prompts_rewritten": False,
         }

@@ -229,9 +229,8 @@ def interpolate_prompts(
     generators = [torch.Generator().manual_seed(seed) for _ in range(steps)]
     for generator in generators:  # as in the pipeline, which takes a number for the decoder's noise first
         torch.randint(2**62, (1,), generator=generator)
-    return pipeline.draw_codes(
-        TextFeatures(features, inside), generators=generators, sampling=sampling, guidance=guidance
-    )
+    text = pipeline.planned(TextFeatures(features, inside), generators)
+    return pipeline.draw_codes(text, generators=generators, sampling=sampling, guidance=guidance)
 
 
 def _shares(steps: int) -> Tensor:

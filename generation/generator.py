@@ -1,7 +1,8 @@
 """A trained generator as a folder: transformer, text encoder, and which tokenizer its codes belong to.
 
-``config.json`` (`GeneratorCard`), ``transformer/`` and ``text_encoder/``. Beside an embedded tokenizer it lies in
-``laytongen/``. Codes mean nothing without the tokenizer they were learnt from, so any other one is refused.
+``config.json`` (`GeneratorCard`), ``transformer/``, ``text_encoder/`` and, if there is one, ``planner/``. Beside an
+embedded tokenizer it lies in ``laytongen/``. Codes mean nothing without the tokenizer they were learnt from, so any
+other one is refused.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any, cast
 
 import torch
 
+from generation.planner import PART as PLANNER_PART
+from generation.planner import LayoutPlanner
 from generation.sampling import SamplingOptions
 from generation.text_encoders import TextEncoder
 from generation.token_shards import differences
@@ -138,11 +141,30 @@ class Generator:
         transformer: In eval mode.
         text_encoder: In eval mode.
         card: What belongs to it.
+        planner: Says where objects stand when nobody else does, in eval mode; None if the transformer is not told.
+
+    Raises:
+        ValueError: If the planner was not made for the others.
     """
 
     transformer: LaytonGenTransformer
     text_encoder: TextEncoder
     card: GeneratorCard
+    planner: LayoutPlanner | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit."""
+        if self.planner is None:
+            return
+        control = self.transformer.layout_control
+        if control is None or control.shape != self.planner.layout:
+            told = None if control is None else control.shape
+            raise ValueError(f"the transformer is told layouts of {told}, the planner makes {self.planner.layout}")
+        if self.planner.text_encoder != self.card.text_encoder:
+            raise ValueError(
+                f"the planner reads features of another text encoder ({self.planner.text_encoder!r}, the generator's "
+                f"is {self.card.text_encoder!r})"
+            )
 
 
 def save_generator(folder: str | Path, generator: Generator, *, dtype: torch.dtype | None = None) -> None:
@@ -156,6 +178,8 @@ def save_generator(folder: str | Path, generator: Generator, *, dtype: torch.dty
     root = Path(folder)
     generator.transformer.save_pretrained(root / "transformer", dtype=dtype)
     generator.text_encoder.save_pretrained(root / "text_encoder", dtype=dtype)
+    if generator.planner is not None:
+        generator.planner.save_pretrained(root / PLANNER_PART, dtype=dtype)
     card = cast("dict[str, JsonValue]", asdict(generator.card))
     save_config(root, {"class": CLASS_NAME, "text_encoder_class": class_name(type(generator.text_encoder)), **card})
 
@@ -190,7 +214,8 @@ def load_generator(
     wanted = {name: value for name, value in asdict(card.tokenizer).items() if name in sizes}
     if differences(sizes, wanted):
         raise ValueError(f"{folder}: the transformer is not of the card's sizes ({differences(sizes, wanted)})")
-    return Generator(transformer, text_encoder.eval(), card)
+    planner = LayoutPlanner.from_pretrained(root / PLANNER_PART) if (root / PLANNER_PART).is_dir() else None
+    return Generator(transformer, text_encoder.eval(), card, planner)
 
 
 def find_generator(name: str | Path) -> Path:

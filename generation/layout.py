@@ -9,14 +9,19 @@ Legend: B images, M objects at most, F = K + 3 numbers of an object (K labels, x
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from layton.scenes import COLOURS, SHAPES
+from layton.scenes.world import MAX_OBJECTS
 
 UNTOLD: Final = -1
 """Every number of a layout that is not given; a given one without objects is all zeros."""
@@ -123,6 +128,37 @@ class LayoutShape:
             raise ValueError(f"places and diameters are fractions of the side, in [0, 1], got {places}")
         found = [names.index(label) + 1 for names, label in zip(self.labels, item.labels, strict=True)]
         return found + [min(int(place * self.steps), self.steps - 1) for place in places]
+
+
+def scenes_layout(*, steps: int = 64) -> LayoutShape:
+    """The shape of layouts of Scenes: shape and colour of up to five objects."""
+    return LayoutShape((tuple(SHAPES), tuple(COLOURS)), MAX_OBJECTS, steps)
+
+
+def read_layout(path: Path) -> list[PlacedObject]:
+    """A JSON file of a list of objects, ``{"labels": ["star", "red"], "x": 0.3, "y": 0.5, "diameter": 0.25}`` each.
+
+    Raises:
+        ValueError: If it cannot be read, or is something else.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: no layout can be read ({error})") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: a layout is a list of objects, got {type(rows).__name__}")
+    return [_placed(row, f"{path}: object {number}") for number, row in enumerate(rows)]
+
+
+def _placed(row: object, where: str) -> PlacedObject:
+    if not isinstance(row, dict) or set(row) != {"labels", "x", "y", "diameter"}:
+        raise ValueError(f"{where} needs labels, x, y and diameter, and nothing else, got {str(row)[:80]}")
+    labels, places = row["labels"], [row["x"], row["y"], row["diameter"]]
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"{where}: labels are a list of words, got {str(labels)[:80]}")
+    if not all(isinstance(place, int | float) and not isinstance(place, bool) for place in places):
+        raise ValueError(f"{where}: x, y and diameter are numbers, got {str(places)[:80]}")
+    return PlacedObject(tuple(labels), *(float(place) for place in places))
 
 
 class LayoutControl(nn.Module):

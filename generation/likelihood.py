@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from generation.data import TokenShards
 from generation.generator import Generator
+from generation.text_encoders import TextFeatures
 from generation.transformer import LaytonGenTransformer
 
 _LIKELIEST = 5
@@ -57,7 +58,7 @@ def score_next_codes(
 
     Args:
         generator: On one device.
-        shards: Codes of the generator's own tokenizer.
+        shards: Codes of the generator's own tokenizer; their layouts are told if they have any.
         count: Only the first so many images.
         batch_size: Images at once; the scores do not depend on it.
         other: The same transformer with other weights, whose likeliest codes are compared with the generator's.
@@ -74,8 +75,8 @@ def score_next_codes(
     right = near = same = total = 0
     for start in range(0, images, batch_size):
         samples = [shards.sample(index, seed=0) for index in range(start, min(start + batch_size, images))]
-        codes, inputs = _inputs(generator, samples)
-        logits = generator.transformer(codes, *inputs).float()
+        codes, text = _inputs(generator, samples)
+        logits = generator.transformer(codes, text.features, text.mask, layout=text.layout).float()
         losses.append(
             F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view(codes.shape).mean(1)
         )
@@ -83,7 +84,8 @@ def score_next_codes(
         right += int((likeliest[..., 0] == codes).sum())
         near += int((likeliest == codes[..., None]).any(-1).sum())
         if other is not None:
-            same += int((other(codes, *inputs).argmax(-1) == likeliest[..., 0]).sum())
+            again = other(codes, text.features, text.mask, layout=text.layout)
+            same += int((again.argmax(-1) == likeliest[..., 0]).sum())
         total += codes.numel()
         if on_progress is not None:
             on_progress(len(samples))
@@ -99,8 +101,8 @@ def score_next_codes(
     )
 
 
-def _inputs(generator: Generator, samples: list[dict[str, object]]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Codes (B, N), and features and mask of the captions; an empty one means none, as in training."""
+def _inputs(generator: Generator, samples: list[dict[str, object]]) -> tuple[Tensor, TextFeatures]:
+    """Codes (B, N), and what is told of them; an empty caption means none, as in training."""
     transformer = generator.transformer
     weight = next(transformer.parameters())
     codes = torch.stack([torch.as_tensor(sample["codes"]) for sample in samples]).to(weight.device)
@@ -108,4 +110,6 @@ def _inputs(generator: Generator, samples: list[dict[str, object]]) -> tuple[Ten
     text = generator.text_encoder.encode(captions)
     untold = torch.tensor([not caption for caption in captions], device=text.mask.device)
     features = transformer.drop_condition(text.features.to(weight.dtype), untold)
-    return codes, (features, text.mask)
+    layouts = [torch.as_tensor(sample["layout"]) for sample in samples if "layout" in sample]
+    layout = transformer.drop_layout(torch.stack(layouts).to(weight.device), untold) if layouts else None
+    return codes, TextFeatures(features, text.mask, layout=layout)

@@ -31,6 +31,7 @@ from generation.generator import (
     save_generator,
 )
 from generation.guidance import Guidance
+from generation.layout import PlacedObject
 from generation.pictures import OUTPUT_TYPES, OutputType, Pictures, finish, join
 from generation.sampling import SamplingOptions
 from generation.seeding import child_generator, image_generators
@@ -56,11 +57,13 @@ class LaytonGenOutput(BaseOutput):
             [0, 1], as in diffusers; "codes" leaves it empty.
         codes: (B, N) int64.
         cut: Prompts that were longer than the text encoder reads.
+        layouts: Where objects were told to stand, for each image; None where nothing was told.
     """
 
     images: Pictures
     codes: Tensor
     cut: tuple[TextCut, ...] = ()
+    layouts: tuple[tuple[PlacedObject, ...] | None, ...] = ()
 
 
 class LaytonGenPipeline:
@@ -83,6 +86,7 @@ class LaytonGenPipeline:
         self.card = generator.card
         self.transformer = generator.transformer.eval()
         self.text_encoder = generator.text_encoder.eval()
+        self.planner = None if generator.planner is None else generator.planner.eval()
         self.tokenizer = tokenizer.eval()
         self._ldm: Path | None = None
 
@@ -147,12 +151,14 @@ class LaytonGenPipeline:
             shutil.copytree(self._ldm, root / LDM_FOLDER, dirs_exist_ok=True)
         if self.judge is not None:
             self.judge.save_pretrained(root / JUDGE_PART, dtype=dtype)
-        save_generator(root / PART, Generator(self.transformer, self.text_encoder, self.card), dtype=dtype)
+        parts = Generator(self.transformer, self.text_encoder, self.card, self.planner)
+        save_generator(root / PART, parts, dtype=dtype)
 
     def to(self, device: torch.device | str) -> Self:
         """Move all parts."""
-        for part in (self.transformer, self.text_encoder, self.tokenizer):
-            part.to(device)
+        for part in (self.transformer, self.text_encoder, self.tokenizer, self.planner):
+            if part is not None:
+                part.to(device)
         if self.judge is not None:
             self.judge.to(device)
         return self
@@ -184,6 +190,7 @@ class LaytonGenPipeline:
         output_type: OutputType = "pil",
         callback_on_step_end: StepEnd | None = None,
         known_codes: Tensor | None = None,
+        layouts: Sequence[Sequence[PlacedObject] | None] | None = None,
         batch_size: int = 16,
     ) -> LaytonGenOutput:
         """Draw images; the same prompt and generator give the same codes in any batch.
@@ -206,6 +213,8 @@ class LaytonGenPipeline:
             callback_on_step_end: Called with the pipeline, the index of the code, the same again (diffusers' time
                 step), and a dictionary with ``codes`` (B, N) of all candidates so far, -1 where none is yet.
             known_codes: (B, N) codes that are given, -1 where one is to be drawn.
+            layouts: Where objects shall stand, one list for each prompt (`generation.layout`); None instead of a list
+                tells nothing. By default the planner says it, anew for each image, where there is one.
             batch_size: Images encoded, drawn and decoded at once, candidates counted, but at least one; what more
                 images take is their codes and pictures.
 
@@ -231,32 +240,43 @@ class LaytonGenPipeline:
         sampling, guidance = self.options(
             guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, min_entropy=min_entropy
         )
+        wanted = self._wanted_layouts(layouts, len(prompts))
         each = self.candidates(candidates)
         at_once = max(1, batch_size // each)
         codes: list[Tensor] = []
         cuts: dict[int, TextCut] = {}
         pictures: list[Any] = []
+        told: list[tuple[PlacedObject, ...] | None] = []
         for start in range(0, total, at_once):
             part = slice(start, min(start + at_once, total))
             images = range(part.start, part.stop)
             text = self._text_of(prompts, images, num_images_per_prompt, cuts)
+            if wanted is not None:
+                text = replace(text, layout=wanted[[index // num_images_per_prompt for index in images]])
+            own = _generators_of_candidates(generators[part], each)
+            text = self.planned(_repeated(text, each), own)
             drawn = self.draw_codes(
-                _repeated(text, each),
-                generators=_generators_of_candidates(generators[part], each),
+                text,
+                generators=own,
                 sampling=sampling,
                 guidance=guidance,
                 known=None if known_codes is None else known_codes[part].repeat_interleave(each, 0),
                 callback=callback_on_step_end,
             )
+            best = torch.arange(len(images)) * each
             if each > 1 and self.judge is not None:
-                drawn = self._best(self.judge, drawn, [prompts[index // num_images_per_prompt] for index in images])
+                best = self._best(self.judge, drawn, [prompts[index // num_images_per_prompt] for index in images])
+            drawn = drawn[best.to(drawn.device)]
+            told += self._told(text, best)
             codes.append(drawn.cpu())
             if output_type != "codes":
                 decoded = self.tokenizer.decode(
                     drawn, decoder=decoder, num_steps=num_inference_steps, generator=noise[part]
                 )
                 pictures.append(finish(decoded.float().cpu(), output_type))
-        return LaytonGenOutput(images=join(pictures, output_type), codes=torch.cat(codes), cut=tuple(cuts.values()))
+        return LaytonGenOutput(
+            images=join(pictures, output_type), codes=torch.cat(codes), cut=tuple(cuts.values()), layouts=tuple(told)
+        )
 
     def candidates(self, asked: int | None) -> int:
         """How many images to draw for each.
@@ -272,14 +292,12 @@ class LaytonGenPipeline:
         return count
 
     def _best(self, judge: CaptionJudge, codes: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Of each prompt's candidates, codes (P * C, N), those that the judge likes best, (P, N); the first of none."""
+        """Of each prompt's candidates, codes (P * C, N), where those are that the judge likes best, (P,)."""
         each = len(codes) // len(prompts)
         odds = judge.odds(self.tokenizer, codes, [prompt for prompt in prompts for _ in range(each)])
         told = torch.tensor([bool(prompt) for prompt in prompts], device=odds.device)
-        best = torch.where(told[:, None], odds.view(-1, each), 0.0).argmax(1) + each * torch.arange(
-            len(prompts), device=odds.device
-        )
-        return codes[best.to(codes.device)]
+        best = torch.where(told[:, None], odds.view(-1, each), 0.0).argmax(1)  # the first where nothing is asked for
+        return best + each * torch.arange(len(prompts), device=odds.device)
 
     def _text_of(
         self, prompts: Sequence[str], images: range, images_per_prompt: int, cuts: dict[int, TextCut]
@@ -302,6 +320,44 @@ class LaytonGenPipeline:
         text = self.text_encoder.encode(prompts)
         untold = torch.tensor([not prompt for prompt in prompts], device=text.mask.device)
         return replace(text, features=self.transformer.drop_condition(text.features, untold))
+
+    def planned(self, text: TextFeatures, generators: Sequence[torch.Generator]) -> TextFeatures:
+        """The same with layouts drawn by the planner, if none are told and there is one; of no caption, none is.
+
+        The generators go on alike in all cases, so that a layout that was drawn, told again, gives the same image.
+        """
+        if self.planner is None or not len(text.mask):
+            return text
+        own = [child_generator(each) for each in generators]
+        if text.layout is not None:
+            return text
+        untold = (text.features == self.transformer.null_condition(text.features)).all((1, 2))
+        layout = self.planner.draw(text, own)
+        return replace(text, layout=self.transformer.drop_layout(layout, untold))
+
+    def _wanted_layouts(self, layouts: Sequence[Sequence[PlacedObject] | None] | None, prompts: int) -> Tensor | None:
+        """Layouts of prompts (P, M, F); None if the user says nothing of them.
+
+        Raises:
+            ValueError: If they do not fit, or the model is not told where objects stand.
+        """
+        if layouts is None:
+            return None
+        control = self.transformer.layout_control
+        if control is None:
+            raise ValueError("layouts are given, and the model was not trained with any")
+        if len(layouts) != prompts:
+            raise ValueError(f"{prompts} prompts need as many layouts, got {len(layouts)}")
+        shape = control.shape
+        rows = [shape.untold(1)[0] if objects is None else shape.tensor(objects) for objects in layouts]
+        return torch.stack(rows).to(self.device)
+
+    def _told(self, text: TextFeatures, rows: Tensor) -> list[tuple[PlacedObject, ...] | None]:
+        control = self.transformer.layout_control
+        if control is None or text.layout is None:
+            return [None] * len(rows)
+        found = [control.shape.objects_of(text.layout[row]) for row in rows.tolist()]
+        return [None if objects is None else tuple(objects) for objects in found]
 
     def encode_prompt(self, prompts: Sequence[str]) -> TextFeatures:
         """Text features of prompts; a prompt that is cut is told by a `PromptCutWarning`, an empty one means none."""
@@ -334,6 +390,7 @@ class LaytonGenPipeline:
             sampling=sampling,
             guidance=guidance,
             known=None if known is None else known.to(self.device),
+            layout=text.layout,
             callback=step,
         )
         return drawn.clone()  # a tensor of inference mode may not be used in training

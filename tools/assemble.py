@@ -3,7 +3,7 @@
 python tools/assemble.py --tokenizer runs/tokenizer/export --out layton/assets/mini \
         [--ldm runs/text_to_image/export] [--decoder runs/decoder/export/decoder] \
         [--consistency runs/consistency_pixel/export/decoder] [--instaflow runs/instaflow/export/decoder] \
-        [--hipa runs/hipa/export/decoder] [--laytongen runs/laytongen/export]
+        [--hipa runs/hipa/export/decoder] [--laytongen runs/laytongen/export] [--planner runs/planner/export]
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from generation.decoders import HiPADecoder, InstaFlowDecoder
 from generation.generator import PART, load_generator, save_generator
+from generation.planner import LayoutPlanner
 from layton.decoders import ConsistencyDecoder, DiffusionDecoder, LightDecoder
 from layton.interface import CodeDecoder
 from layton.ladd import LADD
@@ -48,7 +50,10 @@ def main() -> None:
     parser.add_argument("--instaflow", type=Path, help="decoder of the InstaFlow run; needs --decoder")
     parser.add_argument("--hipa", type=Path, help="decoder of the HiPA run; needs --decoder")
     parser.add_argument("--laytongen", type=Path, help="export of the LaytonGen run, trained on this tokenizer")
+    parser.add_argument("--planner", type=Path, help="export of the planner's run; needs --laytongen")
     arguments = parser.parse_args()
+    if arguments.planner is not None and arguments.laytongen is None:
+        parser.error("--planner needs --laytongen, the generator that it plans for")
     encoder, quantizer = load_code_parts(arguments.tokenizer)
     decoders: dict[str, CodeDecoder] = {"light": light_decoder(arguments.tokenizer)}
     if arguments.decoder is not None:
@@ -74,6 +79,8 @@ def main() -> None:
     generator = None if arguments.laytongen is None else load_generator(arguments.laytongen)
     if generator is not None:
         generator.card.require_tokenizer(tokenizer)
+        if arguments.planner is not None:
+            generator = replace(generator, planner=LayoutPlanner.from_pretrained(arguments.planner))
     if arguments.ldm is not None:
         copy_pipeline(arguments.ldm, arguments.out / LDM_FOLDER)
     tokenizer.save_pretrained(arguments.out, dtype=torch.float16)

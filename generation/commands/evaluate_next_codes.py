@@ -9,6 +9,7 @@ from generation.commands.options import Weights, require_least
 from layton.commands.calling import progress
 from layton.commands.reports import write_json
 from layton.data.types import Split
+from layton.errors import UsageError
 
 
 def evaluate_next_codes(
@@ -18,6 +19,7 @@ def evaluate_next_codes(
     split: Split | None = None,
     count: int | None = None,
     weights: Weights | None = None,
+    layouts: bool = False,
     batch_size: int = 8,
     device: str | None = None,
     allow: list[str] | None = None,
@@ -31,6 +33,7 @@ def evaluate_next_codes(
         split: keep only this split of the dataset.
         count: only the first so many images.
         weights: also compare the likeliest codes with those of the same model in these: bf16, or int8 on a CPU.
+        layouts: also tell the model where the objects of scenes stand, if it was trained to be told.
         batch_size: images at once.
         device: where to run; the accelerator if there is one.
         allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
@@ -52,7 +55,11 @@ def evaluate_next_codes(
     generator.transformer.to(place), generator.text_encoder.to(place)
     digest = weights_digest(generator.transformer)
     other = None if weights is None else set_weights(copy.deepcopy(generator.transformer), weights)
-    shards = TokenShards(str(tokens), split=split, use_text=False)
+    control = generator.transformer.layout_control
+    if layouts and control is None:
+        raise UsageError(f"--layouts: the model {model} was not trained to be told where objects stand")
+    steps = control.shape.steps if layouts and control is not None else 0
+    shards = TokenShards(str(tokens), split=split, use_text=False, placed=steps)
     with progress(min(len(shards), count or len(shards)), "score") as bar:
         scores = score_next_codes(
             generator, shards, count=count, batch_size=batch_size, other=other, on_progress=bar.update
@@ -73,6 +80,7 @@ def evaluate_next_codes(
             "tokens": tokens.name,
             "split": split,
             "captions": "as stored",
+            "layouts": layouts,
             "versions": library_versions(),
         }
         write_json(json, {**scores.to_dict(), "protocol": protocol})

@@ -5,13 +5,19 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from generation.choice import SamplingChoice, Schedule
 from generation.commands.options import Weights, require_least, require_sampling
 from layton.commands.calling import progress
 from layton.commands.reports import write_json
 from layton.errors import UsageError
+
+if TYPE_CHECKING:
+    from generation.layout import PlacedObject
 
 _SLUG_LENGTH = 60
 
@@ -33,6 +39,8 @@ def generate(
     top_p: float | None = None,
     min_entropy: float | None = None,
     candidates: int | None = None,
+    layout: Path | None = None,
+    no_layout: bool = False,
     weights: Weights | None = None,
     batch_size: int = 16,
     overwrite: bool = False,
@@ -60,6 +68,9 @@ def generate(
         top_p: share of the likeliest codes to draw among; 1 for all.
         min_entropy: where the model is surer of the next code than so many nats, that is drawn plainly; 0 for nowhere.
         candidates: images drawn for each one that is kept: the one that the judge beside the tokenizer likes best.
+        layout: where objects shall stand, a JSON file such as [{"labels": ["star", "red"], "x": 0.3, "y": 0.5,
+            "diameter": 0.25}]; by default the model's own planner says it, if there is one.
+        no_layout: draw from the prompt alone, without the planner.
         weights: of the model while it draws: bf16, or int8 on a CPU, to be quicker; by default as they are saved.
         batch_size: images drawn at once, each with its candidates; memory does not grow with the number of images.
         overwrite: replace pictures of the same names; without it they are an error, before anything is drawn.
@@ -72,6 +83,7 @@ def generate(
 
     from generation.drawing import LaytonGenDrawer
     from generation.generator import find_generator, is_interim
+    from generation.layout import read_layout
     from generation.pipeline import MAX_IMAGES
     from layton.commands.staging import staged
 
@@ -81,6 +93,9 @@ def generate(
     require_sampling(sampling)
     if num_images > MAX_IMAGES:
         raise UsageError(f"--num-images must be at most {MAX_IMAGES}, got {num_images}")
+    if layout is not None and no_layout:
+        raise UsageError("give --layout or --no-layout, not both")
+    placed = None if layout is None else read_layout(layout)
     seeds = range(seed, seed + num_images)
     names = [picture_name(number, prompt, each) for number, each in enumerate(seeds)]
     there = [name for name in names if (out / name).exists()]
@@ -100,16 +115,19 @@ def generate(
         allow=allow or (),
     )
     loaded = time.perf_counter()
+    told: list[Sequence[PlacedObject] | None] = []
     batches = -(-num_images // batch_size)
     with staged(out) as folder, progress(batches * draw.pipeline.num_tokens, "generate") as bar:
         for start in range(0, num_images, batch_size):
             part = seeds[start : start + batch_size]
-            drawn = draw.draw(
+            drawn, layouts = draw.draw_told(
                 [prompt],
                 [torch.Generator().manual_seed(each) for each in part],
                 images_per_prompt=len(part),
+                layouts=[placed] if layout is not None or no_layout else None,
                 callback=lambda _: bar.update(1),
             )
+            told += layouts
             for name, image in zip(names[start:], drawn, strict=False):
                 Image.fromarray(image).save(folder / name)
     seconds = time.perf_counter() - loaded
@@ -117,7 +135,8 @@ def generate(
     if json is not None:
         times = {"loading": loaded - started, "drawing": seconds}
         settings = {**draw.settings(), "prompt": prompt, "seed": seed}
-        write_json(json, {"settings": settings, "seconds": times, "files": names})
+        where = [None if each is None else [asdict(item) for item in each] for each in told]
+        write_json(json, {"settings": settings, "seconds": times, "files": names, "layouts": where})
 
 
 def picture_name(number: int, prompt: str, seed: int) -> str:

@@ -8,6 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from generation.generator import Generator, GeneratorCard, SamplingDefaults, TokenizerFacts, save_generator
+from generation.layout import LayoutShape
+from generation.planner import LayoutPlanner
 from generation.shapes import CaptionShape, Dropout, Factors
 from generation.text_encoders import TransformersTextEncoder
 from generation.transformer import LaytonGenTransformer
@@ -75,6 +77,16 @@ def tiny_generator(tokenizer: LaytonTokenizer, *, sharpness: float = 20.0) -> Ge
             weight.mul_(sharpness)
     card = GeneratorCard(TokenizerFacts.of(tokenizer), encoder.fingerprint(), SamplingDefaults(guidance_scale=1.5))
     return Generator(transformer, encoder, card)
+
+
+def tiny_planner(layout: LayoutShape) -> LayoutPlanner:
+    """A planner for the tiny text encoder, whose head is not zero."""
+    torch.manual_seed(0)
+    sizes = {"width": 32, "depth": 1, "num_heads": 2, "hidden": 32}
+    planner = LayoutPlanner(layout, CaptionShape(WIDTH, LENGTH), temperature=0.5, **sizes).eval()
+    for weight in planner.transformer.vocabulary.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    return planner
 
 
 def write_model(folder: Path) -> Path:
