@@ -25,6 +25,7 @@ class SamplingChoice:
         top_p: Share of the likeliest codes to draw among; 1 for all.
         min_entropy: Nats from which on guidance and temperature act, see `generation.sampling.SamplingOptions`.
         candidates: Images drawn for each one that is wanted, of which a judge keeps the best.
+        no_layout: Draw from the prompt alone, without the model's planner (`generation.planner`).
     """
 
     guidance_scale: float | None = None
@@ -34,6 +35,7 @@ class SamplingChoice:
     top_p: float | None = None
     min_entropy: float | None = None
     candidates: int | None = None
+    no_layout: bool = False
 
     def over(self, defaults: SamplingDefaults) -> tuple[SamplingOptions, Guidance]:
         """These settings, filled up with a model's defaults.
@@ -45,6 +47,7 @@ class SamplingChoice:
 
         asked: dict[str, Any] = {name: value for name, value in asdict(self).items() if value is not None}
         schedule = asked.pop("guidance_schedule")
+        del asked["no_layout"]
         whole = type(defaults)(**{**asdict(defaults), **asked})
         return whole.options(), Guidance(whole.guidance_scale, schedule=schedule)
 

@@ -127,17 +127,21 @@ class LaytonGenDrawer:
             candidates=self.sampling.candidates,
             generator=list(generators),
             output_type="np",
-            layouts=layouts,
+            layouts=[None] * len(prompts) if self.sampling.no_layout and self._plans else layouts,
             callback_on_step_end=None if callback is None else lambda _, index, *__: callback(index),
             batch_size=max(1, len(generators)) * self.pipeline.candidates(self.sampling.candidates),
         )
         return [np.round(image * 255).astype(np.uint8) for image in np.asarray(result.images)], result.layouts
 
+    @property
+    def _plans(self) -> bool:
+        return self.pipeline.planner is not None
+
     def settings(self) -> dict[str, Any]:
         """Every setting that decides a picture, beside prompt and seed."""
         sampling, guidance = self.sampling.over(self.pipeline.card.sampling)
         decoder = self.pipeline.tokenizer.decoder(self.decoder)
-        planner = self.pipeline.planner
+        planner = self.pipeline.planner if self._plans and not self.sampling.no_layout else None
         candidates, judge = self.pipeline.candidates(self.sampling.candidates), self.pipeline.judge
         return {
             "model": self.name,

@@ -38,6 +38,7 @@ def evaluate_generation(
     top_p: float | None = None,
     min_entropy: float | None = None,
     candidates: int | None = None,
+    no_layout: bool = False,
     weights: Weights | None = None,
     clip: str | None = None,
     resamples: int = 20,
@@ -67,6 +68,7 @@ def evaluate_generation(
         top_p: of LaytonGen; 1 for all codes.
         min_entropy: of LaytonGen, in nats; where it is surer of the next code, that is drawn plainly.
         candidates: of LaytonGen, images drawn for each one that is kept: the one that its judge likes best.
+        no_layout: draw from prompts alone, without the planner that LaytonGen may have.
         weights: of LaytonGen while it draws: bf16, or int8 on a CPU, to be quicker; by default as they are saved.
         clip: folder of a CLIP model in transformers' format.
         resamples: bootstrap resamples for the spread of FD-effnet; 0 for none.
@@ -94,6 +96,7 @@ def evaluate_generation(
         top_p=top_p,
         min_entropy=min_entropy,
         candidates=candidates,
+        no_layout=no_layout,
     )
     loaded = load_drawer(
         kind,

@@ -34,6 +34,7 @@ def evaluate_geneval(
     top_p: float | None = None,
     min_entropy: float | None = None,
     candidates: int | None = None,
+    no_layout: bool = False,
     weights: Weights | None = None,
     images_per_prompt: int = 4,
     seed: int = 42,
@@ -61,6 +62,7 @@ def evaluate_geneval(
         top_p: of LaytonGen; 1 for all codes.
         min_entropy: of LaytonGen, in nats; where it is surer of the next code, that is drawn plainly.
         candidates: of LaytonGen, images drawn for each one that is kept: the one that its judge likes best.
+        no_layout: draw from prompts alone, without the planner that LaytonGen may have.
         weights: of LaytonGen while it draws: bf16, or int8 on a CPU, to be quicker; by default as they are saved.
         images_per_prompt: images for each prompt; published scores have 4.
         seed: of the first image of every prompt.
@@ -84,6 +86,7 @@ def evaluate_geneval(
             top_p=top_p,
             min_entropy=min_entropy,
             candidates=candidates,
+            no_layout=no_layout,
         )
         loaded = load_drawer(
             kind,

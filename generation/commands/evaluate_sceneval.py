@@ -33,6 +33,7 @@ def evaluate_sceneval(
     top_p: float | None = None,
     min_entropy: float | None = None,
     candidates: int | None = None,
+    no_layout: bool = False,
     weights: Weights | None = None,
     seed: int = 0,
     batch_size: int = 16,
@@ -59,6 +60,7 @@ def evaluate_sceneval(
         top_p: of LaytonGen; 1 for all codes.
         min_entropy: of LaytonGen, in nats; where it is surer of the next code, that is drawn plainly.
         candidates: of LaytonGen, images drawn for each one that is kept: the one that its judge likes best.
+        no_layout: draw from prompts alone, without the planner that LaytonGen may have.
         weights: of LaytonGen while it draws: bf16, or int8 on a CPU, to be quicker; by default as they are saved.
         seed: of the first image; the following images count up from it.
         batch_size: images drawn at once, each with its candidates; the score does not depend on it.
@@ -76,6 +78,7 @@ def evaluate_sceneval(
         top_p=top_p,
         min_entropy=min_entropy,
         candidates=candidates,
+        no_layout=no_layout,
     )
     if kind == "diffusion":
         if sampling.given() or any(value is not None for value in (tokenizer, decoder, weights, allow)):

@@ -89,7 +89,9 @@ def generate(
 
     require_least(1, {"num_images": num_images, "batch_size": batch_size, "steps": steps})
     require_least(0, {"seed": seed})
-    sampling = SamplingChoice(guidance_scale, guidance_schedule, temperature, top_k, top_p, min_entropy, candidates)
+    sampling = SamplingChoice(
+        guidance_scale, guidance_schedule, temperature, top_k, top_p, min_entropy, candidates, no_layout
+    )
     require_sampling(sampling)
     if num_images > MAX_IMAGES:
         raise UsageError(f"--num-images must be at most {MAX_IMAGES}, got {num_images}")
@@ -124,7 +126,7 @@ def generate(
                 [prompt],
                 [torch.Generator().manual_seed(each) for each in part],
                 images_per_prompt=len(part),
-                layouts=[placed] if layout is not None or no_layout else None,
+                layouts=None if placed is None else [placed],
                 callback=lambda _: bar.update(1),
             )
             told += layouts
