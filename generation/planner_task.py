@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from generation.planner import LayoutPlanner
-from generation.text_encoders import TextEncoder
+from generation.planner import PART, LayoutPlanner
+from generation.text_encoders import TextEncoder, without_common_padding
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
 
 
@@ -20,7 +19,9 @@ class LayoutPlannerTask(LaytonTask):
 
     Args:
         planner: Learns.
-        text_encoder: The generator's, as it is when that is finished; frozen.
+        text_encoder: That of the generator. If it is trainable it learns, too, and is exported with the planner: what
+            a generator learnt from pictures may have forgotten which of "above" and "below" was said. The generator
+            then has to be trained on with it.
         optimizer: Makes the optimizer.
         lr_scheduler: Makes the learning-rate schedule.
 
@@ -44,15 +45,13 @@ class LayoutPlannerTask(LaytonTask):
                 f"{text_encoder.max_length} x {text_encoder.width}"
             )
         self.planner = planner
-        planner.text_encoder = text_encoder.fingerprint()
-        self._text_encoder = [text_encoder.requires_grad_(False).eval()]  # in a list: it is no part of checkpoints
+        if text_encoder.trainable:
+            self.learning_text_encoder = text_encoder
+        self._text_encoder = [text_encoder]  # in a list: a frozen one is no part of checkpoints
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch, ()."""
-        with torch.no_grad():
-            text = self._text_encoder[0].to(self.device).encode(batch["caption"])
-        longest = max(1, int(text.mask.sum(1).max()))  # what stands before is padding of all
-        text = type(text)(text.features[:, -longest:], text.mask[:, -longest:])
+        text = without_common_padding(self._text_encoder[0].to(self.device).encode(batch["caption"]))
         losses = self.planner.losses(text, batch["layout"])
         kinds = len(self.planner.layout.labels)
         terms = {"labels": losses[..., :kinds].sum((1, 2)).mean(), "places": losses[..., kinds:].sum((1, 2)).mean()}
@@ -63,5 +62,9 @@ class LayoutPlannerTask(LaytonTask):
         return self.training_step(batch, batch_idx)
 
     def export(self, folder: Path) -> None:
-        """Write the planner's folder."""
-        self.planner.save_pretrained(folder)
+        """Write ``planner/`` and, if it learnt, ``text_encoder/``, as they lie in a generator's folder."""
+        encoder = self._text_encoder[0]
+        self.planner.text_encoder = encoder.fingerprint()
+        self.planner.save_pretrained(folder / PART)
+        if encoder.trainable:
+            encoder.save_pretrained(folder / "text_encoder")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from generation.caption_judge import CaptionJudge
 from generation.judge import Judge
 from generation.layout import LayoutShape
+from generation.planner import LayoutPlanner
 from generation.transformer import LaytonGenTransformer
 
 
@@ -43,3 +44,15 @@ def judge(folder: str) -> Judge:
         ValueError: If the folder holds something else.
     """
     return CaptionJudge.from_pretrained(folder).judge.requires_grad_(True).train()
+
+
+def planner(folder: str) -> LayoutPlanner:
+    """A saved `generation.planner.LayoutPlanner` that goes on learning.
+
+    Args:
+        folder: What its ``save_pretrained`` wrote.
+
+    Raises:
+        ValueError: If the folder holds something else.
+    """
+    return LayoutPlanner.from_pretrained(folder).train()

@@ -17,7 +17,7 @@ from generation.generator import Generator, GeneratorCard, SamplingDefaults, Tok
 from generation.guidance import Guidance
 from generation.loss import contrast_loss, mean_of_valid, next_code_loss, next_code_losses
 from generation.sampling import seeded_generators
-from generation.text_encoders import TextEncoder, TextFeatures
+from generation.text_encoders import TextEncoder, TextFeatures, without_common_padding
 from generation.token_shards import differences
 from generation.transformer import LaytonGenTransformer
 from generation.vocabulary import FactoredVocabulary
@@ -345,7 +345,7 @@ class LaytonGenTask(LaytonTask):
         return next_code_losses(head, codes, label_smoothing=self.label_smoothing)
 
     def _hidden(self, codes: Tensor, text: TextFeatures, dropped: Tensor, positions: Tensor | None) -> Tensor:
-        text = _without_common_padding(text)
+        text = without_common_padding(text)
         silent = dropped.to(codes.device)
         condition = self.transformer.drop_condition(text.features, silent)
         layout = None if text.layout is None else self.transformer.drop_layout(text.layout, silent)
@@ -373,12 +373,6 @@ class LaytonGenTask(LaytonTask):
 def untold(batch: dict[str, Any]) -> Tensor:
     """(B,): whose caption is empty, and so "none"."""
     return torch.tensor([not caption for caption in batch["caption"]])
-
-
-def _without_common_padding(text: TextFeatures) -> TextFeatures:
-    """Features from the longest caption's first token on; what stands before is padding of all and changes nothing."""
-    longest = max(1, int(text.mask.sum(1).max()))
-    return replace(text, features=text.features[:, -longest:], mask=text.mask[:, -longest:])
 
 
 def _with_quickest_decoder(name: str) -> LaytonTokenizer:

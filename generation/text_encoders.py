@@ -10,7 +10,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args
 
@@ -65,6 +65,12 @@ class TextFeatures:
         """Those of chosen prompts, by their places (b,) or by a mask (B,); what was cut is not kept."""
         layout = None if self.layout is None else self.layout[rows]
         return TextFeatures(self.features[rows], self.mask[rows], layout=layout)
+
+
+def without_common_padding(text: TextFeatures) -> TextFeatures:
+    """Features from the longest caption's first token on; what stands before is padding of all and changes nothing."""
+    longest = max(1, int(text.mask.sum(1).max()))
+    return replace(text, features=text.features[:, -longest:], mask=text.mask[:, -longest:])
 
 
 class TextEncoder(nn.Module, ABC):

@@ -3,7 +3,7 @@
 python tools/assemble.py --tokenizer runs/tokenizer/export --out layton/assets/mini \
         [--ldm runs/text_to_image/export] [--decoder runs/decoder/export/decoder] \
         [--consistency runs/consistency_pixel/export/decoder] [--instaflow runs/instaflow/export/decoder] \
-        [--hipa runs/hipa/export/decoder] [--laytongen runs/laytongen/export] [--planner runs/planner/export]
+        [--hipa runs/hipa/export/decoder] [--laytongen runs/laytongen/export] [--planner runs/laytongen_planner/export/planner]
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--instaflow", type=Path, help="decoder of the InstaFlow run; needs --decoder")
     parser.add_argument("--hipa", type=Path, help="decoder of the HiPA run; needs --decoder")
     parser.add_argument("--laytongen", type=Path, help="export of the LaytonGen run, trained on this tokenizer")
-    parser.add_argument("--planner", type=Path, help="export of the planner's run; needs --laytongen")
+    parser.add_argument("--planner", type=Path, help="planner of its run's export; needs --laytongen")
     arguments = parser.parse_args()
     if arguments.planner is not None and arguments.laytongen is None:
         parser.error("--planner needs --laytongen, the generator that it plans for")

@@ -34,6 +34,7 @@ from generation.planner_task import LayoutPlannerTask
 from generation.pretrained import laytongen_transformer
 from generation.sampling import SamplingOptions, seeded_generators
 from generation.tasks import LaytonGenTask
+from generation.text_encoders import TransformersTextEncoder
 from generation.tokenizing import TokenizeJob, tokenize_dataset
 from generation.transformer import LaytonGenTransformer
 from layton.cli import main
@@ -222,7 +223,7 @@ def test_a_planner_learns_what_captions_ask_for(tmp_path: Path) -> None:
         optimizer.step()
     assert loss.item() < 1.0
     task.export(tmp_path)
-    planner = LayoutPlanner.from_pretrained(tmp_path)
+    planner = LayoutPlanner.from_pretrained(tmp_path / "planner")
     encoder = tiny_text_encoder()
     assert planner.text_encoder == encoder.fingerprint()
     text = encoder.encode(captions)
@@ -230,6 +231,20 @@ def test_a_planner_learns_what_captions_ask_for(tmp_path: Path) -> None:
     assert drawn.equal(batch["layout"])
     alone = planner.draw(text.pick(torch.tensor([1])), seeded_generators([1]))
     assert alone.equal(drawn[1:2])
+
+
+def test_a_text_encoder_that_learns_with_the_planner_is_exported_with_it(tmp_path: Path) -> None:
+    encoder = tiny_text_encoder(trainable=True)
+    before = encoder.fingerprint()
+    task = LayoutPlannerTask(tiny_planner(SHAPE), encoder, optimizer=lambda parameters: AdamW(parameters, lr=1e-2))
+    batch = {"caption": ["a red star"], "layout": SHAPE.tensor([STAR])[None]}
+    optimizer = AdamW(task.trainable_parameters(), lr=1e-2)
+    task.train().training_step(batch, 0).backward()
+    optimizer.step()
+    task.export(tmp_path)
+    planner = LayoutPlanner.from_pretrained(tmp_path / "planner")
+    saved = TransformersTextEncoder.from_pretrained(tmp_path / "text_encoder")
+    assert planner.text_encoder == saved.fingerprint() == encoder.fingerprint() != before
 
 
 def test_what_ends_a_layout_is_learnt_and_nothing_behind_it() -> None:
