@@ -21,7 +21,7 @@ from layton.reproduce.students import find_teacher
 from layton.reproduce.training import claim_out
 
 MOST_DECODER_STEPS = 3
-_ONE = "laytongen_one_candidate"
+_ONE, _UNPLANNED = "laytongen_one_candidate", "laytongen_without_planner"
 _SIZE = 256  # not used: SceneEval looks at images of any size
 
 
@@ -47,6 +47,9 @@ def measure(context: Context) -> Outcome:
     candidates = int(drawers["laytongen"].settings["candidates"])
     if candidates > 1:
         drawers[_ONE] = _laytongen(context, SamplingChoice(candidates=1))
+    planned = drawers["laytongen"].settings["planner"] is not None
+    if planned:
+        drawers[_UNPLANNED] = _laytongen(context, SamplingChoice(no_layout=True))
     facts = json.dumps({name: drawer.settings for name, drawer in drawers.items()}, sort_keys=True)
     claim_out(context, claim="laytongen", teacher=hashlib.sha256(facts.encode()).hexdigest()[:16])
     evaluator = Evaluator(context.out / "evaluation", context.scale, _SIZE)
@@ -68,6 +71,9 @@ def measure(context: Context) -> Outcome:
             "sceneval": "test prompts; mean and standard error over repetitions with other drawing seeds",
             "candidates": f"of LaytonGen {candidates}, of which its judge chooses one where there are several; of the "
             "diffusion model 1",
+            "planner": "LaytonGen is told where objects stand by its own planner, which reads the prompt alone"
+            if planned
+            else "none: LaytonGen draws from the prompt alone",
             "scale": "SceneEval is another scale than GenEval: the paper's figures and ours are not to be compared",
         },
     )

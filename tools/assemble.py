@@ -3,7 +3,8 @@
 python tools/assemble.py --tokenizer runs/tokenizer/export --out layton/assets/mini \
         [--ldm runs/text_to_image/export] [--decoder runs/decoder/export/decoder] \
         [--consistency runs/consistency_pixel/export/decoder] [--instaflow runs/instaflow/export/decoder] \
-        [--hipa runs/hipa/export/decoder] [--laytongen runs/laytongen/export] [--planner runs/laytongen_planner/export/planner]
+        [--hipa runs/hipa/export/decoder] [--laytongen runs/laytongen/export] \
+        [--planner runs/laytongen_planner/export/planner]
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ RUNS = [
     (CONFIGS / "mini" / "laytongen_windows.yaml", "scenes_tokens_windows"),
     (CONFIGS / "mini" / "laytongen_contrast.yaml", "scenes_tokens_contrary"),
     (CONFIGS / "mini" / "laytongen_foresight.yaml", "scenes_tokens_ahead"),
+    (CONFIGS / "mini" / "laytongen_layout.yaml", "scenes_tokens_layout"),
+    (CONFIGS / "mini" / "laytongen_planner.yaml", "scenes_layouts"),
     (CONFIGS / "mini" / "laytongen_reward.yaml", "scenes_reward_prompts"),
     (CONFIGS / "mini" / "laytongen_reward.yaml", "scenes_tokens_reward"),
     (CONFIGS / "mini" / "judge.yaml", "scenes_tokens_judge"),
@@ -30,7 +32,11 @@ def test_run_files_parse(path: Path, data: str, capsys: pytest.CaptureFixture[st
     arguments = ["--config", str(path), "--data", str(CONFIGS / "data" / f"{data}.yaml"), "--print_config"]
     assert main(["fit", *arguments]) == 0
     written = capsys.readouterr().out
-    kinds = {"reward": "reward_task.LaytonGenRewardTask", "judge": "judge_task.JudgeTask"}
+    kinds = {
+        "reward": "reward_task.LaytonGenRewardTask",
+        "judge": "judge_task.JudgeTask",
+        "scenes_layouts": "planner_task.LayoutPlannerTask",
+    }
     task = next((name for word, name in kinds.items() if word in data), "tasks.LaytonGenTask")
     assert f"class_path: generation.{task}" in written
     assert ("class_path: generation.data.TokenShards" in written) == ("tokens" in data)
