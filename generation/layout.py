@@ -103,6 +103,15 @@ class LayoutShape:
         """``rows`` layouts that are not given."""
         return torch.full((rows, self.objects, len(self.sizes)), UNTOLD)
 
+    def overlap(self, layout: Tensor) -> Tensor:
+        """How far the circles of each layout (B, M, F) reach into each other, as shares of their radii, (B,)."""
+        centre, diameter = ((layout[..., len(self.labels) :] + 0.5) / self.steps).split([2, 1], dim=-1)
+        apart = torch.cdist(centre, centre)
+        touching = (diameter + diameter.mT) / 2
+        there = layout[..., 0] > 0
+        pairs = (there[:, :, None] & there[:, None]).triu(1)
+        return (1 - apart / touching).clamp_min(0).masked_fill(~pairs, 0.0).sum((1, 2))
+
     def check(self, layout: Tensor, rows: int) -> None:
         """Refuse what is no layout of this shape.
 

@@ -41,7 +41,11 @@ class LayoutPlanner(nn.Module):
         num_heads: Its heads.
         hidden: Width inside its feed-forward layers.
         temperature: At which numbers are drawn; lower keeps to the likelier places.
+        tries: Layouts drawn for each image, of which that is kept whose objects overlap least.
         text_encoder: Fingerprint of the text encoder whose features it reads; set by its training.
+
+    Raises:
+        ValueError: If a size or number is out of range.
     """
 
     def __init__(
@@ -54,9 +58,13 @@ class LayoutPlanner(nn.Module):
         num_heads: int = 4,
         hidden: int = 192,
         temperature: float = 0.8,
+        tries: int = 1,
         text_encoder: str = "",
     ) -> None:
         super().__init__()
+        if tries < 1:
+            raise ValueError(f"tries must be >= 1, got {tries}")
+        self.tries = tries
         self.layout, self.temperature, self.text_encoder = layout, temperature, text_encoder
         self.side = max(layout.objects, len(layout.sizes))  # positions are those of a square grid
         self._sizes = {"width": width, "depth": depth, "num_heads": num_heads, "hidden": hidden}
@@ -87,6 +95,11 @@ class LayoutPlanner(nn.Module):
     @torch.no_grad()
     def draw(self, text: TextFeatures, generators: Sequence[torch.Generator]) -> Tensor:
         """Layouts (B, M, F) int64, each from its own generator; what is no object of the shape is left out."""
+        drawn = torch.stack([self._draw(text, generators) for _ in range(self.tries)])
+        least = self.layout.overlap(drawn.flatten(0, 1)).view(self.tries, -1).argmin(0)  # the first of equals
+        return drawn[least, torch.arange(drawn.shape[1], device=drawn.device)]
+
+    def _draw(self, text: TextFeatures, generators: Sequence[torch.Generator]) -> Tensor:
         count, sizes = len(self.layout.labels), torch.tensor(self.layout.sizes, device=text.mask.device)
         written = generate_codes(
             self.transformer,
@@ -107,6 +120,7 @@ class LayoutPlanner(nn.Module):
             "caption": cast("dict[str, JsonValue]", asdict(cast(CaptionShape, self.transformer.caption))),
             **self._sizes,
             "temperature": self.temperature,
+            "tries": self.tries,
             "text_encoder": self.text_encoder,
         }
         save_pretrained(self, config, Path(folder), dtype=dtype)

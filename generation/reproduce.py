@@ -47,7 +47,7 @@ def measure(context: Context) -> Outcome:
     candidates = int(drawers["laytongen"].settings["candidates"])
     if candidates > 1:
         drawers[_ONE] = _laytongen(context, SamplingChoice(candidates=1))
-    planned = drawers["laytongen"].settings["planner"] is not None
+    planned = drawers["laytongen"].settings.get("planner") is not None
     if planned:
         drawers[_UNPLANNED] = _laytongen(context, SamplingChoice(no_layout=True))
     facts = json.dumps({name: drawer.settings for name, drawer in drawers.items()}, sort_keys=True)

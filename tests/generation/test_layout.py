@@ -247,6 +247,18 @@ def test_a_text_encoder_that_learns_with_the_planner_is_exported_with_it(tmp_pat
     assert planner.text_encoder == saved.fingerprint() == encoder.fingerprint() != before
 
 
+def test_of_several_layouts_that_with_the_least_overlap_is_kept() -> None:
+    near = replace(RING, x=RING.x - 0.1)
+    layouts = torch.stack([SHAPE.tensor(each) for each in ([STAR, RING], [near, RING], [RING, RING], [])])
+    overlap = SHAPE.overlap(layouts)
+    assert overlap.tolist() == pytest.approx([0.0, 1 - 0.1 / 0.25, 1.0, 0.0], abs=0.05)
+    planner, text = tiny_planner(SHAPE), tiny_text_encoder().encode(["a red star"] * 40)
+    once = planner.draw(text, seeded_generators(list(range(40))))
+    planner.tries = 8
+    best = planner.draw(text, seeded_generators(list(range(40))))
+    assert bool((SHAPE.overlap(best) <= SHAPE.overlap(once)).all())
+
+
 def test_what_ends_a_layout_is_learnt_and_nothing_behind_it() -> None:
     planner, encoder = tiny_planner(SHAPE), tiny_text_encoder()
     losses = planner.losses(encoder.encode(["a", "b"]), torch.stack([SHAPE.tensor([STAR, RING]), SHAPE.tensor([])]))
