@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from generation.layout import LayoutControl, scenes_layout
 from generation.stored_text import StoredText
 from generation.token_shards import DRAWN_WRONG, TokenHeader, differences, read_shard, require_whole, shard_files
 from layton.data.sources import SampleSource, say, say_contrary
@@ -38,8 +39,8 @@ _SCENES = "scenes/"
 class TokenShards(SampleSource):
     """A token dataset that `layton tokenize` wrote: codes in memory (2 bytes for a token), text features on disk.
 
-    A sample holds ``codes`` (N,) int64, ``caption`` and ``key``, and ``contrary`` and ``ahead`` if those were asked
-    for; with cached text features also ``text`` (L, D) float16, padded, and ``text_mask`` (L,) bool.
+    A sample holds ``codes`` (N,) int64, ``caption`` and ``key``, and ``contrary``, ``ahead`` and ``layout`` if those
+    were asked for; with cached text features also ``text`` (L, D) float16, padded, and ``text_mask`` (L,) bool.
 
     Images are never mirrored: the tokens were made once, and mirroring would make captions such as "left of" untrue.
 
@@ -178,6 +179,16 @@ class TokenShards(SampleSource):
         differs = differences({"fingerprint": self.header.fingerprint}, {"fingerprint": fingerprint})
         if differs:
             raise ValueError(f"{self.folder} holds tokens of another tokenizer ({differs})")
+
+    def require_layouts(self, control: LayoutControl | None) -> None:
+        """Refuse to tell a transformer layouts of another kind than it listens to.
+
+        Raises:
+            ValueError: With both kinds.
+        """
+        if self._placed and (control is None or control.shape != scenes_layout(steps=self._placed)):
+            told = None if control is None else control.shape
+            raise ValueError(f"{self.folder} tells layouts of Scenes in {self._placed} steps, the model is told {told}")
 
     @property
     def _grid(self) -> int:

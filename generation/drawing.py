@@ -112,7 +112,13 @@ class LaytonGenDrawer:
         layouts: Sequence[Layout | None] | None = None,
         callback: Callable[[int], object] | None = None,
     ) -> tuple[list[NDArray[np.uint8]], tuple[Layout | None, ...]]:
-        """As `draw`, and where objects were told to stand; None where nothing was told."""
+        """As `draw`, and where objects were told to stand; None where nothing was told.
+
+        Raises:
+            ValueError: If layouts are given to be left out.
+        """
+        if layouts is not None and self.sampling.no_layout:
+            raise ValueError("layouts are given, and no_layout says to leave them out")
         sampling, guidance = self.sampling.over(self.pipeline.card.sampling)
         result = self.pipeline(
             list(prompts),
@@ -167,5 +173,6 @@ class LaytonGenDrawer:
             "judge": None if candidates == 1 or judge is None else weights_digest(judge.judge, judge.text_encoder),
             "planner": None if planner is None else weights_digest(planner),
             "planner_temperature": None if planner is None else planner.temperature,
+            "planner_tries": None if planner is None else planner.tries,
             "prompts_rewritten": False,
         }

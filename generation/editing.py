@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from generation.decoding import FREE
+from generation.layout import PlacedObject
 from generation.pictures import OutputType
 from generation.pipeline import LaytonGenOutput, LaytonGenPipeline
 from generation.text_encoders import TextFeatures
@@ -30,6 +31,7 @@ def continue_image(
     top_p: float | None = None,
     min_entropy: float | None = None,
     candidates: int | None = None,
+    layouts: Sequence[Sequence[PlacedObject] | None] | None = None,
     decoder: str | None = None,
     num_inference_steps: int | None = None,
     generator: Generators | None = None,
@@ -48,6 +50,7 @@ def continue_image(
         top_p: See there.
         min_entropy: See there.
         candidates: See there.
+        layouts: See there; nobody plans where objects stand in an image of which codes are known.
         decoder: See there.
         num_inference_steps: See there.
         generator: See there.
@@ -70,6 +73,7 @@ def continue_image(
         top_p=top_p,
         min_entropy=min_entropy,
         candidates=candidates,
+        layouts=layouts,
         decoder=decoder,
         num_inference_steps=num_inference_steps,
         generator=generator,
@@ -89,6 +93,7 @@ def resample_tokens(
     top_p: float | None = None,
     min_entropy: float | None = None,
     candidates: int | None = None,
+    layouts: Sequence[Sequence[PlacedObject] | None] | None = None,
     decoder: str | None = None,
     num_inference_steps: int | None = None,
     generator: Generators | None = None,
@@ -107,6 +112,7 @@ def resample_tokens(
         top_p: See there.
         min_entropy: See there.
         candidates: See there.
+        layouts: See there; nobody plans where objects stand in an image of which codes are known.
         decoder: See there.
         num_inference_steps: See there.
         generator: See there.
@@ -131,6 +137,7 @@ def resample_tokens(
         top_p=top_p,
         min_entropy=min_entropy,
         candidates=candidates,
+        layouts=layouts,
         decoder=decoder,
         num_inference_steps=num_inference_steps,
         generator=generator,

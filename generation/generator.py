@@ -7,6 +7,7 @@ other one is refused.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -180,6 +181,8 @@ def save_generator(folder: str | Path, generator: Generator, *, dtype: torch.dty
     generator.text_encoder.save_pretrained(root / "text_encoder", dtype=dtype)
     if generator.planner is not None:
         generator.planner.save_pretrained(root / PLANNER_PART, dtype=dtype)
+    elif (root / PLANNER_PART).exists():
+        shutil.rmtree(root / PLANNER_PART)  # of a generator that was here before
     card = cast("dict[str, JsonValue]", asdict(generator.card))
     save_config(root, {"class": CLASS_NAME, "text_encoder_class": class_name(type(generator.text_encoder)), **card})
 

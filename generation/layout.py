@@ -65,7 +65,11 @@ class LayoutShape:
 
     def __post_init__(self) -> None:
         """Check ranges; lists, as JSON has them, become tuples."""
+        if any(isinstance(names, str) for names in self.labels):
+            raise ValueError(f"each label has a list of names, got {self.labels!r}")
         object.__setattr__(self, "labels", tuple(tuple(names) for names in self.labels))
+        if any(len(set(names)) < len(names) for names in self.labels):
+            raise ValueError(f"the names of a label differ from each other, got {self.labels}")
         if not self.labels or not all(self.labels) or self.objects < 1 or self.steps < 2:
             raise ValueError(f"a layout needs labels with names, objects >= 1 and steps >= 2, got {self}")
 
@@ -98,6 +102,13 @@ class LayoutShape:
             for row in layout.tolist()
             if row[0] > 0
         ]
+
+    def alike(self, layouts: Tensor) -> Tensor:
+        """Whether layouts (T, B, M, F) have the labels of the first of each image, in any order, (T, B)."""
+        labels = layouts[..., : len(self.labels)]
+        bases = torch.tensor([math.prod(self.sizes[:n]) for n in range(len(self.labels))], device=layouts.device)
+        named = (labels * bases).sum(-1).sort(-1).values
+        return (named == named[:1]).all(-1)
 
     def untold(self, rows: int) -> Tensor:
         """``rows`` layouts that are not given."""
@@ -165,8 +176,8 @@ def _placed(row: object, where: str) -> PlacedObject:
     labels, places = row["labels"], [row["x"], row["y"], row["diameter"]]
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise ValueError(f"{where}: labels are a list of words, got {str(labels)[:80]}")
-    if not all(isinstance(place, int | float) and not isinstance(place, bool) for place in places):
-        raise ValueError(f"{where}: x, y and diameter are numbers, got {str(places)[:80]}")
+    if not all(isinstance(place, int | float) and not isinstance(place, bool) and 0 <= place <= 1 for place in places):
+        raise ValueError(f"{where}: x, y and diameter are numbers in [0, 1], got {str(places)[:80]}")
     return PlacedObject(tuple(labels), *(float(place) for place in places))
 
 

@@ -70,6 +70,7 @@ def score_next_codes(
     if batch_size < 1 or (count is not None and count < 1):
         raise ValueError(f"count and batch_size must be >= 1, got {count} and {batch_size}")
     shards.require_tokenizer(generator.card.tokenizer.fingerprint)
+    shards.require_layouts(generator.transformer.layout_control)
     images = len(shards) if count is None else min(count, len(shards))
     losses: list[Tensor] = []
     right = near = same = total = 0

@@ -214,7 +214,8 @@ class LaytonGenPipeline:
                 step), and a dictionary with ``codes`` (B, N) of all candidates so far, -1 where none is yet.
             known_codes: (B, N) codes that are given, -1 where one is to be drawn.
             layouts: Where objects shall stand, one list for each prompt (`generation.layout`); None instead of a list
-                tells nothing. By default the planner says it, anew for each image, where there is one.
+                tells nothing, and with an empty prompt nothing should be told. By default the planner says it, anew
+                for each image, where there is one and no codes are known, which it cannot look at.
             batch_size: Images encoded, drawn and decoded at once, candidates counted, but at least one; what more
                 images take is their codes and pictures.
 
@@ -254,7 +255,7 @@ class LaytonGenPipeline:
             if wanted is not None:
                 text = replace(text, layout=wanted[[index // num_images_per_prompt for index in images]])
             own = _generators_of_candidates(generators[part], each)
-            text = self.planned(_repeated(text, each), own)
+            text = self.planned(_repeated(text, each), own, free=known_codes is None)
             drawn = self.draw_codes(
                 text,
                 generators=own,
@@ -321,19 +322,20 @@ class LaytonGenPipeline:
         untold = torch.tensor([not prompt for prompt in prompts], device=text.mask.device)
         return replace(text, features=self.transformer.drop_condition(text.features, untold))
 
-    def planned(self, text: TextFeatures, generators: Sequence[torch.Generator]) -> TextFeatures:
-        """The same with layouts drawn by the planner, if none are told and there is one; of no caption, none is.
+    def planned(self, text: TextFeatures, generators: Sequence[torch.Generator], *, free: bool = True) -> TextFeatures:
+        """The same with layouts drawn by the planner, if ``free``, none are told and there is one; of no caption, none.
 
-        The generators go on alike in all cases, so that a layout that was drawn, told again, gives the same image.
+        The generators of a model that can be told layouts go on alike in all cases, so that a layout that was drawn,
+        told again, gives the same image.
         """
-        if self.planner is None or not len(text.mask):
+        if self.transformer.layout_control is None or not len(text.mask):
             return text
         own = [child_generator(each) for each in generators]
-        if text.layout is not None:
+        if self.planner is None or text.layout is not None or not free:
             return text
         untold = (text.features == self.transformer.null_condition(text.features)).all((1, 2))
         layout = self.planner.draw(text, own)
-        return replace(text, layout=self.transformer.drop_layout(layout, untold))
+        return replace(text, layout=self.transformer.drop_layout(layout, untold | (layout[:, 0, 0] == 0)))
 
     def _wanted_layouts(self, layouts: Sequence[Sequence[PlacedObject] | None] | None, prompts: int) -> Tensor | None:
         """Layouts of prompts (P, M, F); None if the user says nothing of them.
@@ -346,8 +348,10 @@ class LaytonGenPipeline:
         control = self.transformer.layout_control
         if control is None:
             raise ValueError("layouts are given, and the model was not trained with any")
-        if len(layouts) != prompts:
-            raise ValueError(f"{prompts} prompts need as many layouts, got {len(layouts)}")
+        if len(layouts) != prompts or any(isinstance(each, PlacedObject) for each in layouts):
+            raise ValueError(
+                f"{prompts} prompts need as many layouts, a list of objects each, got {str(layouts)[:120]}"
+            )
         shape = control.shape
         rows = [shape.untold(1)[0] if objects is None else shape.tensor(objects) for objects in layouts]
         return torch.stack(rows).to(self.device)

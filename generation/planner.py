@@ -10,8 +10,9 @@ Legend: B images, M objects, F numbers of an object, L caption tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from generation.decoding import generate_codes
-from generation.layout import LayoutShape
+from generation.decoding import FREE, generate_codes
+from generation.layout import UNTOLD, LayoutShape
 from generation.sampling import SamplingOptions
 from generation.shapes import CaptionShape, Dropout
 from generation.text_encoders import TextFeatures
@@ -41,7 +42,8 @@ class LayoutPlanner(nn.Module):
         num_heads: Its heads.
         hidden: Width inside its feed-forward layers.
         temperature: At which numbers are drawn; lower keeps to the likelier places.
-        tries: Layouts drawn for each image, of which that is kept whose objects overlap least.
+        tries: Layouts drawn for each image; of those that name the same objects as the first, that one is kept whose
+            objects overlap least.
         text_encoder: Fingerprint of the text encoder whose features it reads; set by its training.
 
     Raises:
@@ -64,6 +66,7 @@ class LayoutPlanner(nn.Module):
         super().__init__()
         if tries < 1:
             raise ValueError(f"tries must be >= 1, got {tries}")
+        SamplingOptions(temperature=temperature)  # checks it
         self.tries = tries
         self.layout, self.temperature, self.text_encoder = layout, temperature, text_encoder
         self.side = max(layout.objects, len(layout.sizes))  # positions are those of a square grid
@@ -73,7 +76,7 @@ class LayoutPlanner(nn.Module):
             depth=depth,
             num_heads=num_heads,
             hidden=hidden,
-            caption=caption,
+            caption=replace(caption, null="fixed"),  # it is never drawn without a caption
             vocab_size=max(layout.sizes),
             num_tokens=self.side**2,
             dropout=Dropout(0.0, 0.0, 0.0),
@@ -82,6 +85,8 @@ class LayoutPlanner(nn.Module):
     def losses(self, text: TextFeatures, layout: Tensor) -> Tensor:
         """Cross-entropy of each number of layouts (B, M, F), (B, M, F) float32; 0 behind the row that ends a layout."""
         self.layout.check(layout, len(layout))
+        if bool((layout == UNTOLD).any()):
+            raise ValueError("a planner learns from layouts that are given, some are not")
         written = F.pad(layout, (0, self.side - layout.shape[2], 0, self.side - layout.shape[1])).flatten(1)
         logits = self.transformer(written, text.features, text.mask)
         losses = F.cross_entropy(logits.float().transpose(1, 2), written, reduction="none")
@@ -96,17 +101,21 @@ class LayoutPlanner(nn.Module):
     def draw(self, text: TextFeatures, generators: Sequence[torch.Generator]) -> Tensor:
         """Layouts (B, M, F) int64, each from its own generator; what is no object of the shape is left out."""
         drawn = torch.stack([self._draw(text, generators) for _ in range(self.tries)])
-        least = self.layout.overlap(drawn.flatten(0, 1)).view(self.tries, -1).argmin(0)  # the first of equals
+        overlap = self.layout.overlap(drawn.flatten(0, 1)).view(self.tries, -1)
+        least = overlap.masked_fill(~self.layout.alike(drawn), math.inf).argmin(0)  # the first of equals
         return drawn[least, torch.arange(drawn.shape[1], device=drawn.device)]
 
     def _draw(self, text: TextFeatures, generators: Sequence[torch.Generator]) -> Tensor:
         count, sizes = len(self.layout.labels), torch.tensor(self.layout.sizes, device=text.mask.device)
+        known = torch.zeros(self.side, self.side, dtype=torch.int64, device=text.mask.device)
+        known[: self.layout.objects, : len(sizes)] = FREE  # nothing was learnt of what lies outside
         written = generate_codes(
             self.transformer,
             text.features.to(next(self.parameters()).dtype),
             text.mask,
             generators=generators,
             sampling=SamplingOptions(temperature=self.temperature),
+            known=known.flatten().expand(len(text.mask), -1),
         )
         rows = written.view(-1, self.side, self.side)[:, : self.layout.objects, : len(self.layout.sizes)].clone()
         good = ((rows < sizes) & ((rows > 0) | (torch.arange(len(sizes), device=rows.device) >= count))).all(-1)

@@ -27,10 +27,10 @@ def laytongen_transformer(folder: str, layout: LayoutShape | None = None) -> Lay
             other layouts already.
     """
     transformer = LaytonGenTransformer.from_pretrained(folder)
-    if layout is not None:
-        transformer.learn_layouts(layout)
     if transformer.config.get("int8"):
         raise ValueError(f"{folder} holds an int8 model, which cannot learn")
+    if layout is not None:
+        transformer.learn_layouts(layout)
     return transformer.train()
 
 

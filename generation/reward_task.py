@@ -168,4 +168,6 @@ class LaytonGenRewardTask(LaytonGenTask):
         """Text features in float32; an empty caption is "none", as for the exported model."""
         text = self.text_of(batch)
         features = self.transformer.drop_condition(text.features.float(), untold(batch).to(self.device))
-        return replace(text, features=features)
+        dropped = untold(batch).to(self.device)
+        layout = None if text.layout is None else self.transformer.drop_layout(text.layout, dropped)
+        return replace(text, features=features, layout=layout)

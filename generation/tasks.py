@@ -144,6 +144,7 @@ class LaytonGenTask(LaytonTask):
     def require_shards(self, source: TokenShards) -> None:
         """See `setup`."""
         source.require_tokenizer(self.facts.fingerprint)
+        source.require_layouts(self.transformer.layout_control)
         encoder = weights_digest(self._tokenizer[0].encoder)
         if source.header.encoder != encoder:
             raise ValueError(
@@ -323,7 +324,8 @@ class LaytonGenTask(LaytonTask):
         """`contrast_loss` of the rows (B,) of a batch that are chosen; the first two belong to those rows alone."""
         if not len(codes):
             return true.sum()
-        contrary = self._contrary_text(batch, text, rows)
+        layout = None if text.layout is None else text.layout[rows]  # the two differ in their captions alone
+        contrary = replace(self._contrary_text(batch, text, rows), layout=layout)
         positions, valid = batch.get("positions"), batch.get("valid")
         told = torch.zeros(len(codes), dtype=torch.bool)
         hidden = self._hidden(codes, contrary, told, None if positions is None else positions[rows])

@@ -208,8 +208,8 @@ class LaytonGenTransformer(nn.Module):
         x = torch.cat([prefix, self.vocabulary.embed(codes[:, :-1]).to(kind)], dim=1)
         control = self.control(layout, len(codes))
         if control is not None:
-            places = torch.arange(codes.shape[1], device=x.device)[None] if positions is None else positions
-            chosen = control[torch.arange(len(codes), device=x.device)[:, None], places]
+            rows = torch.arange(len(codes), device=x.device)[:, None]
+            chosen = control[:, : codes.shape[1]] if positions is None else control[rows, positions]
             x = torch.cat([x[:, : length - 1], x[:, length - 1 :] + chosen.to(kind)], dim=1)
         if self.training:
             x = F.dropout(x, self.dropout.token)

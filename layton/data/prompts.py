@@ -15,6 +15,7 @@ import torch
 from layton.data.sources import SampleSource, say
 from layton.data.types import Split, check_split, split_of_key
 from layton.scenes import Scene, objects_placed, sample_scene, split_seeds
+from layton.scenes.world import MAX_DIAMETER
 
 MAX_LINE_BYTES = 4096
 _PASSED_OVER = 32  # scenes that are looked at for one of large objects
@@ -36,7 +37,7 @@ class SceneCaptions(SampleSource):
             `layton.scenes.objects_placed`; 0 for none.
         min_diameter: Of all objects, as a fraction of the side; a scene with a smaller one is passed over for one of
             the same task, from the next seed that gives one without, or if none does soon, the one that comes nearest.
-            Keys are then ``scene/<task>/<seed>``.
+            Keys are then ``scene/<task>/<seed>``, of which no reward knows the scene.
 
     Raises:
         ValueError: A number is out of range, or there is no such split.
@@ -54,9 +55,10 @@ class SceneCaptions(SampleSource):
         placed: int = 0,
         min_diameter: float = 0.0,
     ) -> None:
-        if length < 1 or placed < 0 or min_diameter < 0:
+        if length < 1 or placed < 0 or not 0 <= min_diameter <= MAX_DIAMETER:
             raise ValueError(
-                f"need length >= 1, placed >= 0 and min_diameter >= 0, got {length}, {placed} and {min_diameter}"
+                f"need length >= 1, placed >= 0 and min_diameter in [0, {MAX_DIAMETER}], "
+                f"got {length}, {placed} and {min_diameter}"
             )
         self._shares = {"chinese": chinese, "reworded": reworded, "related": related}
         if not all(0.0 <= share <= 1.0 for share in self._shares.values()):
@@ -84,7 +86,7 @@ class SceneCaptions(SampleSource):
     def _scene(self, index: int) -> Scene:
         """The scene of a place, or the next one of large objects."""
         best = sample_scene(self.seeds[index])
-        for ahead in range(1, _PASSED_OVER):
+        for ahead in range(1, _PASSED_OVER + 1):
             if _smallest(best) >= self._min_diameter:
                 break
             scene = sample_scene(self.seeds[(index + ahead) % len(self.seeds)], task=best.task)

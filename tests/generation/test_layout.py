@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,15 +59,31 @@ def told_transformer(*, strength: float = 0.5) -> LaytonGenTransformer:
     return model
 
 
-def told_generator(*, planner: bool = True) -> Generator:
+@pytest.fixture(scope="module")
+def planner() -> LayoutPlanner:
+    """One that writes objects: of "two objects" now near each other and now far apart, of others always the same."""
+    made, encoder = tiny_planner(SHAPE), tiny_text_encoder()
+    near = replace(RING, x=0.35, y=0.45)
+    said = {"two objects": [[STAR, RING], [STAR, near]], "a red star": [[STAR]], "two blue rings": [[RING, near]]}
+    pairs = [(caption, layout) for caption, layouts in said.items() for layout in layouts]
+    text = encoder.encode([caption for caption, _ in pairs])
+    layouts = torch.stack([SHAPE.tensor(layout) for _, layout in pairs])
+    optimizer = AdamW(made.parameters(), lr=1e-2)
+    for _ in range(80):
+        optimizer.zero_grad()
+        made.losses(text, layouts).sum((1, 2)).mean().backward()
+        optimizer.step()
+    made.text_encoder = encoder.fingerprint()
+    return made.eval().requires_grad_(False)
+
+
+def told_generator(planner: LayoutPlanner | None) -> Generator:
     plain = tiny_generator(tiny_tokenizer())
     model = plain.transformer
     model.learn_layouts(SHAPE)
     assert model.layout_control is not None
     torch.nn.init.normal_(model.layout_control.out.weight, std=2.0, generator=torch.Generator().manual_seed(0))
-    made = tiny_planner(SHAPE)
-    made.text_encoder = plain.card.text_encoder
-    return replace(plain, planner=made if planner else None)
+    return replace(plain, planner=planner)
 
 
 def some_layouts() -> torch.Tensor:
@@ -167,6 +184,16 @@ def test_cached_decoding_is_told_the_same() -> None:
     torch.testing.assert_close(torch.stack(steps, 1), whole[:, 3:], rtol=1e-4, atol=1e-5)
     positions = torch.arange(TOKENS).expand(3, TOKENS)
     torch.testing.assert_close(model(codes, features, layout=layout, positions=positions), whole)
+    # two codes of a window, told what lies at their own places: the same object shifted by one row of the grid
+    moved = torch.stack([SHAPE.tensor([replace(STAR, x=0.5, y=y, diameter=0.01)]) for y in (0.35, 0.6)])
+    two, places = codes[:1, :2].expand(2, 2), torch.tensor([[5, 6], [9, 10]])
+    control = model.control(moved, 2)
+    assert control is not None
+    torch.testing.assert_close(control[0, places[0]], control[1, places[1]])
+    assert bool(control[0, places[0]].abs().sum() > 0)
+    windows = model(two, features[:1].expand(2, -1, -1), layout=moved, positions=places)
+    unplaced = model(two, features[:1].expand(2, -1, -1), layout=moved)
+    assert not torch.allclose(windows, unplaced, atol=1e-3)
 
 
 def test_guidance_compares_with_nothing_told() -> None:
@@ -247,16 +274,39 @@ def test_a_text_encoder_that_learns_with_the_planner_is_exported_with_it(tmp_pat
     assert planner.text_encoder == saved.fingerprint() == encoder.fingerprint() != before
 
 
-def test_of_several_layouts_that_with_the_least_overlap_is_kept() -> None:
+def test_of_several_layouts_that_with_the_least_overlap_is_kept(
+    planner: LayoutPlanner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     near = replace(RING, x=RING.x - 0.1)
     layouts = torch.stack([SHAPE.tensor(each) for each in ([STAR, RING], [near, RING], [RING, RING], [])])
     overlap = SHAPE.overlap(layouts)
     assert overlap.tolist() == pytest.approx([0.0, 1 - 0.1 / 0.25, 1.0, 0.0], abs=0.05)
-    planner, text = tiny_planner(SHAPE), tiny_text_encoder().encode(["a red star"] * 40)
-    once = planner.draw(text, seeded_generators(list(range(40))))
-    planner.tries = 8
-    best = planner.draw(text, seeded_generators(list(range(40))))
-    assert bool((SHAPE.overlap(best) <= SHAPE.overlap(once)).all())
+    text = tiny_text_encoder().encode(["two objects"] * 24)
+    once = planner.draw(text, seeded_generators(list(range(24))))
+    monkeypatch.setattr(planner, "tries", 6)
+    best = planner.draw(text, seeded_generators(list(range(24))))
+    assert SHAPE.overlap(once).mean() > 0.1
+    assert SHAPE.overlap(best).max() == 0
+    assert SHAPE.alike(torch.stack([once, best])).all()
+    other = torch.stack([layouts, layouts[[0, 1, 0, 0]]])  # two stars' names are not those of a star and a ring
+    assert SHAPE.alike(other)[1].tolist() == [True, True, False, False]
+
+
+def test_a_table_of_another_shape_is_planned_too() -> None:
+    shape = LayoutShape((("a", "b"),), objects=8, steps=16)
+    made, encoder = tiny_planner(shape), tiny_text_encoder()
+    layouts = torch.stack(
+        [shape.tensor([PlacedObject((name,), 0.2, 0.7, 0.3)] * n) for name, n in (("a", 7), ("b", 2))]
+    )
+    text = encoder.encode(["seven a", "two b"])
+    optimizer = AdamW(made.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        made.losses(text, layouts).sum((1, 2)).mean().backward()
+        optimizer.step()
+    assert made.eval().draw(text, seeded_generators([0, 1])).equal(layouts)
+    with pytest.raises(ValueError, match="that are given, some are not"):
+        made.losses(text, shape.untold(2))
 
 
 def test_what_ends_a_layout_is_learnt_and_nothing_behind_it() -> None:
@@ -269,9 +319,11 @@ def test_what_ends_a_layout_is_learnt_and_nothing_behind_it() -> None:
 
 
 def test_rows_that_are_no_objects_end_a_drawn_layout() -> None:
-    planner, encoder = tiny_planner(SHAPE), tiny_text_encoder()  # random: most rows name no shape that there is
+    made, encoder = tiny_planner(SHAPE), tiny_text_encoder()
+    for weight in made.transformer.parameters():  # random, but small numbers are likely, so that some rows are objects
+        torch.nn.init.normal_(weight, std=0.02)
     text = encoder.encode(["a red star"] * 64)
-    drawn = planner.draw(text, seeded_generators(list(range(64))))
+    drawn = made.draw(text, seeded_generators(list(range(64))))
     SHAPE.check(drawn, 64)
     there = (drawn[..., :2] > 0).all(-1)
     assert bool((there | (drawn == 0).all(-1)).all())
@@ -302,6 +354,21 @@ def test_a_generator_learns_to_be_told(tmp_path: Path) -> None:
     task.eval()
     untold = {name: value for name, value in batch.items() if name != "layout"}
     assert task.validation_step(batch, 0).item() < task.validation_step(untold, 0).item() - 0.1
+    told, quiet = (LaytonGenTask.training_step(task, each, 0).item() for each in (batch, untold))
+    assert told != quiet
+    with pytest.raises(ValueError, match="in 32 steps, the model is told"):
+        task.require_shards(TokenShards(str(tmp_path / "tokens"), placed=32))
+    same = {**batch, "contrary": batch["caption"]}  # a false caption that is the true one explains codes as well
+    contrasted = LaytonGenTask(
+        model.train(),
+        task.text_encoder,
+        optimizer=lambda parameters: AdamW(parameters, lr=3e-3),
+        tokenizer=str(tmp_path / "tokenizer"),
+        contrast=1.0,
+        caption_dropout=0.0,
+    )
+    assert contrasted.supervised_terms(same)[0]["contrast"].item() == pytest.approx(math.log(2), abs=1e-3)
+    task.eval()
     task.export(tmp_path / "export")
     generator = load_generator(tmp_path / "export")
     assert score_next_codes(generator, shards).cross_entropy != pytest.approx(
@@ -309,8 +376,8 @@ def test_a_generator_learns_to_be_told(tmp_path: Path) -> None:
     )
 
 
-def test_a_pipeline_plans_and_obeys(tmp_path: Path) -> None:
-    generator = told_generator()
+def test_a_pipeline_plans_and_obeys(planner: LayoutPlanner, tmp_path: Path) -> None:
+    generator = told_generator(planner)
     pipe = LaytonGenPipeline(generator, tiny_tokenizer())
     prompts = ["a red star", "", "two blue rings"]
 
@@ -319,6 +386,8 @@ def test_a_pipeline_plans_and_obeys(tmp_path: Path) -> None:
 
     planned = draw()
     assert planned.layouts[1] is None  # of no prompt nothing is planned
+    assert [item.labels for item in planned.layouts[0]] == [STAR.labels]
+    assert [item.labels for item in planned.layouts[2]] == [RING.labels, RING.labels]
     assert draw(batch_size=1).codes.equal(planned.codes)
     assert draw(batch_size=1).layouts == planned.layouts
     again = draw(layouts=planned.layouts)  # the same told by the user gives the same images
@@ -327,18 +396,28 @@ def test_a_pipeline_plans_and_obeys(tmp_path: Path) -> None:
     silent = draw(layouts=[None, None, None])
     assert silent.layouts == (None, None, None)
     assert not silent.codes.equal(draw(layouts=[[STAR], [], [RING]]).codes)
-    with pytest.raises(ValueError, match="3 prompts need as many layouts, got 1"):
+    with pytest.raises(ValueError, match="3 prompts need as many layouts, a list of objects each"):
         draw(layouts=[[STAR]])
+    free = torch.full((3, TOKENS), -1)
+    kept = draw(known_codes=torch.where(torch.arange(TOKENS) < 2, planned.codes, free))
+    assert kept.layouts == (None, None, None)  # a planner cannot look at what is known already
+    with pytest.raises(ValueError, match="a list of objects each"):
+        pipe("a red star", layouts=[STAR])  # type: ignore[list-item]
     pipe.save_pretrained(tmp_path)
     assert draw(LaytonGenPipeline.from_pretrained(tmp_path)).codes.equal(planned.codes)
+    without = LaytonGenPipeline(replace(generator, planner=None), tiny_tokenizer())
+    assert draw(without).codes.equal(silent.codes)
+    assert draw(without, layouts=planned.layouts).codes.equal(planned.codes)
+    without.save_pretrained(tmp_path)  # over the other
+    assert LaytonGenPipeline.from_pretrained(tmp_path).planner is None
     plain = LaytonGenPipeline(tiny_generator(tiny_tokenizer()), tiny_tokenizer())
     assert draw(plain).layouts == (None, None, None)
     with pytest.raises(ValueError, match="was not trained with any"):
         draw(plain, layouts=[[STAR], None, None])
 
 
-def test_a_planner_for_another_generator_is_refused() -> None:
-    generator = told_generator()
+def test_a_planner_for_another_generator_is_refused(planner: LayoutPlanner) -> None:
+    generator = told_generator(planner)
     assert generator.planner is not None
     with pytest.raises(ValueError, match="is told layouts of None"):
         replace(tiny_generator(tiny_tokenizer()), planner=generator.planner)
@@ -347,9 +426,11 @@ def test_a_planner_for_another_generator_is_refused() -> None:
         replace(generator, planner=other)
 
 
-def test_generate_takes_a_layout_and_says_which_was_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_takes_a_layout_and_says_which_was_drawn(
+    planner: LayoutPlanner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    save_generator(tmp_path / "model" / "laytongen", told_generator())
+    save_generator(tmp_path / "model" / "laytongen", told_generator(planner))
     words = ["generate", "a red star", "--model", str(tmp_path / "model"), "--json"]
     wanted = [{"labels": ["star", "red"], "x": 0.3, "y": 0.4, "diameter": 0.3}]
     (tmp_path / "layout.json").write_text(json.dumps(wanted))
@@ -364,7 +445,7 @@ def test_generate_takes_a_layout_and_says_which_was_drawn(tmp_path: Path, capsys
     assert pictures[0] != pictures[1]
     (tmp_path / "layout.json").write_text('[{"labels": ["star"], "x": true, "y": 0, "diameter": 0}]')
     assert main([*words, str(tmp_path / "x.json"), "--out", str(tmp_path / "x"), *given]) == 1
-    assert "x, y and diameter are numbers" in capsys.readouterr().err
+    assert "x, y and diameter are numbers in [0, 1]" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 
