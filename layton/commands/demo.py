@@ -32,7 +32,7 @@ _SAMPLES = (
     ("160x320", 160, 1, 2),
 )
 IMAGES_PER_TASK = 3
-IMAGES_BY_EVERY_DECODER = 2  # of them
+IMAGES_BY_EVERY_DECODER = 1  # of them
 _GENERATOR = "generation.demonstration"  # resolved when it is needed: this package does not import that one
 
 
@@ -140,7 +140,9 @@ def generate_by_laytongen(
     name: str, device: str | None, allow: Sequence[str] | None = None
 ) -> tuple[list[Row], dict[str, Any]]:
     """Prompts of every task as tokens, shown by every decoder; the report counts those of the default decoder."""
-    from layton.commands.pictures import Row
+    from PIL import Image
+
+    from layton.commands.pictures import Cell, Row
     from layton.sceneval import make_prompts
     from layton.sceneval.report import PROTOCOL
 
@@ -153,10 +155,16 @@ def generate_by_laytongen(
         bar.update(len(specs))
     rows: list[Row] = []
     figures: dict[str, Any] = {}
+    shown: dict[int, list[Cell]] = {number: [] for number in few}
     for decoder, pictures in drawn.pictures.items():
         found, verdicts = _judge([(number, specs[number], pixels) for number, pixels in pictures.items()])
-        rows += [Row(f"{row.label}, decoder {decoder}", row.cells) for row in found]
+        rows = rows or [Row(f"{row.label}, decoder {decoder}", row.cells) for row in found]
         figures[decoder] = {"right": sum(v["right"] for v in verdicts), "of": len(verdicts), "images": verdicts}
+        for number, cells in shown.items():
+            verdict = next(each for each in verdicts if each["seed"] == number)
+            words = f"{decoder}\n{'right' if verdict['right'] else 'wrong: ' + verdict['wrong'][0]}"
+            cells.append(Cell(Image.fromarray(pictures[number]), words))
+    rows += [Row(f"the same tokens by every decoder: {specs[n].prompt}", cells) for n, cells in shown.items()]
     default = next(iter(figures.values()))
     return rows, {**default, "decoders": figures, "protocol": {"checker": PROTOCOL, **drawn.settings}}
 
