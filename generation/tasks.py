@@ -60,6 +60,8 @@ class LaytonGenTask(LaytonTask):
             caption it is told; without a caption it is told none (`generation.layout`).
         sampling: Defaults that are saved with the generator, and of the pictures made while training.
         gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
+        compile_blocks: `torch.compile` the blocks for training, which needs a C++ compiler and half a minute. (Drawing
+            has packed weights instead, `generation.packing`.)
 
     Raises:
         ValueError: If parts do not fit each other, or a share is not in [0, 1).
@@ -81,6 +83,7 @@ class LaytonGenTask(LaytonTask):
         layout_dropout: float = 0.2,
         sampling: SamplingDefaults | None = None,
         gradient_checkpointing: bool = False,
+        compile_blocks: bool = False,
     ) -> None:
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
         for share in (caption_dropout, label_smoothing, code_dropout, layout_dropout):
@@ -95,6 +98,9 @@ class LaytonGenTask(LaytonTask):
             )
         self.transformer = transformer
         transformer.gradient_checkpointing = gradient_checkpointing
+        if compile_blocks:
+            for block in transformer.blocks:
+                block.compile()  # in place: names of weights stay
         if text_encoder.trainable:
             self.learning_text_encoder = text_encoder
         self._text_encoder = [text_encoder]  # in a list: a frozen one is no part of checkpoints

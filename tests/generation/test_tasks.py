@@ -281,3 +281,28 @@ def test_foresight_that_cannot_be_is_refused(place: Path) -> None:
             Foresight(*arguments)
     with pytest.raises(ValueError, match=r"need answers \(2, 3, 1\), got \(2, 3, 2\)"):
         AnswerHead(4, (6,))(torch.zeros(2, 3, 4), torch.zeros(2, 3, 2, dtype=torch.int64))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's compiler looks at .grad of tensors that have none
+def test_compiled_blocks_learn_and_export_the_same(place: Path, tmp_path: Path) -> None:
+    batch, losses = batch_of(place), []
+    for compiled in (False, True):
+        task = task_of(place, dropout=0.0, caption_dropout=0.0, compile_blocks=compiled).train()
+        optimizer = AdamW(task.trainable_parameters(), lr=3e-3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = task.training_step(batch, 0)
+            loss.backward()
+            optimizer.step()
+        task.eval()
+        text = task.text_of(batch)
+        losses.append(
+            [loss.item(), task.validation_step(batch, 0).item(), float(task.draw(text, list(range(8))).sum())]
+        )
+        task.export(tmp_path / str(compiled))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    plain, compiled_too = (load_generator(tmp_path / name).transformer.state_dict() for name in ("False", "True"))
+    assert plain.keys() == compiled_too.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(value, compiled_too[name], rtol=1e-3, atol=1e-4)
