@@ -29,7 +29,8 @@ class LaytonGenRewardTask(LaytonGenTask):
     where it began, as a reference model would: real images' codes become less likely, quickly at large learning rates,
     unless ``supervised`` also has them learnt.
 
-    Batches hold ``caption`` and ``key``, for example of `layton.data.prompts.SceneCaptions`, and with ``supervised``
+    Batches hold ``caption`` and ``key``, for example of `layton.data.prompts.SceneCaptions` (with ``placed`` for a model
+    that is told layouts, as its planner will), and with ``supervised``
     all that `LaytonGenTask` needs, for example of `generation.data.TokenShards`.
 
     Args:
@@ -47,6 +48,7 @@ class LaytonGenRewardTask(LaytonGenTask):
         supervised: Weight of what the same batch's real codes teach: cross-entropy with their captions, and
             ``foresight``. Nothing teaches the model without a caption.
         foresight: See `LaytonGenTask`; its weight counts beside the cross-entropy's.
+        layout_dropout: See `LaytonGenTask`; of real codes alone, images are drawn with the batches' layouts.
         sampling: How images are drawn, here and by the exported model: temperature, guidance and ``min_entropy``.
         gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
 
@@ -68,6 +70,7 @@ class LaytonGenRewardTask(LaytonGenTask):
         whole: float = 1.0,
         supervised: float = 0.0,
         foresight: Foresight | None = None,
+        layout_dropout: float = 0.2,
         sampling: SamplingDefaults | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -79,6 +82,7 @@ class LaytonGenRewardTask(LaytonGenTask):
             tokenizer=tokenizer,
             caption_dropout=0.0,
             foresight=foresight,
+            layout_dropout=layout_dropout,
             sampling=sampling,
             gradient_checkpointing=gradient_checkpointing,
         )
