@@ -29,9 +29,9 @@ class LaytonGenRewardTask(LaytonGenTask):
     where it began, as a reference model would: real images' codes become less likely, quickly at large learning rates,
     unless ``supervised`` also has them learnt.
 
-    Batches hold ``caption`` and ``key``, for example of `layton.data.prompts.SceneCaptions` (with ``placed`` for a model
-    that is told layouts, as its planner will), and with ``supervised``
-    all that `LaytonGenTask` needs, for example of `generation.data.TokenShards`.
+    Batches hold ``caption`` and ``key``, for example of `layton.data.prompts.SceneCaptions`, and ``layout`` for a model
+    that is told layouts, as its planner will do (``placed`` there); with ``supervised`` all that `LaytonGenTask` needs,
+    for example of `generation.data.TokenShards`.
 
     Args:
         transformer: A trained generator, without dropout.
