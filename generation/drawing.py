@@ -79,7 +79,7 @@ class LaytonGenDrawer:
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[NDArray[np.uint8]]:
         """One image uint8 (H, W, 3) for each prompt and seed, which depends on these two alone."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return self.draw(prompts, generators)
+        return self.draw(prompts, generators)[0]
 
     def draw(
         self,
@@ -89,7 +89,7 @@ class LaytonGenDrawer:
         images_per_prompt: int = 1,
         layouts: Sequence[Layout | None] | None = None,
         callback: Callable[[int], object] | None = None,
-    ) -> list[NDArray[np.uint8]]:
+    ) -> tuple[list[NDArray[np.uint8]], tuple[Layout | None, ...]]:
         """Images of prompts, some of each one after another, each from its own generator.
 
         Args:
@@ -98,21 +98,9 @@ class LaytonGenDrawer:
             images_per_prompt: Images of each prompt.
             layouts: Where objects shall stand, one for each prompt; see `LaytonGenPipeline`.
             callback: Is told the index of each code.
-        """
-        return self.draw_told(
-            prompts, generators, images_per_prompt=images_per_prompt, layouts=layouts, callback=callback
-        )[0]
 
-    def draw_told(
-        self,
-        prompts: Sequence[str],
-        generators: Sequence[torch.Generator],
-        *,
-        images_per_prompt: int = 1,
-        layouts: Sequence[Layout | None] | None = None,
-        callback: Callable[[int], object] | None = None,
-    ) -> tuple[list[NDArray[np.uint8]], tuple[Layout | None, ...]]:
-        """As `draw`, and where objects were told to stand; None where nothing was told.
+        Returns:
+            The images, and where objects were told to stand in each; None where nothing was told.
 
         Raises:
             ValueError: If layouts are given to be left out.

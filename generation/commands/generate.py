@@ -122,7 +122,7 @@ def generate(
     with staged(out) as folder, progress(batches * draw.pipeline.num_tokens, "generate") as bar:
         for start in range(0, num_images, batch_size):
             part = seeds[start : start + batch_size]
-            drawn, layouts = draw.draw_told(
+            drawn, layouts = draw.draw(
                 [prompt],
                 [torch.Generator().manual_seed(each) for each in part],
                 images_per_prompt=len(part),

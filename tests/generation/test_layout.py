@@ -320,12 +320,13 @@ def test_what_ends_a_layout_is_learnt_and_nothing_behind_it() -> None:
 
 def test_rows_that_are_no_objects_end_a_drawn_layout() -> None:
     made, encoder = tiny_planner(SHAPE), tiny_text_encoder()
-    for weight in made.transformer.parameters():  # random, but small numbers are likely, so that some rows are objects
+    for weight in made.transformer.parameters():  # nearly even: one row in fifty names an object
         torch.nn.init.normal_(weight, std=0.02)
-    text = encoder.encode(["a red star"] * 64)
-    drawn = made.draw(text, seeded_generators(list(range(64))))
-    SHAPE.check(drawn, 64)
+    text = encoder.encode(["a red star"] * 400)
+    drawn = made.draw(text, seeded_generators(list(range(400))))
+    SHAPE.check(drawn, 400)
     there = (drawn[..., :2] > 0).all(-1)
+    assert 0 < int(there[:, 0].sum()) < 100
     assert bool((there | (drawn == 0).all(-1)).all())
     assert bool((there[:, :-1] | ~there[:, 1:]).all())
 
@@ -354,8 +355,6 @@ def test_a_generator_learns_to_be_told(tmp_path: Path) -> None:
     task.eval()
     untold = {name: value for name, value in batch.items() if name != "layout"}
     assert task.validation_step(batch, 0).item() < task.validation_step(untold, 0).item() - 0.1
-    told, quiet = (LaytonGenTask.training_step(task, each, 0).item() for each in (batch, untold))
-    assert told != quiet
     with pytest.raises(ValueError, match="in 32 steps, the model is told"):
         task.require_shards(TokenShards(str(tmp_path / "tokens"), placed=32))
     same = {**batch, "contrary": batch["caption"]}  # a false caption that is the true one explains codes as well
