@@ -22,6 +22,7 @@ from layton.scenes import Scene, Texture, as_position, render, sample_scene, spl
 from layton.scenes.captions import Wording, describe
 from layton.scenes.captions import wording as scene_wording
 from layton.scenes.contrary import Change, contrary_caption
+from layton.scenes.placed import placed_caption
 
 _MAX_REPLACEMENTS = 20
 
@@ -156,6 +157,7 @@ class ScenesSource(ImageSource):
         chinese: Share of captions in Chinese, in [0, 1]; chosen by the sample's seed.
         reworded: Share of captions said in another true way than the canonical one, in [0, 1]; chosen likewise.
         related: Share of the captions "a star and a ring" that say instead how the two stand, where that is clear.
+        placed: Share of captions that say where each object stands (`layton.scenes.placed`) instead of all else.
         textures: Only scenes with one of these backgrounds: plain, stripes, checks, noise; all by default.
         transform: Applied to the rendered scene; by default none, it has the right size already.
     """
@@ -170,13 +172,15 @@ class ScenesSource(ImageSource):
         chinese: float = 0.0,
         reworded: float = 0.0,
         related: float = 0.0,
+        placed: float = 0.0,
         textures: Sequence[Texture] | None = None,
         transform: SampleTransform | None = None,
     ) -> None:
         if length < 1 or size < 1:
             raise ValueError(f"length and size must be >= 1, got {length} and {size}")
-        if not all(0.0 <= share <= 1.0 for share in (chinese, reworded, related)):
-            raise ValueError(f"chinese, reworded and related must be in [0, 1], got {chinese}, {reworded}, {related}")
+        shares = {"chinese": chinese, "reworded": reworded, "related": related, "placed": placed}
+        if not all(0.0 <= share <= 1.0 for share in shares.values()):
+            raise ValueError(f"shares of captions must be in [0, 1], got {shares}")
         known = check_split(split)
         if known is None:
             raise ValueError("scenes have no common order of all splits: choose one")
@@ -189,6 +193,7 @@ class ScenesSource(ImageSource):
         self.chinese = chinese
         self.reworded = reworded
         self.related = related
+        self.placed = placed
         self.transform = transform
 
     def __len__(self) -> int:
@@ -212,6 +217,8 @@ class ScenesSource(ImageSource):
         return self._say(sample_scene(self.seeds[index]), seed)
 
     def _say(self, scene: Scene, seed: int) -> str:
+        if mix(seed, scene.seed, 6) < self.placed * 2**63:
+            return placed_caption(scene)
         return say(scene, seed, chinese=self.chinese, reworded=self.reworded, related=self.related)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from layton.scenes import caption, sample_scene
+from layton.scenes.placed import DIAMETER_TOKENS, SQUARE_TOKENS
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
@@ -90,6 +92,29 @@ def build_text_encoder(
         pad_token_id=tokenizer.pad_token_id,
     )
     return CLIPTextModel(config)
+
+
+def tell_places(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
+    """Add the tokens of `layton.scenes.placed`, in place. What the model made of other prompts stays as it was.
+
+    Tokens of neighbouring squares, and of diameters alike, begin alike: waves of their places, as far apart as the
+    tokens that are there. Without effect where they are known already.
+    """
+    values = [(size, size, 0.0) for size in DIAMETER_TOKENS.values()] + [(0.0, x, y) for x, y in SQUARE_TOKENS.values()]
+    added = tokenizer.add_tokens([*DIAMETER_TOKENS, *SQUARE_TOKENS])
+    if not added:
+        return
+    if added < len(values):
+        raise ValueError(f"the tokenizer knows some of the tokens of places, but not {added} of {len(values)}")
+    old = text_encoder.get_input_embeddings().weight.detach()
+    text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    frequencies = 2 * math.pi * torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0])
+    angles = torch.tensor(values)[:, :, None] * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
+    new = waves @ torch.randn(waves.shape[1], old.shape[1], generator=torch.Generator().manual_seed(0))
+    new = (new - new.mean(0)) / new.std() * old.float().std()
+    with torch.no_grad():
+        text_encoder.get_input_embeddings().weight[len(tokenizer) - added :] = new.to(old)
 
 
 class TextConditioner(nn.Module):

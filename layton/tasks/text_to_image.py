@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distill.adapters import LoraSettings, add_lora
 from distill.denoiser import Condition, GuidedDenoiser
 from distill.models import UNetDenoiser
 from distill.noise import gaussian_like
@@ -16,12 +18,15 @@ from distill.parameterization import prediction_type_from_config
 from distill.samplers import sample
 from distill.schedules import schedule_from_config
 from distill.timesteps import timesteps
+from layton.distillation.distilled import save_lora
 from layton.ldm.autoencoder import Autoencoder
 from layton.ldm.pipeline import build_scheduler, save_pipeline
 from layton.ldm.teacher import open_pipeline
-from layton.ldm.text import TextConditioner, build_text_encoder, build_tokenizer
+from layton.ldm.text import TextConditioner, build_text_encoder, build_tokenizer, tell_places
 from layton.ldm.unet import build_unet, use_fast_attention
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
+
+ADAPTER = "lora"  # where an export's adaptors lie
 
 
 class TextToImageTask(LaytonTask):
@@ -32,6 +37,9 @@ class TextToImageTask(LaytonTask):
     Args:
         autoencoder: Folder of the AutoencoderKL that made the latents; it goes into the exported pipeline.
         pretrained: Exported pipeline whose UNet and text encoder go on learning; their sizes are then its own.
+        lora: Train adaptors of this shape on the UNet of ``pretrained``, and none of its own weights; they are folded
+            into it when it is exported, and lie beside it as ``lora/``, so that they can be taken out again.
+        places: Whether the tokenizer gets the tokens of `layton.scenes.placed`.
         block_out_channels: Widths of the UNet's levels.
         num_heads: Its attention heads.
         text_width: D of the text encoder.
@@ -52,6 +60,8 @@ class TextToImageTask(LaytonTask):
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None = None,
         pretrained: str | None = None,
+        lora: LoraSettings | None = None,
+        places: bool = False,
         block_out_channels: tuple[int, ...] = (96, 128),
         num_heads: int = 2,
         text_width: int = 192,
@@ -69,6 +79,8 @@ class TextToImageTask(LaytonTask):
             raise ValueError(f"time_shift must be above 0, got {time_shift}")
         if logit_normal is not None and (logit_normal[1] <= 0 or time_shift != 1):
             raise ValueError(f"logit_normal needs a spread above 0 and no time_shift, got {logit_normal}, {time_shift}")
+        if lora is not None and pretrained is None:
+            raise ValueError("adaptors are trained on a UNet that has learnt: lora needs pretrained")
         self._autoencoder = [Autoencoder.from_pretrained(autoencoder).eval()]  # in a list: no part of this model
         if pretrained is not None:
             pipeline = open_pipeline(pretrained)
@@ -83,8 +95,13 @@ class TextToImageTask(LaytonTask):
                 num_heads=num_heads,
                 text_width=text_width,
             )
+        if places:
+            tell_places(self.text.tokenizer, self.text.text_encoder)
+        if lora is not None:
+            add_lora(unet, lora)
         config = dict(build_scheduler().config)
         self.denoiser = UNetDenoiser(unet, schedule_from_config(config), prediction_type_from_config(config))
+        self.lora = lora
         self.caption_dropout, self.time_shift, self.logit_normal = caption_dropout, time_shift, logit_normal
         self.preview_steps, self.preview_guidance = preview_steps, preview_guidance
 
@@ -133,13 +150,19 @@ class TextToImageTask(LaytonTask):
         }
 
     def export(self, folder: Path) -> None:
-        """Write the whole ``StableDiffusionPipeline`` folder."""
+        """Write the whole ``StableDiffusionPipeline`` folder, adaptors folded in and once more beside it."""
+        unet = self.denoiser.unet
+        if self.lora is not None:
+            save_lora(unet, folder / ADAPTER)
+            unet = copy.deepcopy(unet)
+            unet.fuse_lora()
+            unet.unload_lora()
         save_pipeline(
             folder,
             vae=self._autoencoder[0].model,
             text_encoder=self.text.text_encoder,
             tokenizer=self.text.tokenizer,
-            unet=self.denoiser.unet,
+            unet=unet,
         )
 
 
