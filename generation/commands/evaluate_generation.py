@@ -26,6 +26,8 @@ def evaluate_generation(
     data: list[str],
     model: str = "mini",
     kind: Kind = "laytongen",
+    student: Path | None = None,
+    planner: str | None = None,
     split: Split = "test",
     count: int | None = None,
     size: int = 256,
@@ -56,6 +58,9 @@ def evaluate_generation(
         data: the word scenes, a folder of images with captions, or tar shards (files or patterns).
         model: embedded model or folder.
         kind: laytongen, or diffusion for a diffusers text-to-image folder.
+        student: export of `layton distill` on a diffusers pipeline, which then draws as it was trained to.
+        planner: embedded model or folder of a LaytonGen, whose planner says prompts anew with places, for a diffusion
+            model that learnt such prompts.
         split: train, validation or test.
         count: images to take from the start of the split; 1,000 scenes or all stored images by default.
         size: side in pixels to which real images are cropped and scaled.
@@ -101,6 +106,8 @@ def evaluate_generation(
     loaded = load_drawer(
         kind,
         model,
+        student=student,
+        planner=planner,
         tokenizer=tokenizer,
         decoder=decoder,
         steps=steps,

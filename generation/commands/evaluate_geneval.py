@@ -25,6 +25,8 @@ def evaluate_geneval(
     results: Path | None = None,
     model: str = "mini",
     kind: Kind = "laytongen",
+    student: Path | None = None,
+    planner: str | None = None,
     tokenizer: str | None = None,
     decoder: str | None = None,
     steps: int | None = None,
@@ -53,6 +55,9 @@ def evaluate_geneval(
         results: the scorer's results file, to be summed up.
         model: embedded model or folder.
         kind: laytongen, or diffusion for a diffusers text-to-image folder.
+        student: export of `layton distill` on a diffusers pipeline, which then draws as it was trained to.
+        planner: embedded model or folder of a LaytonGen, whose planner says prompts anew with places, for a diffusion
+            model that learnt such prompts.
         tokenizer: of LaytonGen, where it does not lie beside the generator.
         decoder: name of the code decoder; the tokenizer's own choice by default.
         steps: of the decoder, or of the diffusion model; its own number by default.
@@ -91,6 +96,8 @@ def evaluate_geneval(
         loaded = load_drawer(
             kind,
             model,
+            student=student,
+            planner=planner,
             tokenizer=tokenizer,
             decoder=decoder,
             steps=steps,

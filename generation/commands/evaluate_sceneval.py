@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from generation.choice import SamplingChoice
 from generation.commands.models import Kind, load_drawer
 from generation.commands.options import Weights, require_least
 from layton.commands.calling import progress
-from layton.commands.evaluate_sceneval import evaluate_sceneval as evaluate_diffusion
-from layton.commands.evaluate_sceneval import table
 from layton.commands.reports import write_json
 from layton.errors import UsageError
+
+if TYPE_CHECKING:
+    from layton.sceneval import SceneEvalReport
 
 
 def evaluate_sceneval(
@@ -21,6 +23,7 @@ def evaluate_sceneval(
     pipeline: str = "mini",
     kind: Kind = "diffusion",
     student: Path | None = None,
+    planner: str | None = None,
     prompts: Path | None = None,
     per_task: int = 50,
     images_per_prompt: int = 4,
@@ -48,6 +51,8 @@ def evaluate_sceneval(
         pipeline: embedded model, folder of a diffusers text-to-image pipeline, or folder of a LaytonGen.
         kind: diffusion, or laytongen.
         student: export of `layton distill` on a diffusers pipeline, which then draws as it was trained to.
+        planner: embedded model or folder of a LaytonGen, whose planner says prompts anew with places, for a diffusion
+            model that learnt such prompts.
         prompts: file of prompts in GenEval's JSON lines; by default they are made from test seeds.
         per_task: prompts made for each of the six tasks, a fifth of them of unseen combinations where there are such.
         images_per_prompt: images drawn for each prompt.
@@ -80,26 +85,6 @@ def evaluate_sceneval(
         candidates=candidates,
         no_layout=no_layout,
     )
-    if kind == "diffusion":
-        if sampling.given() or any(value is not None for value in (tokenizer, decoder, weights, allow)):
-            raise UsageError("tokenizer, decoder, weights, allow and how codes are drawn need --kind laytongen")
-        evaluate_diffusion(
-            pipeline=pipeline,
-            student=student,
-            prompts=prompts,
-            per_task=per_task,
-            images_per_prompt=images_per_prompt,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            batch_size=batch_size,
-            out=out,
-            device=device,
-            json=json,
-        )
-        return
-    if student is not None:
-        raise UsageError("--student is of a diffusers pipeline, not of --kind laytongen")
     from layton.metrics.protocol import library_versions
     from layton.sceneval import make_prompts, read_prompts, run_sceneval
 
@@ -109,6 +94,8 @@ def evaluate_sceneval(
     loaded = load_drawer(
         kind,
         pipeline,
+        student=student,
+        planner=planner,
         tokenizer=tokenizer,
         decoder=decoder,
         steps=steps,
@@ -139,3 +126,19 @@ def evaluate_sceneval(
             "versions": library_versions(),
         }
         write_json(json, {**report.to_dict(), "run": run})
+
+
+def table(report: SceneEvalReport) -> str:
+    """Scores by task, for people."""
+    lines = [f"{'task':<16}{'prompts':>8}{'images':>8}{'score':>8}{'seen':>8}{'unseen':>8}"]
+    lines += [
+        f"{task.task:<16}{task.prompts:>8}{task.images:>8}{_cell(task.score)}{_cell(task.seen)}{_cell(task.unseen)}"
+        for task in report.tasks
+    ]
+    total = f"{_cell(report.overall)}{_cell(report.seen)}{_cell(report.unseen)}"
+    lines.append(f"{'overall':<16}{report.prompts:>8}{report.images:>8}{total}")
+    return "\n".join([*lines, report.protocol]) + "\n"
+
+
+def _cell(value: float | None) -> str:
+    return f"{'-' if value is None else format(value, '.3f'):>8}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from generation.choice import SamplingChoice
@@ -12,6 +13,8 @@ from generation.commands.options import Weights, require_least, require_sampling
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from layton.commands.text_to_image import TextToImage
 
 Kind = Literal["laytongen", "diffusion"]
 
@@ -40,6 +43,8 @@ def load_drawer(
     kind: Kind,
     name: str,
     *,
+    student: Path | None = None,
+    planner: str | None = None,
     tokenizer: str | None = None,
     decoder: str | None = None,
     steps: int | None = None,
@@ -53,6 +58,8 @@ def load_drawer(
     Args:
         kind: What the name means.
         name: Embedded model or folder.
+        student: Export of `layton distill` on a diffusion model, which then draws as it was trained to.
+        planner: LaytonGen whose planner says a diffusion model's prompts anew, with places.
         tokenizer: Of LaytonGen, where it does not lie beside the generator.
         decoder: Of LaytonGen.
         steps: Of the decoder, or of the diffusion model.
@@ -62,15 +69,14 @@ def load_drawer(
         allow: Prefixes of class names of LaytonGen's parts that may be loaded beside this library's.
 
     Raises:
-        UsageError: If an option of LaytonGen is given for a diffusion model, or one is out of range.
+        UsageError: If an option of the other kind is given, or one is out of range.
         ValueError: If the model does not exist or is damaged.
     """
-    from layton.errors import UsageError
-
     require_least(1, {"steps": steps})
     choice = sampling or SamplingChoice()
     require_sampling(choice)
     if kind == "laytongen":
+        _refuse({"student": student, "planner": planner}, "a diffusion model's, not LaytonGen's")
         from generation.drawing import LaytonGenDrawer
 
         draw = LaytonGenDrawer.load(
@@ -85,26 +91,63 @@ def load_drawer(
         )
         return Drawer(draw, draw.settings())
     others = {"tokenizer": tokenizer, "decoder": decoder, "weights": weights, "allow": allow}
-    given = [name for name, value in others.items() if value is not None] + choice.given()
+    _refuse({**others, **dict.fromkeys(choice.given(), True)}, "LaytonGen's, not a diffusion model's")
+    return _diffusion(name, student, planner, steps=steps, guidance_scale=choice.guidance_scale, device=device)
+
+
+def _refuse(options: Mapping[str, object], whose: str) -> None:
+    from layton.errors import UsageError
+
+    given = [option for option, value in options.items() if value is not None]
     if given:
-        raise UsageError(f"{', '.join(given)}: LaytonGen's, not a diffusion model's")
-    from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS, TextToImage, find_pipeline
+        raise UsageError(f"{', '.join(given)}: {whose}")
+
+
+def _diffusion(
+    name: str,
+    student: Path | None,
+    planner: str | None,
+    *,
+    steps: int | None,
+    guidance_scale: float | None,
+    device: str | None,
+) -> Drawer:
+    from generation.placed_prompts import PlacedPrompts
+    from layton.commands.text_to_image import find_pipeline
     from layton.ldm.cache import digest
+    from layton.modules import weights_digest
 
     folder = find_pipeline(name)
-    other = TextToImage.load(
-        folder,
-        num_steps=DEFAULT_STEPS if steps is None else steps,
-        guidance_scale=DEFAULT_GUIDANCE if choice.guidance_scale is None else choice.guidance_scale,
-        device=device,
-    )
+    draw = _text_to_image(folder, student, steps=steps, guidance_scale=guidance_scale, device=device)
+    rewrite = None if planner is None else PlacedPrompts.from_pretrained(planner)
     settings = {
         "model": name,
         "weights": digest(folder),
-        "pipeline_class": type(other.pipeline).__name__,
-        "scheduler": type(other.pipeline.scheduler).__name__,
-        "num_inference_steps": other.num_steps,
-        "guidance_scale": other.guidance_scale,
-        "prompts_rewritten": False,
+        "pipeline_class": type(draw.pipeline).__name__,
+        "scheduler": type(draw.pipeline.scheduler).__name__,
+        "student": draw.student,
+        "num_inference_steps": draw.num_steps,
+        "guidance_scale": draw.guidance_scale,
+        "prompts_rewritten": planner is not None,
+        "planner": planner,
+        "planner_weights": None if rewrite is None else weights_digest(rewrite.text_encoder, rewrite.planner),
     }
-    return Drawer(other, settings)
+    return Drawer(replace(draw, rewrite=rewrite), settings)
+
+
+def _text_to_image(
+    folder: Path, student: Path | None, *, steps: int | None, guidance_scale: float | None, device: str | None
+) -> TextToImage:
+    from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS, TextToImage
+    from layton.errors import UsageError
+
+    if student is not None:
+        if guidance_scale is not None:
+            raise UsageError("a student has a guidance of its own: leave --guidance-scale out")
+        return TextToImage.load_student(folder, student, num_steps=steps, device=device)
+    return TextToImage.load(
+        folder,
+        num_steps=DEFAULT_STEPS if steps is None else steps,
+        guidance_scale=DEFAULT_GUIDANCE if guidance_scale is None else guidance_scale,
+        device=device,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,14 @@ class TextToImage:
         num_steps: Denoising steps.
         guidance_scale: Of classifier-free guidance; 1 is none.
         student: Folder of the distilled student that draws in its teacher's pipeline, if it is one.
+        rewrite: Makes of prompts and seeds the prompts that the pipeline gets instead.
     """
 
     pipeline: Any
     num_steps: int = DEFAULT_STEPS
     guidance_scale: float = DEFAULT_GUIDANCE
     student: str | None = None
+    rewrite: Callable[[Sequence[str], Sequence[int]], list[str]] | None = None
 
     @classmethod
     def load_student(
@@ -114,7 +116,7 @@ class TextToImage:
 
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         result = self.pipeline(
-            prompt=list(prompts),
+            prompt=list(prompts) if self.rewrite is None else self.rewrite(prompts, seeds),
             generator=generators,
             num_inference_steps=self.num_steps,
             guidance_scale=self.guidance_scale,

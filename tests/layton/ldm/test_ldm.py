@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from transformers import CLIPTokenizer
 
 from layton.data.sources import ScenesSource
 from layton.data.transforms import RandomCrop
 from layton.ldm.autoencoder import Autoencoder, build_autoencoder, standardise_latents
 from layton.ldm.cache import CachedLatents
 from layton.ldm.pipeline import save_pipeline
-from layton.ldm.text import TextConditioner, build_text_encoder, build_tokenizer
+from layton.ldm.text import TextConditioner, build_text_encoder, build_tokenizer, tell_places
 from layton.ldm.unet import build_unet, use_fast_attention
 from layton.scenes import caption, sample_scene
+from layton.scenes.placed import DIAMETER_TOKENS, SQUARE_TOKENS, placed_caption
 
 
 def tiny_autoencoder() -> Autoencoder:
@@ -58,6 +60,27 @@ def test_standardised_latents_have_unit_variance_and_decode_to_the_same_images()
         rtol=1e-3,
         atol=1e-3,
     )
+
+
+def test_places_are_tokens_that_begin_alike_where_they_are_near(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    encoder = build_text_encoder(tokenizer, width=32, depth=1)
+    text = TextConditioner(tokenizer, encoder)
+    before, known = text(["two red stars"]), len(tokenizer)
+    tell_places(tokenizer, encoder)
+    assert len(tokenizer) == known + len(DIAMETER_TOKENS) + len(SQUARE_TOKENS)
+    assert torch.equal(before, text(["two red stars"]))  # other prompts are heard as they were
+    tell_places(tokenizer, encoder)  # again: without effect
+    assert len(tokenizer) == encoder.config.vocab_size == len(encoder.get_input_embeddings().weight)
+    longest = max((placed_caption(sample_scene(seed)) for seed in range(300)), key=len)
+    assert 5 * 5 + 1 == len(tokenizer(longest).input_ids) <= tokenizer.model_max_length
+    tokenizer.save_pretrained(tmp_path)
+    again = CLIPTokenizer.from_pretrained(tmp_path)
+    assert again(longest).input_ids == tokenizer(longest).input_ids
+    h7, h8, p16 = (
+        encoder.get_input_embeddings().weight[tokenizer(f"<{square}>").input_ids[1]] for square in ("h7", "h8", "p16")
+    )
+    assert (h7 - h8).norm() < 0.7 * (h7 - p16).norm()
 
 
 def test_vocabulary_knows_every_text_and_splits_chinese_into_characters() -> None:

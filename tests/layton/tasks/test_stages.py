@@ -245,6 +245,18 @@ def test_text_to_image_run_then_stage_1_on_its_export(tmp_path: Path) -> None:
     assert {k: v.shape for k, v in weights[0].items()} == {k: v.shape for k, v in weights[1].items()}
     change = max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
     assert 0 < change < 0.1  # went on from there, not anew
+    adaptors = {"rank": 2, "alpha": 2.0, "targets": ["to_q", "conv1"]}
+    run["model"]["init_args"] |= {"lora": adaptors, "places": True}
+    adapted = fit(tmp_path, "t2i_lora", run)
+    folded = load_file(adapted / "unet" / "diffusion_pytorch_model.safetensors")
+    moved = {name for name in folded if not torch.equal(folded[name], weights[0][name])}
+    assert moved and all("to_q" in name or "conv1" in name for name in moved)
+    # Its adaptors, taken back out, leave what was there before
+    factors = load_file(adapted / "lora" / "pytorch_lora_weights.safetensors")
+    for name in moved:
+        down, up = (factors[f"unet.{name.removesuffix('.weight')}.lora_{half}.weight"] for half in "AB")
+        update = (up.flatten(1) @ down.flatten(1)).view_as(folded[name])
+        torch.testing.assert_close(folded[name] - update, weights[0][name], rtol=0, atol=1e-6)
     decoder = {
         "class_path": "layton.tasks.decoder.DecoderTask",
         "init_args": {
