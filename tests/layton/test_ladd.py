@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from distill.adapters import adapter_parameters, add_lora
 from distill.denoiser import Condition
 from layton.control import CodeEmbedding, LoraSettings, base_state_dict, encode_null_caption, resize_codes
+from layton.decoders.difference import Adaptation, Difference, adapt
+from layton.decoders.rebase import rebase_all, rebase_decoder
+from layton.distillation.distilled import save_lora
+from layton.folder import WEIGHTS_NAME, save_config, save_tensors
 from layton.ladd import LADD
 
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -254,3 +260,48 @@ def test_null_caption_is_the_pipelines_own(tmp_path):
     torch.testing.assert_close(encode_null_caption(tmp_path), negative[0])
     with pytest.raises(ValueError, match="no tokenizer"):
         encode_null_caption(tmp_path / "files")
+
+
+@torch.no_grad()
+def test_decoders_stay_as_they_are_when_their_unet_goes_on_learning_by_adaptors(tmp_path: Path, inputs) -> None:
+    decoder = make_ladd(lora=LoraSettings(rank=2, alpha=1.0))
+    shake(decoder)
+    decoders, pipeline = tmp_path / "decoders", tmp_path / "pipeline"
+    decoder.save_pretrained(decoders / "diffusion")
+    record = adapt(decoder, Adaptation(unet="lora", branch="lora", lora=LoraSettings(rank=1)))
+    shake(decoder)
+    save_tensors(decoders / "few" / WEIGHTS_NAME, record.tensors(decoder))
+    save_config(decoders / "few", {"difference": record.to_json()})
+
+    unet = make_unet()  # the same, which learns something else meanwhile
+    add_lora(unet, LoraSettings(rank=3, alpha=6.0))
+    for parameter in adapter_parameters(unet, "default"):
+        parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
+    save_lora(unet, pipeline / "lora")
+    unet.fuse_lora()
+    unet.unload_lora()
+    unet.save_pretrained(pipeline / "unet")
+    x_t, t, condition = inputs
+    before = make_ladd(lora=LoraSettings(rank=2, alpha=1.0))
+    shake(before)
+    assert (unet(x_t, t, torch.zeros(2, 5, 12)).sample - make_unet()(x_t, t, torch.zeros(2, 5, 12)).sample).std() > 0.1
+
+    rebase_all(decoders, pipeline)
+    after = LADD.from_pretrained(decoders / "diffusion", unet=UNet2DConditionModel.from_pretrained(pipeline / "unet"))
+    assert after.lora is not None and after.lora.rank == 5
+    torch.testing.assert_close(after(x_t, t, condition), before(x_t, t, condition), rtol=1e-4, atol=1e-5)
+    saved = json.loads((decoders / "few" / "config.json").read_text())["difference"]
+    Difference.from_json(saved).apply(after, decoders / "few" / WEIGHTS_NAME)  # knows its base by the new fingerprint
+    torch.testing.assert_close(after(x_t, t, condition), decoder(x_t, t, condition), rtol=1e-4, atol=1e-5)
+
+
+def test_adaptors_of_other_layers_cannot_be_taken_out(tmp_path: Path) -> None:
+    make_ladd(lora=LoraSettings(rank=2, targets=("to_q",))).save_pretrained(tmp_path / "decoder")
+    unet = make_unet()
+    add_lora(unet, LoraSettings(rank=3, targets=("to_k",)))
+    save_lora(unet, tmp_path / "lora")
+    with pytest.raises(ValueError, match="adapt other layers"):
+        rebase_decoder(tmp_path / "decoder", tmp_path / "lora")
+    make_ladd().save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="has no LoRA"):
+        rebase_decoder(tmp_path / "bare", tmp_path / "lora")
