@@ -33,6 +33,7 @@ class SceneCaptions(SampleSource):
         chinese: Share of captions in Chinese, in [0, 1]; chosen by the sample's seed.
         reworded: Share of captions said in another true way than the canonical one, in [0, 1]; chosen likewise.
         related: Share of captions of two objects that say how they stand, where that is clear; chosen likewise.
+        places: Share of captions that say where each object stands (`layton.scenes.placed`) instead of all else.
         placed: Steps of the side in which samples also hold where the objects stand, ``layout`` (5, 5), see
             `layton.scenes.objects_placed`; 0 for none.
         min_diameter: Of all objects, as a fraction of the side; a scene with a smaller one is passed over for one of
@@ -52,6 +53,7 @@ class SceneCaptions(SampleSource):
         chinese: float = 0.0,
         reworded: float = 0.0,
         related: float = 0.0,
+        places: float = 0.0,
         placed: int = 0,
         min_diameter: float = 0.0,
     ) -> None:
@@ -60,9 +62,9 @@ class SceneCaptions(SampleSource):
                 f"need length >= 1, placed >= 0 and min_diameter in [0, {MAX_DIAMETER}], "
                 f"got {length}, {placed} and {min_diameter}"
             )
-        self._shares = {"chinese": chinese, "reworded": reworded, "related": related}
+        self._shares = {"chinese": chinese, "reworded": reworded, "related": related, "places": places}
         if not all(0.0 <= share <= 1.0 for share in self._shares.values()):
-            raise ValueError(f"chinese, reworded and related must be in [0, 1], got {self._shares}")
+            raise ValueError(f"shares of captions must be in [0, 1], got {self._shares}")
         known = check_split(split)
         if known is None:
             raise ValueError("scenes have no common order of all splits: choose one")

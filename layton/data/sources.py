@@ -157,7 +157,7 @@ class ScenesSource(ImageSource):
         chinese: Share of captions in Chinese, in [0, 1]; chosen by the sample's seed.
         reworded: Share of captions said in another true way than the canonical one, in [0, 1]; chosen likewise.
         related: Share of the captions "a star and a ring" that say instead how the two stand, where that is clear.
-        placed: Share of captions that say where each object stands (`layton.scenes.placed`) instead of all else.
+        places: Share of captions that say where each object stands (`layton.scenes.placed`) instead of all else.
         textures: Only scenes with one of these backgrounds: plain, stripes, checks, noise; all by default.
         transform: Applied to the rendered scene; by default none, it has the right size already.
     """
@@ -172,13 +172,13 @@ class ScenesSource(ImageSource):
         chinese: float = 0.0,
         reworded: float = 0.0,
         related: float = 0.0,
-        placed: float = 0.0,
+        places: float = 0.0,
         textures: Sequence[Texture] | None = None,
         transform: SampleTransform | None = None,
     ) -> None:
         if length < 1 or size < 1:
             raise ValueError(f"length and size must be >= 1, got {length} and {size}")
-        shares = {"chinese": chinese, "reworded": reworded, "related": related, "placed": placed}
+        shares = {"chinese": chinese, "reworded": reworded, "related": related, "places": places}
         if not all(0.0 <= share <= 1.0 for share in shares.values()):
             raise ValueError(f"shares of captions must be in [0, 1], got {shares}")
         known = check_split(split)
@@ -193,7 +193,7 @@ class ScenesSource(ImageSource):
         self.chinese = chinese
         self.reworded = reworded
         self.related = related
-        self.placed = placed
+        self.places = places
         self.transform = transform
 
     def __len__(self) -> int:
@@ -217,12 +217,18 @@ class ScenesSource(ImageSource):
         return self._say(sample_scene(self.seeds[index]), seed)
 
     def _say(self, scene: Scene, seed: int) -> str:
-        if mix(seed, scene.seed, 6) < self.placed * 2**63:
-            return placed_caption(scene)
-        return say(scene, seed, chinese=self.chinese, reworded=self.reworded, related=self.related)
+        return say(scene, seed, chinese=self.chinese, reworded=self.reworded, related=self.related, places=self.places)
 
 
-def say(scene: Scene, seed: int, *, chinese: float = 0.0, reworded: float = 0.0, related: float = 0.0) -> str:
+def say(
+    scene: Scene,
+    seed: int,
+    *,
+    chinese: float = 0.0,
+    reworded: float = 0.0,
+    related: float = 0.0,
+    places: float = 0.0,
+) -> str:
     """A true caption of a scene; a sample's seed chooses language, wording and what is said of it.
 
     Args:
@@ -231,7 +237,10 @@ def say(scene: Scene, seed: int, *, chinese: float = 0.0, reworded: float = 0.0,
         chinese: Share of captions in Chinese, in [0, 1].
         reworded: Share of captions said in another true way than the canonical one, in [0, 1].
         related: Share of scenes of two objects told by how they stand (`layton.scenes.as_position`), in [0, 1].
+        places: Share of captions that say where each object stands (`layton.scenes.placed`) instead, in [0, 1].
     """
+    if mix(seed, scene.seed, 6) < places * 2**63:
+        return placed_caption(scene)
     return describe(*_told(scene, seed, chinese=chinese, reworded=reworded, related=related))
 
 

@@ -12,6 +12,7 @@ import yaml  # type: ignore[import-untyped]
 if TYPE_CHECKING:
     from layton.reproduce.report import Check
     from layton.reproduce.students import Measured
+    from layton.scenes import Texture
 
 Role = Literal["method", "baseline", "reference"]
 Measure = Literal["fd", "sceneval"]
@@ -34,6 +35,8 @@ class Scale:
         resamples: Bootstrap resamples of the Frechet distance.
         batch_size: Images drawn at once.
         train_scenes: Scenes whose latents are cached for methods that learn from data.
+        places: Prompts say where objects stand (`layton.scenes.placed`), which the teacher must have learnt.
+        textures: Backgrounds of the real scenes; all by default.
 
     Raises:
         ValueError: A number is out of range.
@@ -47,6 +50,8 @@ class Scale:
     resamples: int = 20
     batch_size: int = 16
     train_scenes: int = 16_000
+    places: bool = False
+    textures: tuple[Texture, ...] | None = None
 
     def __post_init__(self) -> None:
         counts = (self.per_task, self.images_per_prompt, self.batch_size, self.train_scenes)
@@ -67,6 +72,7 @@ class Scale:
             values = dict(yaml.safe_load(path.read_text(encoding="utf-8"))[name])
             values["budget"] = float(values.get("budget", 0.0))  # YAML takes 1e6 for a word
             values["seeds"] = tuple(values.get("seeds", (0, 1, 2)))
+            values["textures"] = tuple(values["textures"]) if "textures" in values else None
             return cls(**values)
         except (OSError, KeyError, TypeError) as error:
             raise ValueError(f"{path} holds no scale {name!r} ({error})") from error

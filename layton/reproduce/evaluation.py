@@ -71,7 +71,13 @@ class Evaluator:
 
     def __init__(self, folder: Path, scale: Scale, image_size: int) -> None:
         self.folder, self.scale, self.image_size = folder, scale, image_size
-        self.scenes = ScenesSource(split="test", length=scale.images, size=image_size)
+        self.scenes = ScenesSource(
+            split="test",
+            length=scale.images,
+            size=image_size,
+            places=float(scale.places),
+            textures=scale.textures,
+        )
         self._network: EfficientNetLite0 | None = None
 
     def real_features(self) -> Tensor:
@@ -130,7 +136,7 @@ class Evaluator:
             if not path.is_file():
                 report = run_sceneval(
                     draw,
-                    make_prompts(scale.per_task),
+                    make_prompts(scale.per_task, places=scale.places),
                     scale.images_per_prompt,
                     batch_size=scale.batch_size,
                     seed=seed * SEED_STRIDE,

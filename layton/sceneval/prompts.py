@@ -12,6 +12,7 @@ from typing import Final
 from layton.folder import write_atomically
 from layton.scenes.captions import CHINESE_PREFIXES, INVERSE, PREFIXES, Language, Wording, describe
 from layton.scenes.layout import as_position, sample_scene
+from layton.scenes.placed import placed_caption
 from layton.scenes.splits import Split, is_unseen, split_seeds
 from layton.scenes.world import TASKS, Scene, Task
 from layton.sceneval.spec import Exclusion, PromptSpec, Requirement
@@ -79,13 +80,17 @@ def spec_of_caption(scene: Scene, caption: str) -> PromptSpec:
     raise ValueError(f"{caption!r} is no caption of scene {scene.seed}: {describe(scene, Wording())!r}")
 
 
-def make_prompts(per_task: int, *, split: Split = "test", unseen_share: float = 0.2) -> list[PromptSpec]:
+def make_prompts(
+    per_task: int, *, split: Split = "test", unseen_share: float = 0.2, places: bool = False
+) -> list[PromptSpec]:
     """Draw prompts from a split's seeds, deterministically, without repeats while there are new ones.
 
     Args:
         per_task: prompts for each of the six tasks.
         split: whose seeds to use; reported figures use "test".
         unseen_share: in [0, 1]; part of the prompts of the coloured tasks that name unseen combinations.
+        places: whether the same scenes are told by where their objects stand (`layton.scenes.placed`) instead, for
+            models that learnt such prompts. What an image must show stays as it was.
 
     Returns:
         ``6 * per_task`` prompts, task by task.
@@ -100,13 +105,14 @@ def make_prompts(per_task: int, *, split: Split = "test", unseen_share: float = 
     prompts: list[PromptSpec] = []
     for number, task in enumerate(TASKS):
         unseen = 0 if task in COLOURLESS_TASKS else round(per_task * unseen_share)
-        prompts += _draw(task, {False: per_task - unseen, True: unseen}, split, number * _SEEDS_PER_TASK)
+        scenes = _draw(task, {False: per_task - unseen, True: unseen}, split, number * _SEEDS_PER_TASK)
+        prompts += [replace(spec, prompt=placed_caption(scene)) if places else spec for scene, spec in scenes]
     return prompts
 
 
-def _draw(task: Task, wanted: dict[bool, int], split: Split, offset: int) -> list[PromptSpec]:
+def _draw(task: Task, wanted: dict[bool, int], split: Split, offset: int) -> list[tuple[Scene, PromptSpec]]:
     coloured = task not in COLOURLESS_TASKS
-    taken: dict[bool, list[PromptSpec]] = {False: [], True: []}
+    taken: dict[bool, list[tuple[Scene, PromptSpec]]] = {False: [], True: []}
     known: set[str] = set()
     idle = {False: 0, True: 0}
     for seed in split_seeds(split, _SEEDS_PER_TASK, offset=offset):
@@ -122,7 +128,7 @@ def _draw(task: Task, wanted: dict[bool, int], split: Split, offset: int) -> lis
             continue
         idle[flag] = 0
         known.add(spec.prompt)
-        taken[flag].append(spec)
+        taken[flag].append((scene, spec))
     return taken[False] + taken[True]
 
 

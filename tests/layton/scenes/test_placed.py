@@ -32,10 +32,10 @@ def test_corners_have_the_names_of_a_board() -> None:
 
 
 def test_a_share_of_the_captions_of_scenes_is_placed() -> None:
-    source = ScenesSource(length=400, placed=0.3, chinese=0.5)
+    source = ScenesSource(length=400, places=0.3, chinese=0.5)
     said = [source.caption(index, seed=index) for index in range(400)]
     assert sum("<" in caption for caption in said) / 400 == pytest.approx(0.3, abs=0.07)
     plain = ScenesSource(length=400, chinese=0.5)
     assert all(a == plain.caption(i, seed=i) for i, a in enumerate(said) if "<" not in a)
-    with pytest.raises(ValueError, match="placed"):
-        ScenesSource(length=4, placed=1.5)
+    with pytest.raises(ValueError, match="places"):
+        ScenesSource(length=4, places=1.5)

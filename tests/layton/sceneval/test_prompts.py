@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,11 @@ def test_a_caption_in_any_words_gives_its_specification() -> None:
             assert check(render(scene, 256), spec).correct
     with pytest.raises(ValueError, match="no caption of scene 0"):
         spec_of_caption(sample_scene(0), "a cat")
+
+
+def test_prompts_with_places_ask_for_the_same_of_the_same_scenes() -> None:
+    plain, placed = make_prompts(3, split="validation"), make_prompts(3, split="validation", places=True)
+    assert [replace(spec, prompt="") for spec in plain] == [replace(spec, prompt="") for spec in placed]
+    for spec in placed:
+        asked = sum(item.count for item in spec.include)
+        assert len(spec.prompt.split(", ")) == asked and "<" in spec.prompt
