@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.adapters import LoraSettings, add_lora
+from distill.adapters import LoraSettings, add_lora, load_adapter_state_dict
 from distill.denoiser import Condition, GuidedDenoiser
 from distill.models import UNetDenoiser
 from distill.noise import gaussian_like
@@ -18,9 +18,11 @@ from distill.parameterization import prediction_type_from_config
 from distill.samplers import sample
 from distill.schedules import schedule_from_config
 from distill.timesteps import timesteps
+from layton.decoders.rebase import read_adaptors
 from layton.distillation.distilled import save_lora
 from layton.ldm.autoencoder import Autoencoder
 from layton.ldm.pipeline import build_scheduler, save_pipeline
+from layton.ldm.positions import PositionReader
 from layton.ldm.teacher import open_pipeline
 from layton.ldm.text import TextConditioner, build_text_encoder, build_tokenizer, tell_places
 from layton.ldm.unet import build_unet, use_fast_attention
@@ -39,7 +41,10 @@ class TextToImageTask(LaytonTask):
         pretrained: Exported pipeline whose UNet and text encoder go on learning; their sizes are then its own.
         lora: Train adaptors of this shape on the UNet of ``pretrained``, and none of its own weights; they are folded
             into it when it is exported, and lie beside it as ``lora/``, so that they can be taken out again.
+        start: Export of a run with the same ``pretrained`` and ``lora``, whose adaptors and text encoder go on.
         places: Whether the tokenizer gets the tokens of `layton.scenes.placed`.
+        position_weight: Of a second loss by which the UNet finds out where its cells are, without which it does not
+            learn what such prompts say (`layton.ldm.positions`); 0 for none.
         block_out_channels: Widths of the UNet's levels.
         num_heads: Its attention heads.
         text_width: D of the text encoder.
@@ -61,7 +66,9 @@ class TextToImageTask(LaytonTask):
         lr_scheduler: LRSchedulerCallable | None = None,
         pretrained: str | None = None,
         lora: LoraSettings | None = None,
+        start: str | None = None,
         places: bool = False,
+        position_weight: float = 0.0,
         block_out_channels: tuple[int, ...] = (96, 128),
         num_heads: int = 2,
         text_width: int = 192,
@@ -81,10 +88,15 @@ class TextToImageTask(LaytonTask):
             raise ValueError(f"logit_normal needs a spread above 0 and no time_shift, got {logit_normal}, {time_shift}")
         if lora is not None and pretrained is None:
             raise ValueError("adaptors are trained on a UNet that has learnt: lora needs pretrained")
+        if start is not None and lora is None:
+            raise ValueError("start names an export with adaptors: it needs lora")
+        if position_weight < 0:
+            raise ValueError(f"position_weight must be >= 0, got {position_weight}")
         self._autoencoder = [Autoencoder.from_pretrained(autoencoder).eval()]  # in a list: no part of this model
         if pretrained is not None:
             pipeline = open_pipeline(pretrained)
-            self.text = TextConditioner(pipeline.tokenizer, pipeline.text_encoder).requires_grad_(True).train()
+            heard = pipeline if start is None else open_pipeline(start)
+            self.text = TextConditioner(heard.tokenizer, heard.text_encoder).requires_grad_(True).train()
             unet = pipeline.unet.requires_grad_(True).train()
         else:
             tokenizer = build_tokenizer()
@@ -99,6 +111,10 @@ class TextToImageTask(LaytonTask):
             tell_places(self.text.tokenizer, self.text.text_encoder)
         if lora is not None:
             add_lora(unet, lora)
+            if start is not None:
+                load_adapter_state_dict(unet, read_adaptors(Path(start) / ADAPTER)[0], "default")
+        self.reader = PositionReader(unet) if position_weight > 0 else None
+        self.position_weight = position_weight
         config = dict(build_scheduler().config)
         self.denoiser = UNetDenoiser(unet, schedule_from_config(config), prediction_type_from_config(config))
         self.lora = lora
@@ -122,10 +138,17 @@ class TextToImageTask(LaytonTask):
 
     def _loss(self, x_0: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
         t, eps = draw(x_0, generator, shift=self.time_shift, logit_normal=self.logit_normal)
+        if self.reader is not None:
+            self.reader.forget()
         condition = Condition(embeds=self.text(captions))
         prediction = self.denoiser(self.denoiser.schedule.add_noise(x_0, eps, t), t, condition)
         loss = F.mse_loss(prediction.float(), self.denoiser.target(x_0, eps, t).float())
-        return self.log_losses({"diffusion": loss}, batch_size=len(x_0))
+        terms = {"diffusion": loss}
+        if self.reader is not None and torch.is_grad_enabled():
+            terms["position"] = self.reader.loss()
+        return self.log_losses(
+            terms, weights={"position": self.position_weight} if len(terms) > 1 else None, batch_size=len(x_0)
+        )
 
     @torch.no_grad()
     def generate(self, captions: list[str], seeds: list[int]) -> Tensor:
