@@ -32,11 +32,11 @@ class PositionReader(nn.Module):
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
-        asked: list[Tensor] = []
+        asked: list[tuple[nn.Module, Tensor]] = []
 
-        def keep(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        def keep(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             if torch.is_grad_enabled():
-                asked.append(inputs[0])
+                asked.append((module, inputs[0]))
 
         attentions = [
             cast(Any, module)
@@ -48,7 +48,7 @@ class PositionReader(nn.Module):
         for attention in attentions:
             attention.register_forward_pre_hook(keep)
         self.heads = nn.ModuleList(nn.Linear(attention.to_q.in_features, 2 * _WAVES) for attention in attentions)
-        self._asked = asked
+        self._asked, self._attentions = asked, tuple(attentions)  # in a tuple: no part of this module
 
     def forget(self) -> None:
         """Before a forward pass whose `loss` is asked for."""
@@ -62,10 +62,10 @@ class PositionReader(nn.Module):
         """
         if len(self._asked) != len(self.heads):
             raise ValueError(f"one forward pass has {len(self.heads)} cross-attentions, kept were {len(self._asked)}")
-        losses = [
-            F.mse_loss(head(hidden.float()), places(hidden.shape[1], hidden.device).expand(len(hidden), -1, -1))
-            for head, hidden in zip(self.heads, self._asked, strict=True)
-        ]
+        losses = []
+        for module, hidden in self._asked:
+            read = self.heads[self._attentions.index(module)](hidden.float())
+            losses.append(F.mse_loss(read, places(hidden.shape[1], hidden.device).expand_as(read)))
         self.forget()
         return torch.stack(losses).mean()
 
