@@ -16,6 +16,7 @@ from layton.data.transforms import RandomCrop
 from layton.ldm.autoencoder import Autoencoder, build_autoencoder, standardise_latents
 from layton.ldm.cache import CachedLatents
 from layton.ldm.pipeline import save_pipeline
+from layton.ldm.positions import PositionReader, places
 from layton.ldm.text import TextConditioner, build_text_encoder, build_tokenizer, tell_places
 from layton.ldm.unet import build_unet, use_fast_attention
 from layton.scenes import caption, sample_scene
@@ -183,3 +184,35 @@ def test_the_vocabulary_is_the_same_each_time_it_is_made() -> None:
     made = [build_tokenizer(words, vocab_size=800).backend_tokenizer.to_str() for _ in range(4)]
     assert len(set(made)) == 1
     assert len(build_tokenizer(words, vocab_size=800)("three blue stars")["input_ids"]) == 5
+
+
+def test_cells_of_a_grid_have_places_of_their_own() -> None:
+    found = places(16, "cpu")
+    assert found.shape == (16, 8)
+    assert torch.cdist(found, found).add(torch.eye(16)).min() > 0.1
+    assert torch.equal(found[:4, 4:], found[:1, 4:].expand(4, -1))  # row by row: the first four share y
+    with pytest.raises(ValueError, match="12"):
+        places(12, "cpu")
+
+
+def test_a_unet_learns_where_its_cells_are() -> None:
+    unet = tiny_unet()
+    reader = PositionReader(unet)
+    optimizer = torch.optim.AdamW([*unet.parameters(), *reader.parameters()], lr=3e-3)
+    generator, text = torch.Generator().manual_seed(0), torch.zeros(4, 3, 16)
+    losses = []
+    for _ in range(60):
+        reader.forget()
+        unet(torch.randn(4, 4, 8, 8, generator=generator), torch.full((4,), 900), text)
+        loss = reader.loss()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 0.5 and losses[-1] < 0.5 * losses[0]
+    with pytest.raises(ValueError, match="kept were 0"):
+        reader.loss()
+    with torch.no_grad():
+        unet(torch.zeros(1, 4, 8, 8), 900, text[:1])  # what is only drawn is not kept
+    with pytest.raises(ValueError, match="kept were 0"):
+        reader.loss()
