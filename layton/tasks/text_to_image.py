@@ -22,7 +22,7 @@ from layton.decoders.rebase import read_adaptors
 from layton.distillation.distilled import save_lora
 from layton.ldm.autoencoder import Autoencoder
 from layton.ldm.pipeline import build_scheduler, save_pipeline
-from layton.ldm.positions import PositionReader
+from layton.ldm.positions import PlaceTeacher
 from layton.ldm.teacher import open_pipeline
 from layton.ldm.text import TextConditioner, build_text_encoder, build_tokenizer, tell_places
 from layton.ldm.unet import build_unet, use_fast_attention
@@ -43,8 +43,8 @@ class TextToImageTask(LaytonTask):
             into it when it is exported, and lie beside it as ``lora/``, so that they can be taken out again.
         start: Export of a run with the same ``pretrained`` and ``lora``, whose adaptors and text encoder go on.
         places: Whether the tokenizer gets the tokens of `layton.scenes.placed`.
-        position_weight: Of a second loss by which the UNet finds out where its cells are, without which it does not
-            learn what such prompts say (`layton.ldm.positions`); 0 for none.
+        place_weight: Of the losses without which the UNet does not learn to hear places (`layton.ldm.positions`); 0
+            for none.
         block_out_channels: Widths of the UNet's levels.
         num_heads: Its attention heads.
         text_width: D of the text encoder.
@@ -68,7 +68,7 @@ class TextToImageTask(LaytonTask):
         lora: LoraSettings | None = None,
         start: str | None = None,
         places: bool = False,
-        position_weight: float = 0.0,
+        place_weight: float = 0.0,
         block_out_channels: tuple[int, ...] = (96, 128),
         num_heads: int = 2,
         text_width: int = 192,
@@ -90,8 +90,8 @@ class TextToImageTask(LaytonTask):
             raise ValueError("adaptors are trained on a UNet that has learnt: lora needs pretrained")
         if start is not None and lora is None:
             raise ValueError("start names an export with adaptors: it needs lora")
-        if position_weight < 0:
-            raise ValueError(f"position_weight must be >= 0, got {position_weight}")
+        if place_weight < 0 or (place_weight > 0 and not places):
+            raise ValueError(f"place_weight must be >= 0, and above 0 only with places, got {place_weight}")
         self._autoencoder = [Autoencoder.from_pretrained(autoencoder).eval()]  # in a list: no part of this model
         if pretrained is not None:
             pipeline = open_pipeline(pretrained)
@@ -113,8 +113,8 @@ class TextToImageTask(LaytonTask):
             add_lora(unet, lora)
             if start is not None:
                 load_adapter_state_dict(unet, read_adaptors(Path(start) / ADAPTER)[0], "default")
-        self.reader = PositionReader(unet) if position_weight > 0 else None
-        self.position_weight = position_weight
+        self.teacher = PlaceTeacher(unet, self.text.tokenizer) if place_weight > 0 else None
+        self.place_weight = place_weight
         config = dict(build_scheduler().config)
         self.denoiser = UNetDenoiser(unet, schedule_from_config(config), prediction_type_from_config(config))
         self.lora = lora
@@ -138,8 +138,8 @@ class TextToImageTask(LaytonTask):
 
     def _loss(self, x_0: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
         t, eps = draw(x_0, generator, shift=self.time_shift, logit_normal=self.logit_normal)
-        if self.reader is not None:
-            self.reader.forget()
+        if self.teacher is not None:
+            self.teacher.forget()
         condition = Condition(embeds=self.text(captions))
         prediction = self.denoiser(self.denoiser.schedule.add_noise(x_0, eps, t), t, condition)
         loss = F.mse_loss(prediction.float(), self.denoiser.target(x_0, eps, t).float())

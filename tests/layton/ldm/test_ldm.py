@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from layton.data.transforms import RandomCrop
 from layton.ldm.autoencoder import Autoencoder, build_autoencoder, standardise_latents
 from layton.ldm.cache import CachedLatents
 from layton.ldm.pipeline import save_pipeline
-from layton.ldm.positions import PositionReader, places
+from layton.ldm.positions import PlaceTeacher, places
 from layton.ldm.text import TextConditioner, build_text_encoder, build_tokenizer, tell_places
 from layton.ldm.unet import build_unet, use_fast_attention
 from layton.scenes import caption, sample_scene
@@ -195,24 +196,46 @@ def test_cells_of_a_grid_have_places_of_their_own() -> None:
         places(12, "cpu")
 
 
-def test_a_unet_learns_where_its_cells_are() -> None:
+def test_a_unet_learns_where_its_cells_are_and_where_to_look() -> None:
+    tokenizer = build_tokenizer()
+    encoder = build_text_encoder(tokenizer, width=16, depth=1)
+    tell_places(tokenizer, encoder)
+    text = TextConditioner(tokenizer, encoder)
     unet = tiny_unet()
-    reader = PositionReader(unet)
-    optimizer = torch.optim.AdamW([*unet.parameters(), *reader.parameters()], lr=3e-3)
-    generator, text = torch.Generator().manual_seed(0), torch.zeros(4, 3, 16)
+    teacher = PlaceTeacher(unet, tokenizer)
+    optimizer = torch.optim.AdamW([*unet.parameters(), *teacher.parameters(), *text.parameters()], lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    prompts = ["red star <40> <c3>", "blue ring <40> <n12>, red star <30> <d4>", "two red stars", ""]
     losses = []
-    for _ in range(60):
-        reader.forget()
-        unet(torch.randn(4, 4, 8, 8, generator=generator), torch.full((4,), 900), text)
-        loss = reader.loss()
+    for _ in range(80):
+        teacher.forget()
+        unet(torch.randn(4, 4, 8, 8, generator=generator), torch.full((4,), 900), text(prompts))
+        found = teacher.losses(text.tokenize(prompts))
         optimizer.zero_grad()
-        loss.backward()
+        (found["position"] + found["attention"]).backward()
         optimizer.step()
-        losses.append(loss.item())
-    assert losses[0] > 0.5 and losses[-1] < 0.5 * losses[0]
+        losses.append({name: loss.item() for name, loss in found.items()})
+    assert losses[0]["position"] > 0.5 and losses[-1]["position"] < 0.5 * losses[0]["position"]
+    assert losses[0]["attention"] > 2.0 and losses[-1]["attention"] < 0.5 * losses[0]["attention"]
     with pytest.raises(ValueError, match="kept were 0"):
-        reader.loss()
+        teacher.losses(text.tokenize(prompts))
     with torch.no_grad():
-        unet(torch.zeros(1, 4, 8, 8), 900, text[:1])  # what is only drawn is not kept
+        unet(torch.zeros(1, 4, 8, 8), 900, text([""]))  # what is only drawn is not kept
     with pytest.raises(ValueError, match="kept were 0"):
-        reader.loss()
+        teacher.losses(text.tokenize(prompts))
+    with pytest.raises(ValueError, match="does not know"):
+        PlaceTeacher(tiny_unet(), build_tokenizer())
+
+
+def test_the_object_of_a_cell_is_the_one_said_to_be_there() -> None:
+    tokenizer = build_tokenizer()
+    encoder = build_text_encoder(tokenizer, width=16, depth=1)
+    tell_places(tokenizer, encoder)
+    text = TextConditioner(tokenizer, encoder)
+    prompts = ["red star <24> <d2>, blue ring <20> <m14>", "two red stars"]
+    tokens = text.tokenize(prompts)
+    at = PlaceTeacher(tiny_unet(), tokenizer).object_at(tokens, 256).view(2, 16, 16)
+    star, ring = (tokenizer.convert_tokens_to_ids(square) for square in ("<d2>", "<m14>"))
+    assert tokens[0, at[0, 1, 3]] == star and tokens[0, at[0, 13, 12]] == ring
+    assert at[0, 8, 8] == 0 and (at[1] == -1).all()
+    assert int((at[0] == at[0, 1, 3]).sum()) == pytest.approx(math.pi * (0.12 * 16 + 0.7) ** 2, rel=0.3)
