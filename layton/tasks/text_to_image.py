@@ -143,12 +143,11 @@ class TextToImageTask(LaytonTask):
         condition = Condition(embeds=self.text(captions))
         prediction = self.denoiser(self.denoiser.schedule.add_noise(x_0, eps, t), t, condition)
         loss = F.mse_loss(prediction.float(), self.denoiser.target(x_0, eps, t).float())
-        terms = {"diffusion": loss}
-        if self.reader is not None and torch.is_grad_enabled():
-            terms["position"] = self.reader.loss()
-        return self.log_losses(
-            terms, weights={"position": self.position_weight} if len(terms) > 1 else None, batch_size=len(x_0)
-        )
+        terms, weights = {"diffusion": loss}, dict[str, float]()
+        if self.teacher is not None and torch.is_grad_enabled():
+            taught = self.teacher.losses(self.text.tokenize(captions).to(x_0.device))
+            terms, weights = terms | taught, dict.fromkeys(taught, self.place_weight)
+        return self.log_losses(terms, weights=weights, batch_size=len(x_0))
 
     @torch.no_grad()
     def generate(self, captions: list[str], seeds: list[int]) -> Tensor:
