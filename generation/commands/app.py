@@ -66,6 +66,7 @@ class Studio:
         """
         from generation.commands.models import load_drawer
         from generation.demonstration import has_generator
+        from generation.placed_prompts import has_places
         from layton.commands.measures import ImageMeasures
         from layton.commands.models import load_tokenizer
         from layton.commands.reconstruction import Reconstructor
@@ -80,7 +81,8 @@ class Studio:
         except ValueError:
             pass  # a tokenizer without a latent diffusion model
         else:
-            painters[DIFFUSION] = load_drawer("diffusion", name, device=device).draw
+            planner = name if has_places(name) else None
+            painters[DIFFUSION] = load_drawer("diffusion", name, planner=planner, device=device).draw
         return cls(name, Reconstructor(model, model.default_decoder, ImageMeasures()), painters)
 
     @property

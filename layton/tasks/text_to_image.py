@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from distill.adapters import LoraSettings, add_lora, load_adapter_state_dict
@@ -45,6 +44,9 @@ class TextToImageTask(LaytonTask):
         places: Whether the tokenizer gets the tokens of `layton.scenes.placed`.
         place_weight: Of the losses without which the UNet does not learn to hear places (`layton.ldm.positions`); 0
             for none.
+        object_weight: Of the diffusion loss at cells where the prompt says that an object lies, against 1 elsewhere. It
+            depends on nothing but the prompt, so the best model stays what it was; backgrounds are most of a picture
+            and least of what it is judged by. Needs ``place_weight``.
         block_out_channels: Widths of the UNet's levels.
         num_heads: Its attention heads.
         text_width: D of the text encoder.
@@ -69,6 +71,7 @@ class TextToImageTask(LaytonTask):
         start: str | None = None,
         places: bool = False,
         place_weight: float = 0.0,
+        object_weight: float = 1.0,
         block_out_channels: tuple[int, ...] = (96, 128),
         num_heads: int = 2,
         text_width: int = 192,
@@ -92,6 +95,8 @@ class TextToImageTask(LaytonTask):
             raise ValueError("start names an export with adaptors: it needs lora")
         if place_weight < 0 or (place_weight > 0 and not places):
             raise ValueError(f"place_weight must be >= 0, and above 0 only with places, got {place_weight}")
+        if object_weight <= 0 or (object_weight != 1 and place_weight == 0):
+            raise ValueError(f"object_weight must be > 0, and 1 without place_weight, got {object_weight}")
         self._autoencoder = [Autoencoder.from_pretrained(autoencoder).eval()]  # in a list: no part of this model
         if pretrained is not None:
             pipeline = open_pipeline(pretrained)
@@ -114,7 +119,7 @@ class TextToImageTask(LaytonTask):
             if start is not None:
                 load_adapter_state_dict(unet, read_adaptors(Path(start) / ADAPTER)[0], "default")
         self.teacher = PlaceTeacher(unet, self.text.tokenizer) if place_weight > 0 else None
-        self.place_weight = place_weight
+        self.place_weight, self.object_weight = place_weight, object_weight
         config = dict(build_scheduler().config)
         self.denoiser = UNetDenoiser(unet, schedule_from_config(config), prediction_type_from_config(config))
         self.lora = lora
@@ -142,11 +147,15 @@ class TextToImageTask(LaytonTask):
             self.teacher.forget()
         condition = Condition(embeds=self.text(captions))
         prediction = self.denoiser(self.denoiser.schedule.add_noise(x_0, eps, t), t, condition)
-        loss = F.mse_loss(prediction.float(), self.denoiser.target(x_0, eps, t).float())
-        terms, weights = {"diffusion": loss}, dict[str, float]()
-        if self.teacher is not None and torch.is_grad_enabled():
-            taught = self.teacher.losses(self.text.tokenize(captions).to(x_0.device))
-            terms, weights = terms | taught, dict.fromkeys(taught, self.place_weight)
+        errors = (prediction.float() - self.denoiser.target(x_0, eps, t).float()).square()
+        if self.teacher is None or not torch.is_grad_enabled():
+            return self.log_losses({"diffusion": errors.mean()}, batch_size=len(x_0))
+        tokens = self.text.tokenize(captions).to(x_0.device)
+        shown = self.teacher.object_at(tokens, x_0.shape[-2] * x_0.shape[-1]).view(len(x_0), 1, *x_0.shape[-2:]) > 0
+        importance = torch.where(shown, self.object_weight, 1.0)
+        taught = self.teacher.losses(tokens)
+        terms = {"diffusion": (errors * importance).mean() / importance.mean(), **taught}
+        weights = dict.fromkeys(taught, self.place_weight)
         return self.log_losses(terms, weights=weights, batch_size=len(x_0))
 
     @torch.no_grad()

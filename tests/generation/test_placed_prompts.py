@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from laytongen_parts import tiny_generator, tiny_tokenizer
 
 from generation.generator import save_generator
 from generation.layout import PlacedObject
-from generation.placed_prompts import PlacedPrompts, say_objects
+from generation.placed_prompts import PlacedPrompts, grown, has_places, say_objects
 from layton.cli import main
 from layton.scenes.placed import SQUARE_TOKENS
 
@@ -27,6 +28,16 @@ def squares(prompt: str) -> list[tuple[float, float]]:
 def test_layouts_are_said_in_words() -> None:
     objects = [PlacedObject(("star", "red"), 0.48, 0.4, 0.24), PlacedObject(("ring", "blue"), 0.17, 0.7, 0.183)]
     assert say_objects(objects) == "red star <24> <h7>, blue ring <18> <c12>"
+
+
+def test_small_objects_grow_as_far_as_there_is_room() -> None:
+    star, ring = PlacedObject(("star", "red"), 0.5, 0.5, 0.1), PlacedObject(("ring", "blue"), 0.7, 0.5, 0.2)
+    bound = grown([star, ring], 0.3)  # by each other
+    assert [item.diameter for item in bound] == pytest.approx([0.2, 0.2])
+    corner = grown([replace(star, x=0.1)], 0.3)  # by the edge
+    assert corner[0].diameter == pytest.approx(0.2)
+    assert grown([star], 0.3)[0].diameter == pytest.approx(0.3)
+    assert grown([replace(star, diameter=0.34)], 0.3)[0].diameter == pytest.approx(0.34)  # nothing shrinks
 
 
 def test_prompts_are_said_with_what_they_ask_for(say: PlacedPrompts) -> None:
@@ -49,6 +60,7 @@ def test_a_laytongen_without_planner_cannot_say_places(tmp_path: Path) -> None:
     save_generator(tmp_path / "g", tiny_generator(tiny_tokenizer()))
     with pytest.raises(ValueError, match="has no planner"):
         PlacedPrompts.from_pretrained(tmp_path / "g")
+    assert has_places("mini") and not has_places(tmp_path / "g")
 
 
 def test_a_diffusion_model_is_evaluated_on_placed_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -257,7 +257,7 @@ def test_text_to_image_run_then_stage_1_on_its_export(tmp_path: Path) -> None:
         down, up = (factors[f"unet.{name.removesuffix('.weight')}.lora_{half}.weight"] for half in "AB")
         update = (up.flatten(1) @ down.flatten(1)).view_as(folded[name])
         torch.testing.assert_close(folded[name] - update, weights[0][name], rtol=0, atol=1e-6)
-    run["model"]["init_args"] |= {"start": str(adapted), "place_weight": 0.5}
+    run["model"]["init_args"] |= {"start": str(adapted), "place_weight": 0.5, "object_weight": 4.0}
     on = load_file(fit(tmp_path, "t2i_on_lora", run) / "lora" / "pytorch_lora_weights.safetensors")
     assert on.keys() == factors.keys()  # the teacher of places is left behind
     change = max(float((on[name] - factors[name]).abs().max()) for name in on)
