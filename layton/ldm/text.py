@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -92,6 +93,20 @@ def build_text_encoder(
         pad_token_id=tokenizer.pad_token_id,
     )
     return CLIPTextModel(config)
+
+
+def read_text_parts(pipeline: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """Tokenizer and text encoder of a pipeline folder, in float32, whatever else is there.
+
+    Raises:
+        ValueError: If one of them is missing or damaged.
+    """
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(pipeline / "tokenizer", local_files_only=True)
+        model = CLIPTextModel.from_pretrained(pipeline / "text_encoder", local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{pipeline}: tokenizer or text_encoder cannot be read ({error})") from error
+    return tokenizer, model.float()
 
 
 def tell_places(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:

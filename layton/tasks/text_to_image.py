@@ -23,7 +23,7 @@ from layton.ldm.autoencoder import Autoencoder
 from layton.ldm.pipeline import build_scheduler, save_pipeline
 from layton.ldm.positions import PlaceTeacher
 from layton.ldm.teacher import open_pipeline
-from layton.ldm.text import TextConditioner, build_text_encoder, build_tokenizer, tell_places
+from layton.ldm.text import TextConditioner, build_text_encoder, build_tokenizer, read_text_parts, tell_places
 from layton.ldm.unet import build_unet, use_fast_attention
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
 
@@ -40,7 +40,8 @@ class TextToImageTask(LaytonTask):
         pretrained: Exported pipeline whose UNet and text encoder go on learning; their sizes are then its own.
         lora: Train adaptors of this shape on the UNet of ``pretrained``, and none of its own weights; they are folded
             into it when it is exported, and lie beside it as ``lora/``, so that they can be taken out again.
-        start: Export of a run with the same ``pretrained`` and ``lora``, whose adaptors and text encoder go on.
+        start: Export of a run with the same ``pretrained`` and ``lora``, whose adaptors and text encoder go on; its
+            ``lora``, ``text_encoder`` and ``tokenizer`` are enough.
         places: Whether the tokenizer gets the tokens of `layton.scenes.placed`.
         place_weight: Of the losses without which the UNet does not learn to hear places (`layton.ldm.positions`); 0
             for none.
@@ -100,8 +101,8 @@ class TextToImageTask(LaytonTask):
         self._autoencoder = [Autoencoder.from_pretrained(autoencoder).eval()]  # in a list: no part of this model
         if pretrained is not None:
             pipeline = open_pipeline(pretrained)
-            heard = pipeline if start is None else open_pipeline(start)
-            self.text = TextConditioner(heard.tokenizer, heard.text_encoder).requires_grad_(True).train()
+            text = (pipeline.tokenizer, pipeline.text_encoder) if start is None else read_text_parts(Path(start))
+            self.text = TextConditioner(*text).requires_grad_(True).train()
             unet = pipeline.unet.requires_grad_(True).train()
         else:
             tokenizer = build_tokenizer()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from laytongen_parts import tiny_generator, tiny_tokenizer
 from generation.generator import save_generator
 from generation.layout import PlacedObject
 from generation.placed_prompts import PlacedPrompts, grown, has_places, say_objects
+from layton import assets
 from layton.cli import main
+from layton.ldm.text import build_text_encoder, build_tokenizer, tell_places
 from layton.scenes.placed import SQUARE_TOKENS
 
 
@@ -60,7 +63,19 @@ def test_a_laytongen_without_planner_cannot_say_places(tmp_path: Path) -> None:
     save_generator(tmp_path / "g", tiny_generator(tiny_tokenizer()))
     with pytest.raises(ValueError, match="has no planner"):
         PlacedPrompts.from_pretrained(tmp_path / "g")
-    assert has_places("mini") and not has_places(tmp_path / "g")
+
+
+def test_a_model_has_places_if_its_pipeline_hears_what_its_planner_says(tmp_path: Path) -> None:
+    shutil.copytree(assets.resolve("mini") / "laytongen", tmp_path / "laytongen")
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "ldm" / "tokenizer")
+    (tmp_path / "ldm" / "model_index.json").write_text("{}")
+    assert not has_places(tmp_path)
+    tell_places(tokenizer, build_text_encoder(tokenizer, width=16, depth=1))
+    tokenizer.save_pretrained(tmp_path / "ldm" / "tokenizer")
+    assert has_places(tmp_path)
+    shutil.rmtree(tmp_path / "laytongen" / "planner")
+    assert not has_places(tmp_path)
 
 
 def test_a_diffusion_model_is_evaluated_on_placed_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
