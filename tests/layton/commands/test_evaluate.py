@@ -147,7 +147,7 @@ def test_sceneval_with_a_prompts_file_and_refusals(run: Run, fails: Run, both: P
     options = ["--pipeline", both, "--prompts", prompts, "--images-per-prompt", 1, "--steps", 1]
     assert "single_object" in run("evaluate", "sceneval", *options)
     fails("evaluate", "sceneval", *options, "--out", prompts.parent, status=2)
-    assert "guidance" in fails("evaluate", "sceneval", *options, "--guidance-scale", -1)
+    assert "guidance" in fails("evaluate", "sceneval", *options, "--guidance-scale", -1, status=2)
     prompts.write_text("{}\n")
     assert "line 1" in fails("evaluate", "sceneval", *options)
     assert "model_index.json" in fails("evaluate", "sceneval", "--pipeline", tmp_path)
