@@ -9,9 +9,8 @@ The planner of a LaytonGen decides where objects stand, and says it in words: "t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, cast
 
@@ -32,13 +31,10 @@ class PlacedPrompts:
     Attributes:
         text_encoder: What the planner reads prompts with.
         planner: Of layouts of Scenes.
-        roomy: Diameter, as a fraction of the side, to which smaller objects grow where there is room: a UNet of few
-            cells draws large shapes better.
     """
 
     text_encoder: TextEncoder
     planner: LayoutPlanner
-    roomy: float = 0.3
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, allow: Sequence[str] = ()) -> Self:
@@ -76,7 +72,7 @@ class PlacedPrompts:
             for prompt, layout in zip(prompts, layouts, strict=True)
         ]
         pairs = zip(prompts, planned, strict=True)
-        return [say_objects(grown(objects, self.roomy)) if objects else prompt for prompt, objects in pairs]
+        return [say_objects(objects) if objects else prompt for prompt, objects in pairs]
 
 
 def has_places(name: str | Path) -> bool:
@@ -90,17 +86,6 @@ def has_places(name: str | Path) -> bool:
     vocabulary = pipeline / "tokenizer" / "tokenizer.json"
     known = vocabulary.is_file() and all(f'"{token}"' in vocabulary.read_text("utf-8") for token in SQUARE_TOKENS)
     return known and (generator / PART).is_dir()
-
-
-def grown(objects: Sequence[PlacedObject], diameter: float) -> list[PlacedObject]:
-    """The same objects, smaller ones grown to a diameter as far as their circles touch neither others nor the edge."""
-    found = list(objects)
-    for number, item in enumerate(found):
-        others = [other for index, other in enumerate(found) if index != number]
-        free = [2 * math.hypot(item.x - other.x, item.y - other.y) - other.diameter for other in others]
-        room = min([*free, *(2 * edge for edge in (item.x, item.y, 1 - item.x, 1 - item.y))])
-        found[number] = replace(item, diameter=max(item.diameter, min(diameter, room)))
-    return found
 
 
 def say_objects(objects: Sequence[PlacedObject]) -> str:

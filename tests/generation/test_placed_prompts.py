@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from laytongen_parts import tiny_generator, tiny_tokenizer
 
 from generation.generator import save_generator
 from generation.layout import PlacedObject
-from generation.placed_prompts import PlacedPrompts, grown, has_places, say_objects
+from generation.placed_prompts import PlacedPrompts, has_places, say_objects
 from layton import assets
 from layton.cli import main
 from layton.ldm.text import build_text_encoder, build_tokenizer, tell_places
@@ -31,16 +30,6 @@ def squares(prompt: str) -> list[tuple[float, float]]:
 def test_layouts_are_said_in_words() -> None:
     objects = [PlacedObject(("star", "red"), 0.48, 0.4, 0.24), PlacedObject(("ring", "blue"), 0.17, 0.7, 0.183)]
     assert say_objects(objects) == "red star <24> <h7>, blue ring <18> <c12>"
-
-
-def test_small_objects_grow_as_far_as_there_is_room() -> None:
-    star, ring = PlacedObject(("star", "red"), 0.5, 0.5, 0.1), PlacedObject(("ring", "blue"), 0.7, 0.5, 0.2)
-    bound = grown([star, ring], 0.3)  # by each other
-    assert [item.diameter for item in bound] == pytest.approx([0.2, 0.2])
-    corner = grown([replace(star, x=0.1)], 0.3)  # by the edge
-    assert corner[0].diameter == pytest.approx(0.2)
-    assert grown([star], 0.3)[0].diameter == pytest.approx(0.3)
-    assert grown([replace(star, diameter=0.34)], 0.3)[0].diameter == pytest.approx(0.34)  # nothing shrinks
 
 
 def test_prompts_are_said_with_what_they_ask_for(say: PlacedPrompts) -> None:
