@@ -114,11 +114,17 @@ def _diffusion(
 ) -> Drawer:
     from generation.placed_prompts import PlacedPrompts
     from layton.commands.text_to_image import find_pipeline
+    from layton.errors import UsageError
     from layton.ldm.cache import digest
     from layton.modules import weights_digest
+    from layton.scenes.placed import SQUARE_TOKENS
 
     folder = find_pipeline(name)
     draw = _text_to_image(folder, student, steps=steps, guidance_scale=guidance_scale, device=device)
+    if planner is not None and not SQUARE_TOKENS.keys() <= draw.pipeline.tokenizer.get_vocab().keys():
+        raise UsageError(
+            f"{name} has not learnt prompts with places: its tokenizer lacks their words, leave --planner out"
+        )
     rewrite = None if planner is None else PlacedPrompts.from_pretrained(planner)
     settings = {
         "model": name,

@@ -14,6 +14,7 @@ from generation.layout import PlacedObject
 from generation.placed_prompts import PlacedPrompts, has_places, say_objects
 from layton import assets
 from layton.cli import main
+from layton.ldm.teacher import open_pipeline
 from layton.ldm.text import build_text_encoder, build_tokenizer, tell_places
 from layton.scenes.placed import SQUARE_TOKENS
 
@@ -69,6 +70,12 @@ def test_a_model_has_places_if_its_pipeline_hears_what_its_planner_says(tmp_path
 
 def test_a_diffusion_model_is_evaluated_on_placed_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["evaluate", "sceneval", "--per_task", "1", "--images_per_prompt", "1", "--steps", "1"]
+    assert main([*words, "--planner", "mini"]) == 2  # the embedded pipeline has not learnt such prompts
+    assert "has not learnt prompts with places" in capsys.readouterr().err
+    pipeline = open_pipeline(assets.resolve("mini") / "ldm")
+    tell_places(pipeline.tokenizer, pipeline.text_encoder)
+    pipeline.save_pretrained(tmp_path / "told")
+    words += ["--pipeline", str(tmp_path / "told")]
     assert main([*words, "--planner", "mini", "--json", str(tmp_path / "r.json")]) == 0
     run = json.loads((tmp_path / "r.json").read_text())["run"]
     assert run["prompts_rewritten"] is True and run["planner"] == "mini" and len(run["planner_weights"]) >= 16
