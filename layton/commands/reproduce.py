@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from layton.config_folders import config_folders
 from layton.errors import UsageError
+from layton.reproduce.claim import ScaleName
 
 if TYPE_CHECKING:
     from layton.reproduce.claim import Context
@@ -32,6 +33,7 @@ def reproduce(
     claim: ClaimName,
     *,
     quick: bool = False,
+    scale: ScaleName | None = None,
     out: Path | None = None,
     pipeline: str = "mini",
     tokenizer: str = "mini",
@@ -47,8 +49,10 @@ def reproduce(
     Args:
         claim: layton, mlcm, scott, instaflow, hipa or laytongen; mlcm_ablation and scott_ablation make the tables in
             which every part of a method has its row, each row at the same budget.
-        quick: under ten minutes on two cores, with small budgets and few images; not the figure of record.
-        out: folder of runs and evaluations; runs/reproduce/CLAIM by default, or runs/reproduce/CLAIM-quick.
+        quick: under ten minutes on two cores, with small budgets and few images; the same as --scale quick.
+        scale: how large, as the claim's scale.yaml says: full by default, small (an hour or two on two cores) or quick.
+            Only full gives the figure of record.
+        out: folder of runs and evaluations; runs/reproduce/CLAIM by default, with the scale's name if it is not full.
         pipeline: embedded model or folder of a diffusers text-to-image pipeline, the teacher.
         tokenizer: embedded tokenizer or folder, for the claims layton and laytongen.
         photographs: image folder or tar shards; the claim layton measures its absolute floors there, too.
@@ -61,7 +65,10 @@ def reproduce(
         raise UsageError(f"no claim {claim!r}; there are {', '.join(CLAIMS)}")
     if photographs is not None and claim != "layton":
         raise UsageError("photographs are measured by the claim layton only")
-    context = _context(claim, quick, out, pipeline, tokenizer, tuple(photographs or ()))
+    if quick and scale not in (None, "quick"):
+        raise UsageError(f"--quick is --scale quick: leave one of them out, got --scale {scale} as well")
+    chosen = scale or ("quick" if quick else "full")
+    context = _context(claim, chosen, out, pipeline, tokenizer, tuple(photographs or ()))
     measure = import_module(CLAIMS[claim]).measure
     with lock_folder(context.out):
         try:
@@ -90,17 +97,16 @@ def find_claim_configs(claim: str) -> Path:
 
 
 def _context(
-    claim: str, quick: bool, out: Path | None, pipeline: str, tokenizer: str, photographs: tuple[str, ...]
+    claim: str, scale: ScaleName, out: Path | None, pipeline: str, tokenizer: str, photographs: tuple[str, ...]
 ) -> Context:
     from layton.reproduce.claim import SCALE_FILE, Context, Scale
 
     configs = find_claim_configs(claim)
-    folder = out if out is not None else Path("runs") / "reproduce" / (claim + ("-quick" if quick else ""))
+    folder = out if out is not None else Path("runs") / "reproduce" / (claim if scale == "full" else f"{claim}-{scale}")
     return Context(
         out=folder.absolute(),
         configs=configs,
-        scale=Scale.read(configs / SCALE_FILE, quick=quick),
-        quick=quick,
+        scale=Scale.read(configs / SCALE_FILE, scale),
         pipeline=pipeline,
         tokenizer=tokenizer,
         say=_say,

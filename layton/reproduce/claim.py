@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Role = Literal["method", "baseline", "reference"]
 Measure = Literal["fd", "sceneval"]
+ScaleName = Literal["full", "small", "quick"]
 SCALE_FILE = "scale.yaml"
 QUICK_OVERLAY = "quick.yaml"  # one for all claims, beside their folders
 LATENT_SCENES = "data.init_args.train.0.init_args.length"
@@ -23,9 +24,10 @@ LATENT_SCENES = "data.init_args.train.0.init_args.length"
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How large a measurement is; the committed ``scale.yaml`` of a claim holds the full and the quick one.
+    """How large a measurement is; the committed ``scale.yaml`` of a claim holds all of them.
 
     Attributes:
+        name: Which of them; only ``full`` gives the figure of record.
         budget: Forward-equivalents of the denoiser that each arm may spend, data generation included; 0 where nothing
             is trained.
         images: Test Scenes for the Frechet distance and coverage.
@@ -42,6 +44,7 @@ class Scale:
         ValueError: A number is out of range.
     """
 
+    name: ScaleName
     budget: float
     images: int
     per_task: int
@@ -61,21 +64,25 @@ class Scale:
             raise ValueError(f"seeds must be different, >= 0 and at least one, got {self.seeds}")
 
     @classmethod
-    def read(cls, path: Path, *, quick: bool) -> Scale:
-        """The full or the quick scale of a claim's file.
+    def read(cls, path: Path, name: ScaleName) -> Scale:
+        """One of the scales of a claim's file.
 
         Raises:
             ValueError: The file is missing or says something else.
         """
-        name = "quick" if quick else "full"
         try:
             values = dict(yaml.safe_load(path.read_text(encoding="utf-8"))[name])
             values["budget"] = float(values.get("budget", 0.0))  # YAML takes 1e6 for a word
             values["seeds"] = tuple(values.get("seeds", (0, 1, 2)))
             values["textures"] = tuple(values["textures"]) if "textures" in values else None
-            return cls(**values)
+            return cls(name, **values)
         except (OSError, KeyError, TypeError) as error:
             raise ValueError(f"{path} holds no scale {name!r} ({error})") from error
+
+    @property
+    def label(self) -> str:
+        """What results of this scale are, in words."""
+        return self.name if self.name == "full" else f"{self.name}: not the figure of record"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields under their names."""
@@ -184,7 +191,6 @@ class Context:
         out: Folder of everything the measurement makes.
         configs: The claim's folder of run files.
         scale: How large.
-        quick: Whether this is the quick scale: no figure of record.
         pipeline: Name or folder of the text-to-image pipeline.
         tokenizer: Name or folder of the tokenizer.
         say: Told what is going on.
@@ -194,7 +200,6 @@ class Context:
     out: Path
     configs: Path
     scale: Scale
-    quick: bool
     pipeline: str = "mini"
     tokenizer: str = "mini"
     say: Callable[[str], object] = print

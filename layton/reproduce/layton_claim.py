@@ -174,7 +174,7 @@ def _evaluated(arm: Arm, steps: int, context: Context, places: Mapping[str, Path
     folder = context.out / "evaluation" / f"{arm.name}-{steps}"
     wanted: dict[str, tuple[list[str], int | None]] = {"scenes": (["scenes"], context.scale.images)}
     if photographs:
-        wanted["photographs"] = (photographs, context.scale.images if context.quick else None)
+        wanted["photographs"] = (photographs, None if context.scale.name == "full" else context.scale.images)
     found: dict[str, Any] = {}
     reconstruct: Callable[[Tensor], Tensor] | None = None
     for name, (data, count) in wanted.items():
@@ -226,7 +226,7 @@ def _reconstructions(
         decoder=arm.name,
         num_inference_steps=steps,
         seeds={"noise of every image": 0},
-        notes="quick" if context.quick else "",
+        notes="" if context.scale.name == "full" else context.scale.name,
     )
     report = evaluate_reconstruction(reconstruct, images, protocol=protocol, bootstrap=context.scale.resamples)
     if "fd_effnet" not in report.model.frechet:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from layton.reproduce.claim import Context
 
-QUICK_LABEL = "quick: not the figure of record"
 Direction = Literal["at most", "at least"]
 
 
@@ -100,8 +99,7 @@ class Outcome:
             "claim": self.claim,
             "title": self.title,
             "source": self.source,
-            "quick": context.quick,
-            "label": QUICK_LABEL if context.quick else "full",
+            "label": context.scale.label,
             "met": self.met,
             "checks": [check.to_dict() for check in self.checks],
             "rows": [asdict(row) for row in self.rows],
@@ -122,8 +120,8 @@ class Outcome:
     def summary(self, context: Context) -> str:
         """A table for people."""
         lines = [f"{self.title} ({self.source})"]
-        if context.quick:
-            lines.append(f"*** {QUICK_LABEL} ***")
+        if context.scale.name != "full":
+            lines.append(f"*** {context.scale.label} ***")
         for check in self.checks:
             spread = "" if check.spread is None else f" +- {check.spread:.3f}"
             lines += [

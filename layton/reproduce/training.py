@@ -105,7 +105,7 @@ def resolved_run(
     Raises:
         ValueError: The run file lacks a place for something that is to be set.
     """
-    quick = context.configs.parent / QUICK_OVERLAY if context.quick else None
+    quick = None if context.scale.name == "full" else context.configs.parent / QUICK_OVERLAY
     # Caches are shared by all arms; pairs belong to the stage that pays for them.
     own = {"runs/cache": context.out / "cache", "runs/pairs": stage_folder(context, arm, stage) / "pairs"}
     change = None if stage.overlay is None else context.configs / stage.overlay
@@ -145,7 +145,6 @@ def claim_out(context: Context, *, claim: str, teacher: str) -> None:
     files = [*sorted(context.configs.glob("*.yaml")), context.configs.parent / QUICK_OVERLAY]
     plan = {
         "claim": claim,
-        "quick": context.quick,
         "scale": json.loads(json.dumps(context.scale.to_dict())),
         "teacher": teacher,
         "options": json.loads(json.dumps(context.options, default=str)),

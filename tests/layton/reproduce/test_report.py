@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,16 +14,16 @@ import torch
 
 from layton.metrics.frechet import bootstrap_ratio, frechet_distance_of_features
 from layton.reproduce import layton_claim, mlcm, scott
-from layton.reproduce.claim import Context, Scale
+from layton.reproduce.claim import Context, Scale, ScaleName
 from layton.reproduce.evaluation import SceneScores
-from layton.reproduce.report import QUICK_LABEL, Check, Outcome
+from layton.reproduce.report import Check, Outcome
 from layton.reproduce.students import Measured
 
-SCALE = Scale(budget=10.0, images=100, per_task=1, images_per_prompt=1)
+SCALE = Scale("full", budget=10.0, images=100, per_task=1, images_per_prompt=1)
 
 
-def context(tmp_path: Path, *, quick: bool) -> Context:
-    return Context(tmp_path, tmp_path, SCALE, quick)
+def context(tmp_path: Path, scale: ScaleName = "full") -> Context:
+    return Context(tmp_path, tmp_path, replace(SCALE, name=scale))
 
 
 def scores(*overall: float) -> SceneScores:
@@ -51,20 +52,20 @@ def test_floors_are_closed_on_both_sides() -> None:
         assert verdicts == [below, True, above]
 
 
-@pytest.mark.parametrize("quick", [True, False])
-def test_what_does_not_hold_is_said_and_written(tmp_path: Path, quick: bool) -> None:
+@pytest.mark.parametrize("scale", ["full", "small", "quick"])
+def test_what_does_not_hold_is_said_and_written(tmp_path: Path, scale: ScaleName) -> None:
     good = Check("first", "paper's 5", "3 against 4", 0.75, "at most", 0.8, 0.02)
     bad = Check("second", "", "1", 1.0, "at least", 2.0)
     outcome = Outcome("mlcm", "title", "arXiv 1", (good, bad), arms={"mlcm": {"role": "method", "forwards": 12.0}})
-    text = outcome.summary(context(tmp_path, quick=quick))
+    text = outcome.summary(context(tmp_path, scale))
     assert "paper's 5" in text and "3 against 4" in text and "at most 0.8: met" in text
     assert "at least 2: NOT MET" in text and "does not hold" in text and "12 forward-equivalents" in text
-    assert (QUICK_LABEL in text) == quick
-    outcome.save(tmp_path / "result.json", context(tmp_path, quick=quick))
+    assert (f"{scale}: not the figure of record" in text) == (scale != "full")
+    outcome.save(tmp_path / "result.json", context(tmp_path, scale))
     saved = json.loads((tmp_path / "result.json").read_text())
     assert saved["met"] is False and [check["met"] for check in saved["checks"]] == [True, False]
     assert saved["scale"]["seeds"] == [0, 1, 2] and saved["scale"]["budget"] == 10 and saved["versions"]["torch"]
-    assert saved["label"] == (QUICK_LABEL if quick else "full")
+    assert saved["label"].partition(":")[0] == saved["scale"]["name"] == scale
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_mlcm_is_judged_in_points(
         },
         fd={("mlcm", 4): fd, ("lcm", 4): 10.0},
     )
-    checks = mlcm.judge(found, context(tmp_path, quick=False))
+    checks = mlcm.judge(found, context(tmp_path))
     assert [check.met for check in checks] == verdicts
     assert checks[0].value == pytest.approx(100 * (sum(four) / 3 - 0.61))
 
@@ -97,7 +98,7 @@ def test_equal_coverage_is_not_higher(tmp_path: Path) -> None:
         found = measured(
             fd={("scott", 2): 8.0, ("lcm", 2): 10.0}, coverage={("scott", 2): ours, ("lcm", 2): 0.50}
         )  # fmt: skip
-        assert [check.met for check in scott.judge(found, context(tmp_path, quick=False))] == [True, verdict]
+        assert [check.met for check in scott.judge(found, context(tmp_path))] == [True, verdict]
 
 
 def test_layton_is_judged_in_its_most_steps() -> None:

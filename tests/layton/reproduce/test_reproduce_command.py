@@ -14,13 +14,13 @@ from layton.cli import main
 from layton.reproduce import mlcm_ablation, scott_ablation
 from layton.reproduce.budget import IMAGES
 from layton.reproduce.evaluation import Evaluator
-from layton.reproduce.report import QUICK_LABEL
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning"),
     pytest.mark.filterwarnings("ignore:loss spike:UserWarning"),  # of random networks
 ]
+QUICK_LABEL = "quick: not the figure of record"
 MOST = {"lcm": 2 * 6, "mlcm": 2 * 20}  # forward-equivalents that one step of two samples costs at most
 
 
@@ -61,7 +61,7 @@ def test_mlcm_against_lcm_and_again_after_an_interruption(
         assert made["stages"]["train"]["steps"] >= 2 or arm == "mlcm"
     assert set(result["figures"]) == {"mlcm-2", "mlcm-4", "mlcm-8", "lcm-4", "teacher-25"}
     assert len(result["figures"]["lcm-4"]["sceneval"]["overall"]) == 2
-    assert result["figures"]["mlcm-4"]["num_images"] == 6 and result["quick"] and result["label"] == QUICK_LABEL
+    assert result["figures"]["mlcm-4"]["num_images"] == 6 and result["label"] == QUICK_LABEL
     assert len(result["checks"]) == 3 and result["protocol"]["teacher"] and result["versions"]["diffusers"]
     shown = capsys.readouterr()
     assert QUICK_LABEL in shown.out and "floor at least 3" in shown.out and "trained already" in shown.err
@@ -113,6 +113,11 @@ def test_terms_of_the_second_stage_begin_with_it_and_missing_rows_are_told(
     assert method["init_args"]["extras"][0]["init_args"]["start"] == start == 2
     # the budget lasts into the second stage
     assert result["arms"]["matching"]["stages"]["train"]["steps"] > start
+
+
+def test_one_scale_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "mlcm", "--quick=true", "--scale=small"]) == 2
+    assert "--quick is --scale quick" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

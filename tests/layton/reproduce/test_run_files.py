@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -12,7 +12,7 @@ import yaml
 from layton.cli import main
 from layton.commands.reproduce import CLAIMS, find_claim_configs
 from layton.reproduce import hipa, instaflow, layton_claim, mlcm, mlcm_ablation, scott, scott_ablation
-from layton.reproduce.claim import SCALE_FILE, Arm, Context, Pairs, Phase, Scale, Stage
+from layton.reproduce.claim import SCALE_FILE, Arm, Context, Pairs, Phase, Scale, ScaleName, Stage
 from layton.reproduce.run_files import assign, read_run
 from layton.reproduce.training import TEACHER_PLACE, resolved_run
 from layton.run_files import moved, set_scene_size
@@ -30,22 +30,23 @@ ARMS = {
 STAGES = [(claim, arm, stage) for claim, arms in ARMS.items() for arm in arms for stage in arm.stages]
 
 
-def context(claim: str, out: Path, *, quick: bool = False) -> Context:
+def context(claim: str, out: Path, scale: ScaleName = "full") -> Context:
     folder = CONFIGS / claim
-    return Context(out, folder, Scale.read(folder / SCALE_FILE, quick=quick), quick)
+    return Context(out, folder, Scale.read(folder / SCALE_FILE, scale))
 
 
 @pytest.mark.parametrize("claim", CLAIMS)
-def test_every_claim_has_both_scales(claim: str) -> None:
+def test_every_claim_has_all_scales(claim: str) -> None:
     folder = find_claim_configs(claim)
-    full, quick = (Scale.read(folder / SCALE_FILE, quick=flag) for flag in (False, True))
+    full, small, quick = (Scale.read(folder / SCALE_FILE, name) for name in get_args(ScaleName))
     assert full.images == 5000 and full.seeds == (0, 1, 2) and full.per_task * 6 == 300 and full.images_per_prompt == 4
-    assert quick.budget <= full.budget / 10 and quick.images < full.images
+    assert quick.budget <= full.budget / 10 and quick.images < small.images < full.images
+    assert quick.budget <= small.budget <= full.budget
 
 
 @pytest.mark.parametrize(("claim", "arm", "stage"), STAGES, ids=lambda part: getattr(part, "name", part))
 def test_resolved_run_files_parse(tmp_path: Path, claim: str, arm: Arm, stage: Stage) -> None:
-    measurement = context(claim, tmp_path, quick=True)
+    measurement = context(claim, tmp_path, "quick")
     places = {TEACHER_PLACE: tmp_path / "teacher", "runs/tokenizer_long/export": tmp_path / "tokenizer"}
     run = resolved_run(arm, stage, measurement, places, image_size=64)
     path = tmp_path / "run.yaml"
@@ -77,16 +78,17 @@ def test_arms_of_a_claim_differ_in_what_they_claim_only(claim: str) -> None:
     assert budgets == {1.0} or claim == "hipa"
 
 
-def test_quick_lays_the_overlay_over_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("smaller", ["small", "quick"])
+def test_smaller_scales_lay_the_overlay_over_the_run(tmp_path: Path, smaller: ScaleName) -> None:
+    scales: tuple[ScaleName, ...] = (smaller, "full")
     stage = mlcm.BASELINE.stages[0]
     places = {TEACHER_PLACE: tmp_path}
-    quick, full = (
-        resolved_run(mlcm.BASELINE, stage, context("mlcm", tmp_path, quick=flag), places, image_size=32)
-        for flag in (True, False)
+    small, full = (
+        resolved_run(mlcm.BASELINE, stage, context("mlcm", tmp_path, name), places, image_size=32) for name in scales
     )
-    assert quick["trainer"]["limit_val_batches"] == 0 and "limit_val_batches" not in full["trainer"]
-    assert quick["trainer"]["val_check_interval"] == full["trainer"]["val_check_interval"]
-    assert quick["model"] == full["model"]
+    assert small["trainer"]["limit_val_batches"] == 0 and "limit_val_batches" not in full["trainer"]
+    assert small["trainer"]["val_check_interval"] == full["trainer"]["val_check_interval"]
+    assert small["model"] == full["model"]
 
 
 def test_pairs_and_phases_come_out_of_the_budget(tmp_path: Path) -> None:
@@ -121,4 +123,4 @@ def test_shares_of_an_arm_are_its_whole_budget() -> None:
     with pytest.raises(ValueError, match="share"):
         Arm("x", "method", (Stage("a", "a.yaml", share=0.5),))
     with pytest.raises(ValueError, match="scale 'full'"):
-        Scale.read(Path(sys.executable).parent / "none.yaml", quick=False)
+        Scale.read(Path(sys.executable).parent / "none.yaml", "full")
