@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self, cast
@@ -16,9 +17,8 @@ import torch
 from torch import nn
 
 from generation.text_encoders import TextEncoder, TextFeatures
+from layton.data.prompts import read_lines
 from layton.folder import WEIGHTS_NAME, class_name, load_config, load_tensors, require_match, save_config, save_tensors
-
-MAX_FILE_BYTES = 2**24
 
 
 class ClassNames(TextEncoder):
@@ -35,8 +35,11 @@ class ClassNames(TextEncoder):
 
     def __init__(self, names: Sequence[str], width: int, *, trainable: bool = True) -> None:
         super().__init__()
-        if isinstance(names, str) or not names or not all(names) or len(set(names)) < len(names):
-            raise ValueError(f"classes need different names, at least one, got {str(list(names))[:80]}")
+        if isinstance(names, str) or not names or not all(names):
+            raise ValueError(f"classes need names, at least one, got {str(list(names))[:80]}")
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise ValueError(f"each class needs a name of its own, got {twice[0]!r} more than once")
         if width < 1:
             raise ValueError(f"width must be >= 1, got {width}")
         self.names = tuple(names)
@@ -104,11 +107,4 @@ def class_names(file: str, width: int) -> ClassNames:
     Raises:
         ValueError: If it cannot be read, or its names are not those of classes.
     """
-    path = Path(file)
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError(f"{file}: a file of class names has at most {MAX_FILE_BYTES} bytes")
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: no class names can be read ({error})") from error
-    return ClassNames([line.strip() for line in lines if line.strip()], width)
+    return ClassNames([text for _, text in read_lines(Path(file))], width)

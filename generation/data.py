@@ -28,12 +28,11 @@ from layton.scenes import (
     objects_placed,
     objects_shown,
     sample_scene,
+    seed_of_key,
+    split_of_seed,
     texture_of,
 )
 from layton.scenes.contrary import CHANGES, Change
-from layton.scenes.splits import split_of_seed
-
-_SCENES = "scenes/"
 
 
 class TokenShards(SampleSource):
@@ -112,10 +111,10 @@ class TokenShards(SampleSource):
         kept = _read_all(paths, partial(_is_wanted, split=self.split, textures=textures), length)
         if not kept.keys:
             raise ValueError(f"split {split!r} of {folder} holds no samples" + (f" on {textures}" if textures else ""))
-        other = next((key for key in kept.keys if (ahead or placed) and not key.startswith(_SCENES)), None)
+        other = next((key for key in kept.keys if (ahead or placed) and seed_of_key(key) is None), None)
         if other is not None:
             raise ValueError(f"only of scenes is known what is ahead and where, {folder} also holds {other!r}")
-        if untrue and any(key.startswith(_SCENES) for key in kept.keys):
+        if untrue and any(seed_of_key(key) is not None for key in kept.keys):
             raise ValueError(f"captions of scenes are true, {folder} holds some: untrue is of drawn images")
         if kept.header.policy == DRAWN_WRONG and not untrue:
             raise ValueError(f"{folder} holds images that do not show what their captions say: pass untrue=True")
@@ -153,7 +152,7 @@ class TokenShards(SampleSource):
             sample["contrary"] = self._false_caption(key, seed)
         if self._untrue:
             sample |= {"caption": "", "contrary": sample["caption"]}
-        if self._unbegun < 1 and key.startswith(_SCENES):
+        if self._unbegun < 1 and seed_of_key(key) is not None:
             sample["weights"] = self._weights(key)
         if self._ahead:
             sample["ahead"] = torch.from_numpy(objects_ahead(_scene(key), self._grid))
@@ -195,17 +194,17 @@ class TokenShards(SampleSource):
         return math.isqrt(self.header.num_tokens)
 
     def _caption(self, index: int, key: str, seed: int) -> str:
-        if self._shares is None or not key.startswith(_SCENES):
+        if self._shares is None or seed_of_key(key) is None:
             return self._captions[index]
         return say(_scene(key), seed, **self._shares)
 
     def _false_caption(self, key: str, seed: int) -> str:
-        if not self._contrary or not key.startswith(_SCENES):
+        if not self._contrary or seed_of_key(key) is None:
             return ""
         return say_contrary(_scene(key), seed, self._contrary, **(self._shares or {}))
 
     def _seen(self, key: str) -> Tensor:
-        if not key.startswith(_SCENES):
+        if seed_of_key(key) is None:
             return torch.full((self._shown**2, len(SHOWN_SIZES)), -1)
         return torch.from_numpy(objects_shown(_scene(key), self._shown))
 
@@ -215,21 +214,23 @@ class TokenShards(SampleSource):
 
 
 def _scene(key: str) -> Scene:
-    return sample_scene(int(key.removeprefix(_SCENES)))
+    seed = seed_of_key(key)
+    if seed is None:
+        raise ValueError(f"only of scenes is known what they show, got the key {key!r}")
+    return sample_scene(seed)
 
 
 def _is_wanted(key: str, *, split: Split | None, textures: Sequence[Texture] | None) -> bool:
     if split is not None and split_of(key) != split:
         return False
-    return textures is None or (key.startswith(_SCENES) and texture_of(int(key.removeprefix(_SCENES))) in textures)
+    seed = seed_of_key(key)
+    return textures is None or (seed is not None and texture_of(seed) in textures)
 
 
 def split_of(key: str) -> Split:
     """Split of a sample: of a scene by its seed, of any other by its key."""
-    name = key.removeprefix(_SCENES)
-    if name != key and name.isascii() and name.isdigit():
-        return split_of_seed(int(name))
-    return split_of_key(key)
+    seed = seed_of_key(key)
+    return split_of_key(key) if seed is None else split_of_seed(seed)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -131,11 +131,15 @@ class LaytonGenDrawer:
     def _plans(self) -> bool:
         return self.pipeline.planner is not None
 
-    def settings(self) -> dict[str, Any]:
-        """Every setting that decides a picture, beside prompt and seed."""
+    def settings(self, *, told: bool = False) -> dict[str, Any]:
+        """Every setting that decides a picture, beside prompt and seed.
+
+        Args:
+            told: Whether the layouts are given, so that nobody plans.
+        """
         sampling, guidance = self.sampling.over(self.pipeline.card.sampling)
         decoder = self.pipeline.tokenizer.decoder(self.decoder)
-        planner = self.pipeline.planner if self._plans and not self.sampling.no_layout else None
+        planner = self.pipeline.planner if self._plans and not (told or self.sampling.no_layout) else None
         candidates, judge = self.pipeline.candidates(self.sampling.candidates), self.pipeline.judge
         return {
             "model": self.name,

@@ -17,12 +17,11 @@ from generation.judge import Judge
 from generation.text_encoders import TextEncoder
 from generation.token_shards import differences
 from layton.data.sources import say, say_contrary, walk
-from layton.scenes import SHOWN_SIZES, sample_scene
+from layton.scenes import SHOWN_SIZES, sample_scene, seed_of_key
 from layton.scenes.contrary import CHANGES
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
 from layton.tokenizer import LaytonTokenizer
 
-_SCENES = "scenes/"
 _KINDS = ("true", "false", "foreign")
 _READS = "judge_reads"  # key of checkpoints
 
@@ -177,10 +176,10 @@ class JudgeTask(LaytonTask):
 
     def _said(self, key: str, seed: int) -> tuple[list[str], list[str]] | None:
         """A true caption of a scene and all that are wrong in one thing; None of what is no scene."""
-        name = key.removeprefix(_SCENES)
-        if name == key:
+        number = seed_of_key(key)
+        if number is None:
             return None
-        scene = sample_scene(int(name))
+        scene = sample_scene(number)
         false = [say_contrary(scene, seed, [change], **self._shares) for change in CHANGES]
         return [say(scene, seed, **self._shares)], [caption for caption in false if caption]
 

@@ -17,11 +17,12 @@ from typing import Self, cast
 import torch
 
 from generation.generator import find_generator, load_generator
-from generation.layout import PlacedObject
+from generation.layout import PlacedObject, scenes_layout
 from generation.planner import PART, LayoutPlanner
 from generation.text_encoders import TextEncoder
+from layton.ldm.text import knows_places
 from layton.scenes import Colour, Shape
-from layton.scenes.placed import SQUARE_TOKENS, join_phrases, placed_phrase
+from layton.scenes.placed import join_phrases, placed_phrase
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,10 +32,19 @@ class PlacedPrompts:
     Attributes:
         text_encoder: What the planner reads prompts with.
         planner: Of layouts of Scenes.
+
+    Raises:
+        ValueError: If the planner's labels are not shapes and colours of Scenes.
     """
 
     text_encoder: TextEncoder
     planner: LayoutPlanner
+
+    def __post_init__(self) -> None:
+        labels = self.planner.layout.labels
+        if labels != scenes_layout().labels:
+            told = ", ".join(str(kind[0]) for kind in labels)
+            raise ValueError(f"places are said of shapes and colours of Scenes; the planner's labels begin with {told}")
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, allow: Sequence[str] = ()) -> Self:
@@ -77,15 +87,16 @@ class PlacedPrompts:
 
 def has_places(name: str | Path) -> bool:
     """Whether a model has both: a planner, and a text-to-image pipeline whose tokenizer knows places."""
+    from transformers import AutoTokenizer
+
     from layton.commands.text_to_image import find_pipeline
 
     try:
         pipeline, generator = find_pipeline(name), find_generator(name)
-    except ValueError:
+        tokenizer = AutoTokenizer.from_pretrained(pipeline / "tokenizer", local_files_only=True)
+    except (OSError, ValueError):
         return False
-    vocabulary = pipeline / "tokenizer" / "tokenizer.json"
-    known = vocabulary.is_file() and all(f'"{token}"' in vocabulary.read_text("utf-8") for token in SQUARE_TOKENS)
-    return known and (generator / PART).is_dir()
+    return knows_places(tokenizer) and (generator / PART).is_dir()
 
 
 def say_objects(objects: Sequence[PlacedObject]) -> str:

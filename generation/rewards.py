@@ -11,13 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layton.scenes import sample_scene
+from layton.scenes import sample_scene, seed_of_key
 from layton.sceneval.checker import check_objects, relations_between
 from layton.sceneval.detection import MIN_SCORE, FoundObject, find_objects
 from layton.sceneval.prompts import spec_of_caption
 from layton.sceneval.spec import PromptSpec
 
-_SCENES = "scenes/"
 _Side = tuple[int, int]
 
 
@@ -146,7 +145,7 @@ def _cells(patch: FoundObject, grid: _Side) -> Tensor:
 
 
 def _spec(caption: str, key: str) -> PromptSpec:
-    name = key.removeprefix(_SCENES)
-    if name == key or not name.isdecimal():
-        raise ValueError(f"SceneReward judges scenes, whose keys are {_SCENES}<seed>; got {key!r}")
-    return spec_of_caption(sample_scene(int(name)), caption)
+    seed = seed_of_key(key)
+    if seed is None:
+        raise ValueError(f"SceneReward judges scenes, whose keys are scenes/<seed>; got {key!r}")
+    return spec_of_caption(sample_scene(seed), caption)

@@ -5,7 +5,7 @@ What a judge must learn is how generated images fail, which real images with fal
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -56,6 +56,7 @@ def draw_rollouts(
     decoder: str | None = None,
     seed: int = 0,
     batch_size: int = 64,
+    made_by: Mapping[str, object] | None = None,
     on_progress: Callable[[int], object] | None = None,
 ) -> RolloutReport:
     """Draw images, judge them, and write two token datasets, ``right`` and ``wrong``, which appear when both are whole.
@@ -73,6 +74,7 @@ def draw_rollouts(
         decoder: Of the pictures that are judged; the tokenizer's choice by default.
         seed: Of the first image; the following images count up from it.
         batch_size: Images drawn at once.
+        made_by: How they are drawn, for the manifests.
         on_progress: Told how many images are done with.
 
     Raises:
@@ -111,11 +113,13 @@ def draw_rollouts(
     with staged(out) as folder:
         for name, policy, rows in ((RIGHT, DRAWN_RIGHT, kept[True]), (WRONG, DRAWN_WRONG, kept[False])):
             if rows:
-                _write(folder / name, replace(header, policy=policy), rows)
+                _write(folder / name, replace(header, policy=policy), rows, made_by or {})
     return RolloutReport(len(kept[True]), len(kept[False]))
 
 
-def _write(folder: Path, header: TokenHeader, rows: list[tuple[Tensor, str, str]]) -> None:
+def _write(
+    folder: Path, header: TokenHeader, rows: list[tuple[Tensor, str, str]], made_by: Mapping[str, object]
+) -> None:
     """One token dataset of one shard."""
     shard = TokenShard(torch.stack([row[0] for row in rows]), [row[1] for row in rows], [row[2] for row in rows])
     path = folder / shard_name(0)
@@ -123,5 +127,5 @@ def _write(folder: Path, header: TokenHeader, rows: list[tuple[Tensor, str, str]
     write_shard(path, header, shard)
     entry = {"file": path.name, "samples": len(shard), "skipped": 0, "sha256": sha256_of(path)}
     counts = {"inputs": len(shard), "samples": len(shard), "skipped": 0}
-    about = {"format": FORMAT, "header": asdict(header), "source": header.policy}
+    about = {"format": FORMAT, "header": asdict(header), "source": header.policy, "made_by": dict(made_by)}
     write_json(folder / MANIFEST_NAME, {**about, "shards": [entry], "counts": counts, "skipped": []})

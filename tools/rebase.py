@@ -32,7 +32,7 @@ def main() -> None:
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(arguments.tokenizer, part)
     copy_pipeline(arguments.ldm, part / LDM_FOLDER)
-    rebase_all(part / "decoders", arguments.ldm, rounding=torch.float16)
+    rebase_all(part / "decoders", arguments.tokenizer / LDM_FOLDER / "unet", arguments.ldm, rounding=torch.float16)
     part.rename(arguments.out)
 
 

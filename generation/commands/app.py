@@ -82,7 +82,9 @@ class Studio:
             pass  # a tokenizer without a latent diffusion model
         else:
             planner = name if has_places(name) else None
-            painters[DIFFUSION] = load_drawer("diffusion", name, planner=planner, device=device).draw
+            painters[DIFFUSION] = load_drawer(
+                "diffusion", name, planner=planner, device=device, allow=None if planner is None else allow
+            ).draw
         return cls(name, Reconstructor(model, model.default_decoder, ImageMeasures()), painters)
 
     @property

@@ -12,6 +12,7 @@ from generation.commands.options import require_least, require_shares
 from layton.commands.calling import progress
 from layton.commands.reports import write_json
 from layton.data.types import Split
+from layton.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,6 +64,8 @@ def evaluate_applications(
     require_least(1, {"count": count, "batch_size": batch_size, "scale": scale})
     require_least(0, {"edit_softness": edit_softness})
     require_shares({"edit_threshold": edit_threshold, "enlarge_strength": enlarge_strength})
+    if edit_threshold == 1:
+        raise UsageError("--edit-threshold must be below 1: no place changes more than the one that changes most")
     settings = TaskSettings(
         edit_t=edit_time,
         edit_threshold=edit_threshold,

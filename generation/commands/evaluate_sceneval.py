@@ -1,4 +1,4 @@
-"""``layton evaluate sceneval`` for LaytonGen as well as for diffusion models."""
+"""``layton evaluate sceneval`` for LaytonGen and for diffusion models."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 def evaluate_sceneval(
     *,
-    pipeline: str = "mini",
-    kind: Kind = "diffusion",
+    model: str = "mini",
+    kind: Kind = "laytongen",
     student: Path | None = None,
     planner: str | None = None,
     prompts: Path | None = None,
@@ -48,8 +48,8 @@ def evaluate_sceneval(
     """Score a text-to-image model on the Scenes prompts, in GenEval's form and on a scale of its own.
 
     Args:
-        pipeline: embedded model, folder of a diffusers text-to-image pipeline, or folder of a LaytonGen.
-        kind: diffusion, or laytongen.
+        model: embedded model or folder.
+        kind: laytongen, or diffusion for a diffusers text-to-image folder.
         student: export of `layton distill` on a diffusers pipeline, which then draws as it was trained to.
         planner: embedded model or folder of a LaytonGen, whose planner says prompts anew with places, for a diffusion
             model that learnt such prompts.
@@ -59,7 +59,7 @@ def evaluate_sceneval(
         tokenizer: of LaytonGen, where it does not lie beside the generator.
         decoder: name of LaytonGen's code decoder; the tokenizer's own choice by default.
         steps: denoising steps (25 by default), a student's, or those of LaytonGen's decoder.
-        guidance_scale: of classifier-free guidance; 1 is none.
+        guidance_scale: of classifier-free guidance, 1 is none; LaytonGen's own, or 4 for a diffusion model by default.
         temperature: of LaytonGen; 0 takes the likeliest code each time.
         top_k: of LaytonGen; 0 for all codes.
         top_p: of LaytonGen; 1 for all codes.
@@ -93,7 +93,7 @@ def evaluate_sceneval(
     specs = make_prompts(per_task) if prompts is None else read_prompts(prompts)
     loaded = load_drawer(
         kind,
-        pipeline,
+        model,
         student=student,
         planner=planner,
         tokenizer=tokenizer,

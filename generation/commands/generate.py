@@ -136,7 +136,7 @@ def generate(
     sys.stdout.write(f"{out}: {', '.join(names[:4])}{' ...' * (num_images > 4)} in {seconds:.1f} s\n")
     if json is not None:
         times = {"loading": loaded - started, "drawing": seconds}
-        settings = {**draw.settings(), "prompt": prompt, "seed": seed}
+        settings = {**draw.settings(told=placed is not None), "prompt": prompt, "seed": seed}
         where = [None if each is None else [asdict(item) for item in each] for each in told]
         write_json(json, {"settings": settings, "seconds": times, "files": names, "layouts": where})
 

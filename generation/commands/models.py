@@ -66,7 +66,8 @@ def load_drawer(
         sampling: What is asked for beside the model's defaults; of a diffusion model only a guidance scale.
         weights: Of LaytonGen's transformer while it draws; as they are saved by default.
         device: Where to run.
-        allow: Prefixes of class names of LaytonGen's parts that may be loaded beside this library's.
+        allow: Prefixes of class names of parts of LaytonGen, or of the planner's, that may be loaded beside this
+            library's.
 
     Raises:
         UsageError: If an option of the other kind is given, or one is out of range.
@@ -90,9 +91,11 @@ def load_drawer(
             allow=allow or (),
         )
         return Drawer(draw, draw.settings())
-    others = {"tokenizer": tokenizer, "decoder": decoder, "weights": weights, "allow": allow}
+    others: dict[str, object] = {"tokenizer": tokenizer, "decoder": decoder, "weights": weights}
+    others["allow"] = None if planner is not None else allow
     _refuse({**others, **dict.fromkeys(choice.given(), True)}, "LaytonGen's, not a diffusion model's")
-    return _diffusion(name, student, planner, steps=steps, guidance_scale=choice.guidance_scale, device=device)
+    guidance_scale = choice.guidance_scale
+    return _diffusion(name, student, planner, steps=steps, guidance_scale=guidance_scale, device=device, allow=allow)
 
 
 def _refuse(options: Mapping[str, object], whose: str) -> None:
@@ -111,21 +114,22 @@ def _diffusion(
     steps: int | None,
     guidance_scale: float | None,
     device: str | None,
+    allow: Sequence[str] | None,
 ) -> Drawer:
     from generation.placed_prompts import PlacedPrompts
     from layton.commands.text_to_image import find_pipeline
     from layton.errors import UsageError
     from layton.ldm.cache import digest
+    from layton.ldm.text import knows_places
     from layton.modules import weights_digest
-    from layton.scenes.placed import SQUARE_TOKENS
 
     folder = find_pipeline(name)
     draw = _text_to_image(folder, student, steps=steps, guidance_scale=guidance_scale, device=device)
-    if planner is not None and not SQUARE_TOKENS.keys() <= draw.pipeline.tokenizer.get_vocab().keys():
+    if planner is not None and not knows_places(draw.pipeline.tokenizer):
         raise UsageError(
             f"{name} has not learnt prompts with places: its tokenizer lacks their words, leave --planner out"
         )
-    rewrite = None if planner is None else PlacedPrompts.from_pretrained(planner)
+    rewrite = None if planner is None else PlacedPrompts.from_pretrained(planner, allow=allow or ())
     settings = {
         "model": name,
         "weights": digest(folder),

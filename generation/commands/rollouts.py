@@ -59,6 +59,8 @@ def rollouts(
     require_shares({"chinese": chinese, "reworded": reworded})
     if out.exists():
         raise UsageError(f"{out} exists already: take another --out")
+    asked: dict[str, object] = {"split": split, "count": count, "offset": offset, "seed": seed}
+    asked |= {"images_per_prompt": images_per_prompt, "chinese": chinese, "reworded": reworded}
     prompts = SceneCaptions(split=split, length=count, offset=offset, chinese=chinese, reworded=reworded)
     loaded = LaytonGenDrawer.load(model, tokenizer=tokenizer, decoder=decoder, device=device, allow=allow or ())
     with progress(count * images_per_prompt, "draw") as bar:
@@ -71,6 +73,7 @@ def rollouts(
             decoder=decoder,
             seed=seed,
             batch_size=batch_size,
+            made_by={**loaded.settings(), "candidates": 1, "judge": None, "reward": "SceneReward", **asked},
             on_progress=bar.update,
         )
     total = report.right + report.wrong

@@ -12,18 +12,20 @@ from layton.errors import UsageError
 
 
 def require_least(least: int, values: Mapping[str, int | None]) -> None:
-    """Stop unless every option that is given is at least ``least``.
+    """Stop unless every option that is given is at least ``least``, and fits into 63 bits as seeds and counts must.
 
     Args:
         least: The smallest value.
         values: By parameter name; None for options that are not given.
 
     Raises:
-        UsageError: With the first option that is too small.
+        UsageError: With the first option that is too small or too large.
     """
     for name, value in values.items():
         if value is not None and value < least:
             raise UsageError(f"{_option(name)} must be at least {least}, got {value}")
+        if value is not None and value >= 2**63:
+            raise UsageError(f"{_option(name)} must be below 2^63, got {value}")
 
 
 def require_shares(values: Mapping[str, float]) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from layton.data.sources import SampleSource, say
 from layton.data.types import Split, check_split, split_of_key
-from layton.scenes import Scene, objects_placed, sample_scene, split_seeds
+from layton.scenes import Scene, objects_placed, sample_scene, scene_key, split_seeds
 from layton.scenes.world import MAX_DIAMETER
 
 MAX_LINE_BYTES = 4096
@@ -79,7 +79,7 @@ class SceneCaptions(SampleSource):
         """One caption; see `SampleSource.sample`."""
         scene = self._scene(index)
         own = self._min_diameter == 0  # else the seed alone does not give the scene: its task is wanted, too
-        key = f"scenes/{scene.seed}" if own else f"scene/{scene.task}/{scene.seed}"
+        key = scene_key(scene.seed) if own else f"scene/{scene.task}/{scene.seed}"
         sample: dict[str, Any] = {"caption": say(scene, seed, **self._shares), "key": key}
         if self._placed:
             sample["layout"] = torch.from_numpy(objects_placed(scene, self._placed))
@@ -114,7 +114,7 @@ class PromptFile(SampleSource):
     def __init__(self, path: str, *, split: Split | None = None) -> None:
         self.path = Path(path)
         wanted = check_split(split)
-        lines = _read_lines(self.path)
+        lines = read_lines(self.path)
         self._prompts = [
             (number, text) for number, text in lines if wanted is None or split_of_key(str(number)) == wanted
         ]
@@ -131,8 +131,12 @@ class PromptFile(SampleSource):
         return {"caption": text, "key": f"{self.path.stem}/{number}"}
 
 
-def _read_lines(path: Path) -> list[tuple[int, str]]:
-    """The non-blank lines of a file with their numbers, from 1."""
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """The non-blank lines of a UTF-8 file, stripped, with their numbers from 1.
+
+    Raises:
+        ValueError: There is no such file, it is not UTF-8, or a line is over 4,096 bytes.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -140,7 +144,7 @@ def _read_lines(path: Path) -> list[tuple[int, str]]:
     found = []
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
         if len(line) > MAX_LINE_BYTES:
-            raise ValueError(f"{path}: line {number} has {len(line)} bytes; a prompt has at most {MAX_LINE_BYTES}")
+            raise ValueError(f"{path}: line {number} has {len(line)} bytes; a line has at most {MAX_LINE_BYTES}")
         try:
             text = line.decode("utf-8").strip()
         except UnicodeDecodeError as error:

@@ -18,7 +18,7 @@ from layton.data.images import ImageError
 from layton.data.randomness import mix, permute
 from layton.data.transforms import Fit, SampleTransform
 from layton.data.types import ImageSample, Split, check_split
-from layton.scenes import Scene, Texture, as_position, render, sample_scene, split_seeds, textured_seeds
+from layton.scenes import Scene, Texture, as_position, render, sample_scene, scene_key, split_seeds, textured_seeds
 from layton.scenes.captions import Wording, describe
 from layton.scenes.captions import wording as scene_wording
 from layton.scenes.contrary import Change, contrary_caption
@@ -210,7 +210,7 @@ class ScenesSource(ImageSource):
         else:
             tensor = rearrange(torch.from_numpy(pixels), "h w c -> c h w").contiguous().to(torch.float32)
             image = tensor.div_(127.5).sub_(1.0)
-        return ImageSample(image=image, caption=self._say(scene, seed), key=f"scenes/{scene_seed}")
+        return ImageSample(image=image, caption=self._say(scene, seed), key=scene_key(scene_seed))
 
     def caption(self, index: int, *, seed: int) -> str:
         """The caption alone, without rendering; see `ImageSource.caption`."""

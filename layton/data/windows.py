@@ -9,10 +9,9 @@ import torch
 
 from layton.data.randomness import mix
 from layton.data.sources import SampleSource, say
-from layton.scenes import sample_scene
+from layton.scenes import sample_scene, seed_of_key
 from layton.scenes.windows import ObjectWindow, object_windows
 
-_SCENES = "scenes/"
 _MAX_SCENES = 64  # looked at for one sample; nearly every scene has a window
 
 
@@ -39,7 +38,7 @@ class ObjectWindows(SampleSource):
     def __init__(self, source: SampleSource, *, side: int = 8, chinese: float = 0.0, reworded: float = 0.0) -> None:
         self._source = source
         first = source.sample(0, seed=0)
-        if not str(first["key"]).startswith(_SCENES):
+        if seed_of_key(str(first["key"])) is None:
             raise ValueError(f"windows are cut out of scenes, got the key {first['key']!r}")
         if "latent" not in first and "codes" not in first:
             raise ValueError(f"samples have neither 'latent' nor 'codes', but {sorted(first)}")
@@ -60,7 +59,10 @@ class ObjectWindows(SampleSource):
         """A window of this scene, or of the next one that has any; which one depends on the seed."""
         for step in range(_MAX_SCENES):
             sample = self._source.sample((index + step) % len(self), seed=seed)
-            scene = sample_scene(int(str(sample["key"]).removeprefix(_SCENES)))
+            seed_of_scene = seed_of_key(str(sample["key"]))
+            if seed_of_scene is None:
+                raise ValueError(f"windows are cut out of scenes, got the key {sample['key']!r}")
+            scene = sample_scene(seed_of_scene)
             windows = object_windows(scene, grid=self.grid, side=self.side)
             if windows:
                 window = windows[mix(seed, scene.seed, 3) % len(windows)]

@@ -24,6 +24,8 @@ from layton.distillation.distilled import LORA_NAME
 from layton.folder import WEIGHTS_NAME, load_config, load_tensors, save_config, save_tensors
 from layton.ladd import CLASS_NAME, LADD
 
+_ROUNDING = 2**-9  # of the largest weight: old, new and adaptors may each have been stored in half precision
+
 
 def rebase_decoder(folder: Path, adaptors: Path, *, rounding: torch.dtype | None = None) -> None:
     """Change a stage-1 decoder, in place, so that it belongs to a UNet into which adaptors were folded.
@@ -65,17 +67,19 @@ def rename_base(folder: Path, network: LADD) -> None:
     save_config(folder, config)
 
 
-def rebase_all(decoders: Path, pipeline: Path, *, rounding: torch.dtype | None = None) -> None:
+def rebase_all(decoders: Path, old: Path, pipeline: Path, *, rounding: torch.dtype | None = None) -> None:
     """Change the decoders of a tokenizer folder, in place, so that they belong to an export of text-to-image.
 
     Args:
         decoders: Folder ``decoders`` of a tokenizer, with one called ``diffusion``.
+        old: Folder of the UNet that they decode with so far.
         pipeline: The export, with ``unet`` and ``lora``.
         rounding: See `rebase_decoder`.
 
     Raises:
-        ValueError: If they do not fit each other.
+        ValueError: If they do not fit each other, or the export began with another UNet; nothing is changed then.
     """
+    require_grown_from(old, pipeline)
     base = decoders / "diffusion"
     rebase_decoder(base, pipeline / "lora", rounding=rounding)
     unet = UNet2DConditionModel.from_pretrained(pipeline / "unet", local_files_only=True, use_safetensors=True)
@@ -83,6 +87,34 @@ def rebase_all(decoders: Path, pipeline: Path, *, rounding: torch.dtype | None =
     for config in sorted(decoders.glob("*/config.json")):
         if json.loads(config.read_text(encoding="utf-8")).get("difference"):
             rename_base(config.parent, network)
+
+
+def require_grown_from(old: Path, pipeline: Path) -> None:
+    """Stop unless an export's UNet is an old one plus its adaptors, up to the rounding of stored weights.
+
+    Args:
+        old: Folder of the old UNet.
+        pipeline: The export, with ``unet`` and ``lora``.
+
+    Raises:
+        ValueError: Names the first tensor that is not.
+    """
+    before, after = (
+        UNet2DConditionModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).float().state_dict()
+        for folder in (old, pipeline / "unet")
+    )
+    adaptors, shape = read_adaptors(pipeline / "lora")
+    if before.keys() != after.keys():
+        raise ValueError(
+            f"{pipeline} did not begin with {old}: other tensors {sorted(before.keys() ^ after.keys())[:5]}"
+        )
+    for name, weight in before.items():
+        wanted, layer = weight, name.removesuffix(".weight")
+        if f"{layer}.lora_A.weight" in adaptors:
+            down, up = (adaptors[f"{layer}.lora_{half}.weight"].float().flatten(1) for half in "AB")
+            wanted = weight + (up @ down).view_as(weight) * (shape.alpha / shape.rank)
+        if (after[name] - wanted).abs().max() > _ROUNDING * max(float(wanted.abs().max()), float(weight.abs().max())):
+            raise ValueError(f"{pipeline} did not begin with {old}: {name} differs by more than its adaptors")
 
 
 def read_adaptors(folder: Path) -> tuple[dict[str, Tensor], LoraSettings]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
+from layton.ldm.text import knows_places
 from layton.scenes.placed import DIAMETER_TOKENS, SQUARE_TOKENS
 
 _WAVES = 4
@@ -60,9 +61,9 @@ class PlaceTeacher(nn.Module):
             attention.register_forward_pre_hook(keep, with_kwargs=True)
         self.heads = nn.ModuleList(nn.Linear(attention.to_q.in_features, 2 * _WAVES) for attention in attentions)
         self._kept, self._attentions = kept, tuple(attentions)  # in a tuple: no part of this module
-        known = tokenizer.get_vocab()
-        if not SQUARE_TOKENS.keys() <= known.keys():
+        if not knows_places(tokenizer):
             raise ValueError("the tokenizer does not know the tokens of places")
+        known = tokenizer.get_vocab()
         sizes, centres = torch.zeros(len(known)), torch.full((len(known), 2), math.nan)
         for token, size in DIAMETER_TOKENS.items():
             sizes[known[token]] = size

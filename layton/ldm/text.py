@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase
 
 from layton.scenes import caption, sample_scene
 from layton.scenes.placed import DIAMETER_TOKENS, SQUARE_TOKENS
@@ -107,6 +107,11 @@ def read_text_parts(pipeline: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{pipeline}: tokenizer or text_encoder cannot be read ({error})") from error
     return tokenizer, model.float()
+
+
+def knows_places(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a pipeline's tokenizer has the words of `layton.scenes.placed`."""
+    return DIAMETER_TOKENS.keys() | SQUARE_TOKENS.keys() <= tokenizer.get_vocab().keys()
 
 
 def tell_places(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:

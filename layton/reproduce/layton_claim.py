@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,7 +119,8 @@ def judge(figures: Mapping[str, Mapping[str, Any]]) -> list[Check]:
     candidates = {steps: figures[f"{METHOD.name}-{steps}"] for steps in METHOD.steps}
     steps = max(METHOD.steps)  # the decoder's own number; fewer are reported beside it, not chosen from
     ours = candidates[steps]["scenes"]
-    gain, error = _psnr(ours) - _psnr(base), float(ours["model"]["psnr"]["standard_error"])
+    gain = _psnr(ours) - _psnr(base)
+    error = math.hypot(*(float(each["model"]["psnr"]["standard_error"]) for each in (ours, base)))
     checks = [
         Check(
             f"{steps} steps: PSNR above the diffusion decoder's in {DIFFUSION_STEPS}, dB",

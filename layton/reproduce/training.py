@@ -17,6 +17,7 @@ SPENT_FILE = "spent.json"
 RUN_FILE = "run.yaml"
 TEACHER_PLACE = "runs/text_to_image/export"
 _CALLBACK = "layton.reproduce.budget.BudgetStop"
+_PICTURES = "layton.callbacks.PictureGrid"
 
 
 class TrainingStoppedError(RuntimeError):
@@ -127,7 +128,10 @@ def resolved_run(
     trainer = run.setdefault("trainer", {})
     trainer |= {"max_steps": -1, "max_epochs": -1}
     stop = {"class_path": _CALLBACK, "init_args": {"forwards": budget, "prepaid": prepaid}}
-    trainer["callbacks"] = [stop, *trainer.get("callbacks", [])]  # first: what others draw after a step is not counted
+    others = trainer.get("callbacks", [])
+    if context.scale.name != "full":
+        others = [callback for callback in others if callback["class_path"] != _PICTURES]
+    trainer["callbacks"] = [stop, *others]  # first: what others draw after a step is not counted
     return run
 
 

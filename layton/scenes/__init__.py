@@ -18,7 +18,7 @@ from layton.scenes.cells import (
 )
 from layton.scenes.layout import as_position, check_textures, sample_scene, texture_of, textured_seeds
 from layton.scenes.render import coverage, render
-from layton.scenes.splits import Split, is_unseen, split_of_seed, split_seeds
+from layton.scenes.splits import Split, is_unseen, scene_key, seed_of_key, split_of_seed, split_seeds
 from layton.scenes.world import COLOURS, SHAPES, TASKS, Background, Colour, Scene, SceneObject, Shape, Task, Texture
 
 __all__ = [
@@ -48,6 +48,8 @@ __all__ = [
     "objects_shown",
     "render",
     "sample_scene",
+    "scene_key",
+    "seed_of_key",
     "split_of_seed",
     "split_seeds",
     "texture_of",

@@ -21,6 +21,19 @@ SPLIT_STRIDE: Final = 1_000_000_000
 _HASH_PERSON: Final = b"scenes-428"
 _STARTS: Final[dict[Split, int]] = {"train": 0, "validation": SPLIT_STRIDE, "test": 2 * SPLIT_STRIDE}
 
+_KEY: Final = "scenes/"
+
+
+def scene_key(seed: int) -> str:
+    """Name of a scene as a sample: ``scenes/<seed>``."""
+    return f"{_KEY}{seed}"
+
+
+def seed_of_key(key: str) -> int | None:
+    """Seed of a scene's `scene_key`; None of any other sample's key."""
+    name = key.removeprefix(_KEY)
+    return int(name) if name != key and name.isascii() and name.isdigit() else None
+
 
 def split_of_seed(seed: int) -> Split:
     """The split a scene's seed belongs to: below 10^9 train, below 2x10^9 validation, above test.

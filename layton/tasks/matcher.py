@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill.condition import Condition
 from layton.distillation.matcher import Matcher
-from layton.scenes import sample_scene
+from layton.scenes import sample_scene, seed_of_key
 from layton.scenes.contrary import CHANGES, Captions, captions_of
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
 
@@ -109,13 +109,15 @@ class MatcherTask(LaytonTask):
         return self.log_losses(terms, batch_size=len(said))
 
     def _captions(self, keys: list[str], generator: torch.Generator) -> list[Captions]:
-        foreign = [key for key in keys if not key.startswith("scenes/")]
-        if foreign:
-            raise ValueError(f"the matcher learns from Scenes, whose keys are scenes/<seed>; got {foreign[0]!r}")
+        scenes = [seed_of_key(key) for key in keys]
+        if None in scenes:
+            foreign = keys[scenes.index(None)]
+            raise ValueError(f"the matcher learns from Scenes, whose keys are scenes/<seed>; got {foreign!r}")
         seeds = torch.randint(2**62, (len(keys),), generator=generator).tolist()
         return [
-            captions_of(sample_scene(int(key.removeprefix("scenes/"))), random.Random(seed), chinese=self.chinese)  # noqa: S311
-            for key, seed in zip(keys, seeds, strict=True)
+            captions_of(sample_scene(scene), random.Random(seed), chinese=self.chinese)  # noqa: S311
+            for scene, seed in zip(scenes, seeds, strict=True)
+            if scene is not None
         ]
 
     def _encode(self, said: list[Captions]) -> tuple[Tensor, Tensor, Tensor]:

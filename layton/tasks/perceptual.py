@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from layton.data.types import ImageBatch
 from layton.losses.perceptual import PerceptualNet
-from layton.scenes import COLOURS, SHAPES
+from layton.scenes import COLOURS, SHAPES, seed_of_key
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
 
 WORDS: Final = (*COLOURS, *SHAPES)
@@ -148,5 +148,5 @@ class PerceptualTask(LaytonTask):
 def word_targets(captions: list[str], keys: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
     """Which words each caption holds (B, 18), and which samples are English Scenes, so that it is known (B,)."""
     present = torch.tensor([[float(word in caption) for word in WORDS] for caption in captions], device=device)
-    known = torch.tensor([float(key.startswith("scenes/")) for key in keys], device=device)
+    known = torch.tensor([float(seed_of_key(key) is not None) for key in keys], device=device)
     return present, known * (present.sum(1) > 0)

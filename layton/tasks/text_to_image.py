@@ -118,7 +118,10 @@ class TextToImageTask(LaytonTask):
         if lora is not None:
             add_lora(unet, lora)
             if start is not None:
-                load_adapter_state_dict(unet, read_adaptors(Path(start) / ADAPTER)[0], "default")
+                state, shape = read_adaptors(Path(start) / ADAPTER)
+                if (shape.rank, shape.alpha, set(shape.targets)) != (lora.rank, lora.alpha, set(lora.targets)):
+                    raise ValueError(f"{start} holds adaptors of {shape}, the run trains {lora}")
+                load_adapter_state_dict(unet, state, "default")
         self.teacher = PlaceTeacher(unet, self.text.tokenizer) if place_weight > 0 else None
         self.place_weight, self.object_weight = place_weight, object_weight
         config = dict(build_scheduler().config)

@@ -16,6 +16,7 @@ from layton.losses.perceptual import PerceptualLoss
 from layton.losses.reconstruction import psnr
 from layton.pixel_decoder import PixelDecoder
 from layton.quantizer import Quantizer
+from layton.scenes import seed_of_key
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
 
 HEALTH_INTERVAL = 20
@@ -210,5 +211,5 @@ class AdversarialTokenizerTask(TokenizerTask):
 
 def source_masks(keys: list[str]) -> dict[str, Tensor]:
     """Which samples of a batch are Scenes and which are photographs, (B,) bool each; empty kinds are left out."""
-    scenes = torch.tensor([key.startswith("scenes/") for key in keys])
+    scenes = torch.tensor([seed_of_key(key) is not None for key in keys])
     return {name: mask for name, mask in (("scenes", scenes), ("photos", ~scenes)) if mask.any()}

@@ -68,9 +68,17 @@ def test_a_table_survives_the_disk_and_has_a_fingerprint(tmp_path: Path) -> None
     assert not again.trainable and again.encode([""]).features.abs().max() == 0
 
 
-@pytest.mark.parametrize("names", [[], ["a", "a"], ["a", ""], "ab"])
-def test_what_is_no_list_of_classes_is_refused(names: list[str]) -> None:
-    with pytest.raises(ValueError, match="different names"):
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], r"got \[\]"),
+        (["crane", "tench", "crane"], "'crane' more than once"),
+        (["a", ""], "need names"),
+        ("ab", "need names"),
+    ],
+)
+def test_what_is_no_list_of_classes_is_refused(names: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         ClassNames(names, 8)
 
 
@@ -80,3 +88,8 @@ def test_files_of_names_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "bytes.txt"))):
         class_names(str(tmp_path / "bytes.txt"), 8)
+
+
+def test_a_file_with_a_byte_order_mark_names_the_same_classes(tmp_path: Path) -> None:
+    (tmp_path / "marked.txt").write_bytes("\ufefftench\n\n goldfish \n".encode())
+    assert class_names(str(tmp_path / "marked.txt"), 8).names == ("tench", "goldfish")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,8 @@ def test_the_rollouts_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "0 of 6 images right" in capsys.readouterr().out  # noise shows nothing
     assert [path.name for path in out.iterdir()] == ["wrong"]
     assert len(TokenShards(str(out / "wrong"), untrue=True)) == 6
+    made = json.loads((out / "wrong" / "manifest.json").read_text())["made_by"]
+    assert (made["seed"], made["count"], made["decoder"]) == (0, 3, "light") and made["weights"]
     assert main(words) == 2
 
 

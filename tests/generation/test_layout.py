@@ -440,6 +440,7 @@ def test_generate_takes_a_layout_and_says_which_was_drawn(
     assert found["own"]["layouts"][0][0]["labels"] == ["star", "red"]
     assert found["none"]["layouts"] == [None]
     assert found["planned"]["settings"]["planner"] is not None
+    assert found["own"]["settings"]["planner"] is found["none"]["settings"]["planner"] is None  # nobody planned
     pictures = [(tmp_path / name / found[name]["files"][0]).read_bytes() for name in found]
     assert pictures[0] != pictures[1]
     (tmp_path / "layout.json").write_text('[{"labels": ["star"], "x": true, "y": 0, "diameter": 0}]')

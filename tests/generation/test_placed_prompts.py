@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from laytongen_parts import tiny_generator, tiny_tokenizer
 
 from generation.generator import save_generator
-from generation.layout import PlacedObject
+from generation.layout import LayoutShape, PlacedObject
 from generation.placed_prompts import PlacedPrompts, has_places, say_objects
 from layton import assets
 from layton.cli import main
@@ -49,6 +50,13 @@ def test_prompts_are_said_with_what_they_ask_for(say: PlacedPrompts) -> None:
         say(["a star", "a ring"], seeds=[0])
 
 
+def test_a_planner_of_another_world_cannot_say_places(say: PlacedPrompts) -> None:
+    planner = copy.copy(say.planner)
+    planner.layout = LayoutShape((("cat", "dog"),), 2, 8)
+    with pytest.raises(ValueError, match="shapes and colours of Scenes; the planner's labels begin with cat"):
+        PlacedPrompts(say.text_encoder, planner)
+
+
 def test_a_laytongen_without_planner_cannot_say_places(tmp_path: Path) -> None:
     save_generator(tmp_path / "g", tiny_generator(tiny_tokenizer()))
     with pytest.raises(ValueError, match="has no planner"):
@@ -69,15 +77,18 @@ def test_a_model_has_places_if_its_pipeline_hears_what_its_planner_says(tmp_path
 
 
 def test_a_diffusion_model_is_evaluated_on_placed_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["evaluate", "sceneval", "--per_task", "1", "--images_per_prompt", "1", "--steps", "1"]
+    words = ["evaluate", "sceneval", "--kind", "diffusion", "--steps", "1", "--per_task", "1"]
+    words += ["--images_per_prompt", "1"]
     assert main([*words, "--planner", "mini"]) == 2  # the embedded pipeline has not learnt such prompts
     assert "has not learnt prompts with places" in capsys.readouterr().err
     pipeline = open_pipeline(assets.resolve("mini") / "ldm")
     tell_places(pipeline.tokenizer, pipeline.text_encoder)
     pipeline.save_pretrained(tmp_path / "told")
-    words += ["--pipeline", str(tmp_path / "told")]
+    words += ["--model", str(tmp_path / "told")]
     assert main([*words, "--planner", "mini", "--json", str(tmp_path / "r.json")]) == 0
     run = json.loads((tmp_path / "r.json").read_text())["run"]
     assert run["prompts_rewritten"] is True and run["planner"] == "mini" and len(run["planner_weights"]) >= 16
+    assert main([*words, "--planner", "mini", "--allow", "my_parts"]) == 0  # for classes of the planner's
+    assert main([*words, "--allow", "my_parts"]) == 2
     assert main([*words, "--kind", "laytongen", "--planner", "mini"]) != 0
     assert "planner" in capsys.readouterr().err

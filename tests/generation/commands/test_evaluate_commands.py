@@ -18,7 +18,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_sceneval_of_laytongen(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures, out = tmp_path / "f.json", tmp_path / "out"
-    words = ["evaluate", "sceneval", "--kind", "laytongen", "--pipeline", model, "--per-task", "1"]
+    words = ["evaluate", "sceneval", "--model", model, "--per-task", "1"]
     assert main([*words, "--images-per-prompt", "2", "--out", str(out), "--json", str(figures), "--top-k", "9"]) == 0
     report = json.loads(figures.read_text())
     assert (report["prompts"], report["images"]) == (6, 12)
@@ -26,8 +26,8 @@ def test_sceneval_of_laytongen(model: str, tmp_path: Path, capsys: pytest.Captur
     assert report["run"]["decoder"] == "light"
     assert len(list(out.glob("*/samples/*.png"))) == 12
     assert "not comparable with GenEval" in capsys.readouterr().out
-    assert main([*words[:2], "--pipeline", model, "--top-k", "9"]) == 2  # a diffusion model has no top-k
-    assert main([*words[:2], "--pipeline", model, "--min_entropy", "1"]) == 2
+    assert main([*words[:4], "--kind", "diffusion", "--top-k", "9"]) == 2  # a diffusion model has no top-k
+    assert main([*words[:4], "--kind", "diffusion", "--min_entropy", "1"]) == 2
 
 
 def test_geneval_draws_and_sums_up(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

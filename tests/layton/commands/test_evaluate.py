@@ -107,7 +107,7 @@ def test_sceneval_of_a_pipeline(run: Run, pipeline: Path, tmp_path: Path) -> Non
         out, report = tmp_path / f"out{batch_size}", tmp_path / f"{batch_size}.json"
         options = ["--per-task", 1, "--images-per-prompt", 2, "--steps", 2, "--guidance-scale", 2.0]
         options += ["--batch-size", batch_size, "--out", out, "--json", report, "--seed", 3]
-        assert "overall" in run("evaluate", "sceneval", "--pipeline", pipeline, *options)
+        assert "overall" in run("evaluate", "sceneval", "--kind", "diffusion", "--model", pipeline, *options)
         reports.append(json.loads(report.read_text()))
     assert reports[0] == reports[1]
     assert (reports[0]["prompts"], reports[0]["images"]) == (6, 12)
@@ -124,7 +124,7 @@ def test_sceneval_of_a_folder_with_a_text_encoder_in_half_precision(run: Run, pi
     CLIPTextModel.from_pretrained(half / "text_encoder").half().save_pretrained(half / "text_encoder")
     assert json.loads((half / "text_encoder" / "config.json").read_text())["dtype"] == "float16"
     options = ["--per-task", 1, "--images-per-prompt", 1, "--steps", 1]
-    assert "overall" in run("evaluate", "sceneval", "--pipeline", half, *options)
+    assert "overall" in run("evaluate", "sceneval", "--kind", "diffusion", "--model", half, *options)
 
 
 def test_sceneval_of_a_distilled_student(run: Run, fails: Run, pipeline: Path, tmp_path: Path) -> None:
@@ -132,7 +132,8 @@ def test_sceneval_of_a_distilled_student(run: Run, fails: Run, pipeline: Path, t
     student = networks_for(teacher, LoraSettings(rank=2)).student
     times = ((999.0,), (999.0, 499.0))
     save_distilled(student, tmp_path / "export", FewStepSampling(times, prediction=teacher.prediction_type))
-    options = ["--pipeline", pipeline, "--student", tmp_path / "export", "--per-task", 1, "--images-per-prompt", 1]
+    options = ["--kind", "diffusion", "--model", pipeline, "--student", tmp_path / "export"]
+    options += ["--per-task", 1, "--images-per-prompt", 1]
     assert "overall" in run("evaluate", "sceneval", *options, "--json", tmp_path / "report.json")
     settings = json.loads((tmp_path / "report.json").read_text())["run"]
     assert (settings["num_inference_steps"], settings["student"]) == (2, str(tmp_path / "export"))
@@ -144,10 +145,10 @@ def test_sceneval_of_a_distilled_student(run: Run, fails: Run, pipeline: Path, t
 def test_sceneval_with_a_prompts_file_and_refusals(run: Run, fails: Run, both: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     write_prompts(prompts, make_prompts(1)[:1])
-    options = ["--pipeline", both, "--prompts", prompts, "--images-per-prompt", 1, "--steps", 1]
+    options = ["--kind", "diffusion", "--model", both, "--prompts", prompts, "--images-per-prompt", 1, "--steps", 1]
     assert "single_object" in run("evaluate", "sceneval", *options)
     fails("evaluate", "sceneval", *options, "--out", prompts.parent, status=2)
     assert "guidance" in fails("evaluate", "sceneval", *options, "--guidance-scale", -1, status=2)
     prompts.write_text("{}\n")
     assert "line 1" in fails("evaluate", "sceneval", *options)
-    assert "model_index.json" in fails("evaluate", "sceneval", "--pipeline", tmp_path)
+    assert "model_index.json" in fails("evaluate", "sceneval", "--kind", "diffusion", "--model", tmp_path)

@@ -78,17 +78,32 @@ def test_arms_of_a_claim_differ_in_what_they_claim_only(claim: str) -> None:
     assert budgets == {1.0} or claim == "hipa"
 
 
-@pytest.mark.parametrize("smaller", ["small", "quick"])
-def test_smaller_scales_lay_the_overlay_over_the_run(tmp_path: Path, smaller: ScaleName) -> None:
-    scales: tuple[ScaleName, ...] = (smaller, "full")
-    stage = mlcm.BASELINE.stages[0]
-    places = {TEACHER_PLACE: tmp_path}
-    small, full = (
-        resolved_run(mlcm.BASELINE, stage, context("mlcm", tmp_path, name), places, image_size=32) for name in scales
+@pytest.mark.parametrize(("claim", "arm", "stage"), STAGES, ids=lambda part: getattr(part, "name", part))
+def test_smaller_scales_train_alike_without_validation_and_pictures(
+    tmp_path: Path, claim: str, arm: Arm, stage: Stage
+) -> None:
+    full, small = (
+        resolved_run(arm, stage, context(claim, tmp_path, name), {TEACHER_PLACE: tmp_path}, image_size=32)["trainer"]
+        for name in ("full", "small")
     )
-    assert small["trainer"]["limit_val_batches"] == 0 and "limit_val_batches" not in full["trainer"]
-    assert small["trainer"]["val_check_interval"] == full["trainer"]["val_check_interval"]
-    assert small["model"] == full["model"]
+    assert small["limit_val_batches"] == 0
+    lengths = ("val_check_interval", "gradient_clip_val", "accumulate_grad_batches", "precision")
+    assert [small.get(name) for name in lengths] == [full.get(name) for name in lengths]
+    ours, theirs = (callbacks_of(trainer) for trainer in (small, full))
+    assert ours[1:] == [callback for callback in theirs[1:] if "PictureGrid" not in callback["class_path"]]
+    assert ("BudgetStop" in ours[0]["class_path"]) and len(ours) >= 2
+
+
+def callbacks_of(trainer: dict[str, Any]) -> list[dict[str, Any]]:
+    callbacks: list[dict[str, Any]] = trainer["callbacks"]
+    return callbacks
+
+
+def test_hipa_spends_a_tenth_with_its_last_step() -> None:
+    step = 209.0  # forward-equivalents of one step of 16 on the embedded model, losses in images included
+    for name in ("full", "small"):
+        budget = context("hipa", Path(), name).scale.budget
+        assert hipa.METHOD.budget * budget + step <= budget / 10 and hipa.METHOD.budget >= 0.09
 
 
 def test_pairs_and_phases_come_out_of_the_budget(tmp_path: Path) -> None:

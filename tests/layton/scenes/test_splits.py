@@ -4,7 +4,17 @@ import itertools
 
 import pytest
 
-from layton.scenes import COLOURS, SHAPES, TASKS, is_unseen, sample_scene, split_of_seed, split_seeds
+from layton.scenes import (
+    COLOURS,
+    SHAPES,
+    TASKS,
+    is_unseen,
+    sample_scene,
+    scene_key,
+    seed_of_key,
+    split_of_seed,
+    split_seeds,
+)
 from layton.scenes.captions import NUMBERS, noun_phrase
 from layton.scenes.splits import is_unseen_caption
 
@@ -72,3 +82,9 @@ def test_the_hash_is_the_same_on_every_machine() -> None:
         "a brown cross",
         "a black ring",
     ]
+
+
+def test_keys_of_scenes_tell_their_seeds() -> None:
+    assert seed_of_key(scene_key(2_000_000_007)) == 2_000_000_007
+    for key in ("photos/12", "scenes/", "scenes/x", "scenes/-1", "scene/colors/3", "scenes/\u0662", "12"):
+        assert seed_of_key(key) is None

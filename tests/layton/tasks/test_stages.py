@@ -262,6 +262,14 @@ def test_text_to_image_run_then_stage_1_on_its_export(tmp_path: Path) -> None:
     assert on.keys() == factors.keys()  # the teacher of places is left behind
     change = max(float((on[name] - factors[name]).abs().max()) for name in on)
     assert 0 < change < 0.1
+    with pytest.raises(ValueError, match=r"holds adaptors of .*alpha=2.0.*, the run trains .*alpha=4.0"):
+        TextToImageTask(
+            "ae/export",
+            optimizer=torch.optim.AdamW,
+            pretrained=str(ldm),
+            lora=LoraSettings(rank=2, alpha=4.0, targets=("to_q", "conv1")),
+            start=str(adapted),
+        )
     decoder = {
         "class_path": "layton.tasks.decoder.DecoderTask",
         "init_args": {
