@@ -20,7 +20,7 @@ from generation.generator import find_generator, load_generator
 from generation.layout import PlacedObject, scenes_layout
 from generation.planner import PART, LayoutPlanner
 from generation.text_encoders import TextEncoder
-from layton.ldm.text import knows_places
+from layton.ldm.text import hears_places
 from layton.scenes import Colour, Shape
 from layton.scenes.placed import join_phrases, placed_phrase
 
@@ -87,16 +87,13 @@ class PlacedPrompts:
 
 def has_places(name: str | Path) -> bool:
     """Whether a model has both: a planner, and a text-to-image pipeline whose tokenizer knows places."""
-    from transformers import AutoTokenizer
-
     from layton.commands.text_to_image import find_pipeline
 
     try:
         pipeline, generator = find_pipeline(name), find_generator(name)
-        tokenizer = AutoTokenizer.from_pretrained(pipeline / "tokenizer", local_files_only=True)
+        return hears_places(pipeline) and (generator / PART).is_dir()
     except (OSError, ValueError):
         return False
-    return knows_places(tokenizer) and (generator / PART).is_dir()
 
 
 def say_objects(objects: Sequence[PlacedObject]) -> str:

@@ -25,6 +25,7 @@ ALLOWED_MODULES = (
 )
 _REFUSED_MODULES = ("*", "lightning.pytorch.cli", "lightning.fabric.utilities", "layton.training", "layton.cli")
 SCENES_SOURCE = "layton.data.sources.ScenesSource"
+SCENE_CAPTIONS = "layton.data.prompts.SceneCaptions"
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 64
 MAX_ALIASES = 64
@@ -168,13 +169,21 @@ def moved(value: Any, places: Mapping[str, Path]) -> Any:
     return value
 
 
-def set_scene_size(value: Any, size: int) -> None:
-    """Let every source of Scenes in a run file render at a size in pixels, in place."""
+def set_scenes(value: Any, *, size: int | None, places: bool) -> None:
+    """Fit every source of Scenes in a run file to a teacher, in place.
+
+    Args:
+        value: The run file, or a part of it.
+        size: At which they render, in pixels; None for their own.
+        places: Whether captions shall say where objects stand (`layton.scenes.placed`); else they stay as they are.
+    """
     if isinstance(value, list):
         for item in value:
-            set_scene_size(item, size)
+            set_scenes(item, size=size, places=places)
     elif isinstance(value, dict):
-        if value.get("class_path") == SCENES_SOURCE:
-            value.setdefault("init_args", {})["size"] = size
+        if value.get("class_path") in (SCENES_SOURCE, SCENE_CAPTIONS):
+            options = value.setdefault("init_args", {})
+            options |= {"size": size} if size is not None and value["class_path"] == SCENES_SOURCE else {}
+            options |= {"places": 1.0} if places else {}
         for item in value.values():
-            set_scene_size(item, size)
+            set_scenes(item, size=size, places=places)

@@ -12,7 +12,7 @@ import yaml  # type: ignore[import-untyped]
 
 from layton.assets import INDEX_FILES, resolve
 from layton.errors import UsageError
-from layton.run_files import moved, set_scene_size
+from layton.run_files import moved, set_scenes
 
 HELP = """usage: layton distill METHOD [--pipeline FOLDER] [--prompts FILE] [--run_dir DIR] [--max_steps N] [OVERRIDES]
 
@@ -51,9 +51,8 @@ def fit_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
     if "--pipeline" in short:
         folder = _pipeline_folder(short["--pipeline"])
         own_data = _has_data(rest) or "--prompts" in short
-        if needs_pictures:
-            arguments += _sized_scenes(run_file, folder, rest)
-        arguments += _moved_arguments(run_file, folder, parts=("model",) if own_data else ("model", "data"))
+        size = picture_size(folder, latent_size=_value_of(_LATENT_SIZE, rest)) if needs_pictures else None
+        arguments += _moved_arguments(run_file, folder, parts=("model",) if own_data else ("model", "data"), size=size)
     if "--prompts" in short:
         if needs_pictures:
             raise UsageError(
@@ -65,17 +64,22 @@ def fit_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
     return arguments + rest
 
 
-def _moved_arguments(run_file: Path, folder: Path, *, parts: Sequence[str]) -> list[str]:
-    """Changes that lead a run file's pipeline, and whatever else it takes from that folder, to another folder."""
+def _moved_arguments(run_file: Path, folder: Path, *, parts: Sequence[str], size: int | None) -> list[str]:
+    """Changes that lead a run file's pipeline, and whatever else it takes from that folder, to another folder.
+
+    Scenes are rendered at ``size``, if one is given, and their captions are such as the pipeline hears.
+    """
     run = yaml.safe_load(run_file.read_text(encoding="utf-8"))
     places = {run["model"]["init_args"]["pipeline"]: folder}
     hears = hears_guidance(folder)
     if hears:
         sys.stderr.write("layton: this network hears its guidance: no classifier-free guidance goes on top of it\n")
     arguments = ["--model.init_args.reference_guidance=1.0"] if hears else []
+    told = "data" in parts and _hears_places(folder)
     for part in parts:
         for name, value in run.get(part, {}).get("init_args", {}).items():
             found = moved(value, places)
+            set_scenes(found, size=size, places=told)
             found = _unguided({name: found})[name] if hears else found
             if found != value:
                 text = found if isinstance(found, str) else json.dumps(found)
@@ -83,19 +87,16 @@ def _moved_arguments(run_file: Path, folder: Path, *, parts: Sequence[str]) -> l
     return arguments
 
 
-def _sized_scenes(run_file: Path, folder: Path, rest: Sequence[str]) -> list[str]:
-    """Changes that render a run file's Scenes in the size that a pipeline's network is for."""
-    size = picture_size(folder, latent_size=_value_of(_LATENT_SIZE, rest))
-    if size is None:
-        return []
-    run = yaml.safe_load(run_file.read_text(encoding="utf-8"))
-    arguments = []
-    for role in ("train", "validation", "test"):
-        sources = run["data"]["init_args"].get(role)
-        if sources:
-            set_scene_size(sources, size)
-            arguments.append(f"--data.init_args.{role}={json.dumps(sources)}")
-    return arguments
+def _hears_places(folder: Path) -> bool:
+    from layton.ldm.text import hears_places
+
+    try:
+        found = hears_places(folder)
+    except (OSError, ValueError):
+        return False  # whoever loads the pipeline will tell why
+    if found:
+        sys.stderr.write("layton: this pipeline hears places: captions of Scenes say where objects stand\n")
+    return found
 
 
 def picture_size(folder: Path, *, latent_size: str | None = None) -> int | None:

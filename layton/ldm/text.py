@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase
 
 from layton.scenes import caption, sample_scene
 from layton.scenes.placed import DIAMETER_TOKENS, SQUARE_TOKENS
@@ -112,6 +112,13 @@ def read_text_parts(pipeline: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
 def knows_places(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a pipeline's tokenizer has the words of `layton.scenes.placed`."""
     return DIAMETER_TOKENS.keys() | SQUARE_TOKENS.keys() <= tokenizer.get_vocab().keys()
+
+
+def hears_places(pipeline: Path) -> bool:
+    """Whether the tokenizer of a pipeline's folder has them; not if the folder has none."""
+    if not (pipeline / "tokenizer").is_dir():
+        return False
+    return knows_places(AutoTokenizer.from_pretrained(pipeline / "tokenizer", local_files_only=True))
 
 
 def tell_places(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:

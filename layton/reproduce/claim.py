@@ -37,7 +37,6 @@ class Scale:
         resamples: Bootstrap resamples of the Frechet distance.
         batch_size: Images drawn at once.
         train_scenes: Scenes whose latents are cached for methods that learn from data.
-        places: Prompts say where objects stand (`layton.scenes.placed`), which the teacher must have learnt.
         textures: Backgrounds of the real scenes; all by default.
 
     Raises:
@@ -53,7 +52,6 @@ class Scale:
     resamples: int = 20
     batch_size: int = 16
     train_scenes: int = 16_000
-    places: bool = False
     textures: tuple[Texture, ...] | None = None
 
     def __post_init__(self) -> None:

@@ -67,15 +67,16 @@ class Evaluator:
         folder: Where features and scores are kept.
         scale: How many images, prompts and repetitions.
         image_size: Side of the models' images in pixels.
+        places: Whether prompts say where objects stand (`layton.scenes.placed`), as the teacher has learnt.
     """
 
-    def __init__(self, folder: Path, scale: Scale, image_size: int) -> None:
-        self.folder, self.scale, self.image_size = folder, scale, image_size
+    def __init__(self, folder: Path, scale: Scale, image_size: int, *, places: bool = False) -> None:
+        self.folder, self.scale, self.image_size, self.places = folder, scale, image_size, places
         self.scenes = ScenesSource(
             split="test",
             length=scale.images,
             size=image_size,
-            places=float(scale.places),
+            places=float(places),
             textures=scale.textures,
         )
         self._network: EfficientNetLite0 | None = None
@@ -136,7 +137,7 @@ class Evaluator:
             if not path.is_file():
                 report = run_sceneval(
                     draw,
-                    make_prompts(scale.per_task, places=scale.places),
+                    make_prompts(scale.per_task, places=self.places),
                     scale.images_per_prompt,
                     batch_size=scale.batch_size,
                     seed=seed * SEED_STRIDE,

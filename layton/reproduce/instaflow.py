@@ -119,6 +119,7 @@ def straightness_of(pipeline: Path, count: int, *, guidance_scale: float = 1.0, 
     from layton.distillation.pairs import noise_of
     from layton.ldm.conditions import PromptEncoder, latent_shape_of
     from layton.ldm.teacher import open_pipeline
+    from layton.ldm.text import hears_places
 
     pipe = open_pipeline(pipeline)
     shape = latent_shape_of(pipe)
@@ -126,7 +127,7 @@ def straightness_of(pipeline: Path, count: int, *, guidance_scale: float = 1.0, 
     network = guided(denoiser, guidance_scale, encoder.null() if guidance_scale > 1 else None)
     noisiest = denoiser.schedule.coefficients(torch.tensor([denoiser.schedule.terminal_t], dtype=torch.float64))
     start = float(noisiest.alpha / (noisiest.alpha + noisiest.sigma))
-    captions = SceneCaptions(split="test", length=count)
+    captions = SceneCaptions(split="test", length=count, places=float(hears_places(pipeline)))
     found = []
     for first in range(0, count, batch_size):
         numbers = range(first, min(first + batch_size, count))

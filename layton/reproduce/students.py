@@ -119,10 +119,12 @@ def measure_students(claim: Claim, context: Context) -> Outcome:
         TrainingStoppedError: A signal ended a training run.
     """
     from layton.distillation.pair_data import teacher_digest
+    from layton.ldm.text import hears_places
 
     teacher = find_teacher(context.pipeline)
     claim_out(context, claim=claim.name, teacher=teacher_digest(teacher))
-    evaluator = Evaluator(context.out / "evaluation", context.scale, _image_size(teacher))
+    size, places = _image_size(teacher), hears_places(teacher)
+    evaluator = Evaluator(context.out / "evaluation", context.scale, size, places=places)
     spent: dict[str, Mapping[str, Any]] = {}
     for arm in claim.arms:
         if arm.stages:
@@ -185,6 +187,7 @@ def _protocol(context: Context, evaluator: Evaluator, digest: str) -> dict[str, 
     return {
         "teacher": digest,
         "image_size": evaluator.image_size,
+        "prompts": "with places (layton.scenes.placed)" if evaluator.places else "plain captions",
         "budget": "forward-equivalents of the denoiser, a backward pass counts two; teacher, discriminator, data made "
         "by the teacher, autoencoder and perceptual network in losses (by operations) included; latents of rendered "
         "scenes, encoded once, not",

@@ -11,7 +11,7 @@ from typing import Any
 from layton.distillation.distilled import student_pipeline
 from layton.reproduce.claim import QUICK_OVERLAY, Arm, Context, Stage
 from layton.reproduce.run_files import assign, batch_size_of, read_run, write_run
-from layton.run_files import moved, set_scene_size
+from layton.run_files import moved, set_scenes
 
 SPENT_FILE = "spent.json"
 RUN_FILE = "run.yaml"
@@ -51,7 +51,8 @@ def train_arm(
         arm: With at least one stage.
         context: Of the measurement.
         places: Folders by the paths that stand for them in run files.
-        image_size: Side in pixels at which scenes are rendered for training.
+        image_size: Side in pixels at which scenes are rendered for training. Their captions say where objects stand if
+            the teacher hears that.
         outputs: For stages that later ones start from: the path that stands for their export in run files.
 
     Returns:
@@ -106,12 +107,14 @@ def resolved_run(
     Raises:
         ValueError: The run file lacks a place for something that is to be set.
     """
+    from layton.ldm.text import hears_places
+
     quick = None if context.scale.name == "full" else context.configs.parent / QUICK_OVERLAY
     # Caches are shared by all arms; pairs belong to the stage that pays for them.
     own = {"runs/cache": context.out / "cache", "runs/pairs": stage_folder(context, arm, stage) / "pairs"}
     change = None if stage.overlay is None else context.configs / stage.overlay
     run: dict[str, Any] = moved(read_run(context.configs / stage.config, change, quick), {**places, **own})
-    set_scene_size(run, image_size)
+    set_scenes(run, size=image_size, places=hears_places(places[TEACHER_PLACE]))
     budget = context.scale.budget * arm.budget * stage.share
     prepaid = 0.0
     if stage.pairs is not None:

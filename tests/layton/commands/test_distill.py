@@ -27,6 +27,7 @@ from layton.distillation.distilled import load_distilled, load_sampling, pipelin
 from layton.distillation.instaflow import InstaFlowPipeline
 from layton.ldm.conditions import PromptEncoder
 from layton.ldm.teacher import open_pipeline
+from layton.ldm.text import build_text_encoder, build_tokenizer, tell_places
 from layton.tasks.distill import DistillTask
 from layton.training import load_task
 
@@ -120,6 +121,21 @@ def test_scenes_have_the_size_that_the_pipeline_is_for(tmp_path: Path, kind: str
     assert not any('"size"' in word for word in fit_arguments(CONFIGS / "distill" / "mlcm.yaml", words[:2]))
     own = [*words, "--data", str(CONFIGS / "data" / "scenes_pipeline_latents.yaml")]
     assert not any("ScenesSource" in word for word in fit_arguments(CONFIGS / "distill" / "lcm.yaml", own))
+
+
+def test_pipelines_that_hear_places_are_told_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline = tiny.build("sd")
+    tokenizer = build_tokenizer(["a red star"])
+    tell_places(tokenizer, build_text_encoder(tokenizer, width=8, depth=1))
+    pipeline.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher" / "tokenizer")
+    for method in ("lcm", "mlcm", "reflow"):
+        found = fit_arguments(CONFIGS / "distill" / f"{method}.yaml", ["--pipeline", str(tmp_path / "teacher")])
+        (given,) = [word for word in found if word.startswith("--data.init_args.train=")]
+        assert given.count('"places": 1.0') == 1 and "runs/" not in given.replace("runs/cache", "").replace(
+            "runs/pairs", ""
+        )
+        assert "this pipeline hears places" in capsys.readouterr().err
 
 
 def test_networks_that_hear_their_guidance_are_not_guided_once_more(

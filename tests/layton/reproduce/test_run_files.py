@@ -11,11 +11,12 @@ import yaml
 
 from layton.cli import main
 from layton.commands.reproduce import CLAIMS, find_claim_configs
+from layton.ldm.text import build_text_encoder, build_tokenizer, tell_places
 from layton.reproduce import hipa, instaflow, layton_claim, mlcm, mlcm_ablation, scott, scott_ablation
 from layton.reproduce.claim import SCALE_FILE, Arm, Context, Pairs, Phase, Scale, ScaleName, Stage
 from layton.reproduce.run_files import assign, read_run
 from layton.reproduce.training import TEACHER_PLACE, resolved_run
-from layton.run_files import moved, set_scene_size
+from layton.run_files import moved, set_scenes
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "reproduce"
 ARMS = {
@@ -129,9 +130,28 @@ def test_moved_assign_and_size() -> None:
     for option in ("a.1.b", "x.y", "a.b.c"):
         with pytest.raises(ValueError, match="no place"):
             assign(run, option, 1)
-    scenes = {"t": [{"class_path": "layton.data.sources.ScenesSource", "init_args": {"size": 8}}, {"size": 9}]}
-    set_scene_size(scenes, 32)
-    assert scenes["t"][0]["init_args"]["size"] == 32 and scenes["t"][1] == {"size": 9}
+    source, captions = "layton.data.sources.ScenesSource", "layton.data.prompts.SceneCaptions"
+    scenes: dict[str, Any] = {"t": [{"class_path": source, "init_args": {"size": 8}}, {"size": 9}]}
+    scenes["u"] = {"class_path": captions}
+    set_scenes(scenes, size=32, places=False)
+    assert scenes["t"] == [{"class_path": source, "init_args": {"size": 32}}, {"size": 9}]
+    assert scenes["u"]["init_args"] == {}
+    set_scenes(scenes, size=None, places=True)
+    assert scenes["t"][0]["init_args"] == {"size": 32, "places": 1.0} and scenes["u"]["init_args"] == {"places": 1.0}
+
+
+def test_a_teacher_that_hears_places_is_told_them(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(["a red star"])
+    tokenizer.save_pretrained(tmp_path / "plain" / "tokenizer")
+    tell_places(tokenizer, build_text_encoder(tokenizer, width=8, depth=1))
+    tokenizer.save_pretrained(tmp_path / "told" / "tokenizer")
+    for name, places in (("plain", None), ("told", 1.0)):
+        # The one learns from latents of scenes, the other from captions alone
+        for claim, arm in (("mlcm", mlcm.BASELINE), ("instaflow", instaflow.DIRECT)):
+            teacher = {TEACHER_PLACE: tmp_path / name}
+            run = resolved_run(arm, arm.stages[0], context(claim, tmp_path), teacher, image_size=32)
+            source = run["data"]["init_args"]["train"][0]["init_args"]
+            assert source.get("prompts", {"init_args": source})["init_args"].get("places") == places
 
 
 def test_shares_of_an_arm_are_its_whole_budget() -> None:
