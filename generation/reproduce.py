@@ -14,6 +14,7 @@ from generation.commands.models import Drawer, load_drawer
 from generation.generator import find_generator, find_tokenizer
 from layton.commands.models import default_decoder
 from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from layton.ldm.text import hears_places
 from layton.reproduce.claim import Context
 from layton.reproduce.evaluation import Evaluator, SceneScores
 from layton.reproduce.report import Check, Outcome
@@ -22,6 +23,9 @@ from layton.reproduce.training import claim_out
 
 MOST_DECODER_STEPS = 3
 _ONE, _UNPLANNED = "laytongen_one_candidate", "laytongen_without_planner"
+_NO_PLANNER = "none: LaytonGen draws from the prompt alone"
+_PLANNER = "LaytonGen is told where objects stand by its own planner, which reads the prompt alone"
+_BOTH = "the diffusion model's prompts are said anew by the same planner"
 _SIZE = 256  # not used: SceneEval looks at images of any size
 
 
@@ -38,16 +42,16 @@ def measure(context: Context) -> Outcome:
         raise ValueError(
             f"this claim needs a LaytonGen ({error}); give a folder that holds one with --tokenizer"
         ) from error
-    drawers = {
-        "laytongen": _laytongen(context, SamplingChoice()),
-        "diffusion": load_drawer(
-            "diffusion", str(teacher), steps=DEFAULT_STEPS, sampling=SamplingChoice(DEFAULT_GUIDANCE)
-        ),
-    }
+    ours = _laytongen(context, SamplingChoice())
+    planned = ours.settings.get("planner") is not None
+    told = planned and hears_places(teacher)  # then the diffusion model learns from it where objects stand, too
+    planner = context.tokenizer if told else None
+    sampling = SamplingChoice(DEFAULT_GUIDANCE)
+    baseline = load_drawer("diffusion", str(teacher), steps=DEFAULT_STEPS, sampling=sampling, planner=planner)
+    drawers = {"laytongen": ours, "diffusion": baseline}
     candidates = int(drawers["laytongen"].settings["candidates"])
     if candidates > 1:
         drawers[_ONE] = _laytongen(context, SamplingChoice(candidates=1))
-    planned = drawers["laytongen"].settings.get("planner") is not None
     if planned:
         drawers[_UNPLANNED] = _laytongen(context, SamplingChoice(no_layout=True))
     facts = json.dumps({name: drawer.settings for name, drawer in drawers.items()}, sort_keys=True)
@@ -71,9 +75,7 @@ def measure(context: Context) -> Outcome:
             "sceneval": "test prompts; mean and standard error over repetitions with other drawing seeds",
             "candidates": f"of LaytonGen {candidates}, of which its judge chooses one where there are several; of the "
             "diffusion model 1",
-            "planner": "LaytonGen is told where objects stand by its own planner, which reads the prompt alone"
-            if planned
-            else "none: LaytonGen draws from the prompt alone",
+            "planner": _NO_PLANNER if not planned else _PLANNER if planner is None else f"{_PLANNER}; {_BOTH}",
             "scale": "SceneEval is another scale than GenEval: the paper's figures and ours are not to be compared",
         },
     )
