@@ -67,7 +67,7 @@ def evaluate_generation(
         tokenizer: of LaytonGen, where it does not lie beside the generator.
         decoder: name of the code decoder; the tokenizer's own choice by default.
         steps: of the decoder, or of the diffusion model; its own number by default.
-        guidance_scale: of classifier-free guidance, 1 is none; LaytonGen's own, or 4 for a diffusion model by default.
+        guidance_scale: of classifier-free guidance, 1 is none; LaytonGen's own, or 3 for a diffusion model by default.
         temperature: of LaytonGen.
         top_k: of LaytonGen; 0 for all codes.
         top_p: of LaytonGen; 1 for all codes.

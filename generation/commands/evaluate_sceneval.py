@@ -59,7 +59,7 @@ def evaluate_sceneval(
         tokenizer: of LaytonGen, where it does not lie beside the generator.
         decoder: name of LaytonGen's code decoder; the tokenizer's own choice by default.
         steps: denoising steps (25 by default), a student's, or those of LaytonGen's decoder.
-        guidance_scale: of classifier-free guidance, 1 is none; LaytonGen's own, or 4 for a diffusion model by default.
+        guidance_scale: of classifier-free guidance, 1 is none; LaytonGen's own, or 3 for a diffusion model by default.
         temperature: of LaytonGen; 0 takes the likeliest code each time.
         top_k: of LaytonGen; 0 for all codes.
         top_p: of LaytonGen; 1 for all codes.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from layton import assets
 
 DEFAULT_STEPS = 25
-DEFAULT_GUIDANCE = 4.0
+DEFAULT_GUIDANCE = 3.0
 
 
 def find_pipeline(name: str | Path) -> Path:

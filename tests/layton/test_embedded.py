@@ -9,11 +9,14 @@ import torch
 from torch.nn import functional as F
 
 import layton
+from generation.commands.models import load_drawer
 from generation.generator import find_generator, load_generator
 from generation.pipeline import LaytonGenPipeline
+from generation.placed_prompts import PlacedPrompts
 from layton.data.sources import ScenesSource
 from layton.metrics.image import psnr
 from layton.scenes import objects_placed, sample_scene
+from layton.scenes.placed import SQUARE_TOKENS
 from layton.sceneval.detection import find_objects
 from layton.tokenizer import LaytonTokenizer
 
@@ -65,6 +68,20 @@ def test_plain_diffusers_draws_with_the_text_to_image_model() -> None:
     pipe.set_progress_bar_config(disable=True)
     drawn = pipe("a red star", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt")
     assert drawn.images.shape == (1, 3, 256, 256) and bool(drawn.images.isfinite().all())
+
+
+def test_the_text_to_image_model_draws_objects_where_its_prompts_say() -> None:
+    prompts, seeds = ["a red circle", "two green squares", "a blue ring left of a yellow heart"], [20, 21, 22]
+    said = PlacedPrompts.from_pretrained("mini")(prompts, seeds)
+    images = load_drawer("diffusion", "mini", planner="mini").draw(prompts, seeds)
+    for phrases, image in zip(said, images, strict=True):
+        found = {(item.colour, item.shape, item.cx, item.cy) for item in find_objects(image)}
+        assert len(found) == len(phrases.split(", "))
+        for phrase in phrases.split(", "):
+            colour, shape, _, square = phrase.split()
+            x, y = SQUARE_TOKENS[square]
+            near = {(c, s) for c, s, cx, cy in found if abs(cx - x) < 0.08 and abs(cy - y) < 0.08}
+            assert near == {(colour, shape)}, phrase
 
 
 def test_the_embedded_laytongen_draws_what_it_plans_the_same_in_any_batch() -> None:
