@@ -146,10 +146,17 @@ def flop_counter() -> FlopCounterMode:
     packed = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     if packed is not None:
         formulas[packed] = _packed_linear
+    laid_out = getattr(torch.ops.mkl, "_mkl_linear", None)
+    if laid_out is not None:
+        formulas[laid_out] = _mkl_linear
     return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
 def _packed_linear(rows: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
+    return 2 * rows.numel() * weight[0]
+
+
+def _mkl_linear(rows: torch.Size, laid_out: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
     return 2 * rows.numel() * weight[0]
 
 

@@ -67,10 +67,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(R, T, D) -> (R, T, D); ``bias`` as in `attend`; with a cache, older tokens are attended to as well."""
         rows, tokens, width = x.shape
-        heads = self.qkv(x).unflatten(-1, (3 * self.num_heads, -1))  # (R, T, 3 K, hd)
-        turned = rotate(heads[:, :, : 2 * self.num_heads], rotation).transpose(1, 2)  # queries and keys at once
-        query, key = turned[:, : self.num_heads], turned[:, self.num_heads :]
-        value = heads[:, :, 2 * self.num_heads :].transpose(1, 2)
+        heads = self.qkv(x).view(rows, tokens, 3 * self.num_heads, -1)
+        turning, value = heads.split((2 * self.num_heads, self.num_heads), dim=2)
+        query, key = rotate(turning, rotation).transpose(1, 2).chunk(2, dim=1)  # both turned at once
+        value = value.transpose(1, 2)
         if cache is not None:
             key, value = cache.append(key, value)
         mixed = attend(query, key, value, bias)

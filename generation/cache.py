@@ -6,32 +6,40 @@ S = L + N - 1 tokens that are ever fed, V vocabulary, D width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from generation.packing import packed
+from generation.packing import packed, packed_child
 from generation.rope import Rotation
 from generation.transformer import LaytonGenTransformer, attention_bias
 
 
-class StaticLayerCache:
-    """Keys and values of one layer: two slices (R, K, S, hd) of the memory of all layers.
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerMemory:
+    """Keys and values of one layer during one pass: views of the memory of all layers.
 
     Each head's tokens lie one after another, so that attention over the first t of them reads one stretch of memory
     and nothing is copied as the sequence grows.
+
+    Attributes:
+        keys: (R, K, t, hd) of all tokens so far, the T of this pass included.
+        values: As ``keys``.
+        new_keys: (R, K, T, hd), the last of ``keys``, to be written.
+        new_values: The last of ``values``.
     """
 
-    __slots__ = ("keys", "length", "values")
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values, self.length = keys, values, 0
+    keys: Tensor
+    values: Tensor
+    new_keys: Tensor
+    new_values: Tensor
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values (R, K, T, hd); returns views of those of all tokens so far."""
-        start, self.length = self.length, self.length + key.shape[2]
-        self.keys[:, :, start : self.length].copy_(key)
-        self.values[:, :, start : self.length].copy_(value)
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        self.new_keys.copy_(key)
+        self.new_values.copy_(value)
+        return self.keys, self.values
 
 
 class CachedDecoder:
@@ -46,6 +54,10 @@ class CachedDecoder:
         mask: (R, L), true for real caption tokens, which stand last; None when all are real.
         num_codes: How many codes will be decoded at most; N when None.
         layout: (R, M, F), where objects stand; None when nothing is told.
+
+    Attributes:
+        memory: (2 x layers, R, K, S, hd), keys and values by turns.
+        length: Tokens in it, caption included.
 
     Raises:
         ValueError: If the model is in training mode, the mask does not fit, is not left-padded or leaves a caption
@@ -73,25 +85,20 @@ class CachedDecoder:
         self._control = model.control(layout, len(self._prefix))
         self._vocabulary = packed(model.vocabulary)
         self._blocks = [packed(block) for block in model.blocks]
+        self._norm = packed_child(model.norm)
         self._head = self._vocabulary.frozen_head()
         rows, length, width = self._prefix.shape
         self.prefix_length, self.capacity = length, length + count - 1
         self.rotation = model.rotations(length, device=condition.device)
         heads = model.num_heads
-        shape = (len(model.blocks), 2, rows, heads, self.capacity, width // heads)
+        shape = (2 * len(model.blocks), rows, heads, self.capacity, width // heads)  # keys and values by turns
         memory = torch.empty(shape, device=self._prefix.device, dtype=self._prefix.dtype)
-        self.layers = [StaticLayerCache(keys, values) for keys, values in memory]
-        self.memory = memory
+        self.memory, self.length = memory, 0
         self._bias: Tensor | None = None
         if self.mask is not None:  # what the last token may see: of this, each step takes the first columns
             self._bias = attention_bias(
                 self.mask, queries=1, keys=self.capacity + 1, device=memory.device, dtype=memory.dtype
             )
-
-    @property
-    def length(self) -> int:
-        """Tokens in the cache, caption included."""
-        return self.layers[0].length
 
     @torch.inference_mode()
     def prefill(self, codes: Tensor | None = None) -> Tensor:
@@ -140,15 +147,21 @@ class CachedDecoder:
 
     def keep_rows(self, count: int) -> None:
         """Forget all rows after the first ``count``, as when guidance ends."""
-        for layer in self.layers:
-            layer.keys, layer.values = layer.keys[:count], layer.values[:count]
+        self.memory = self.memory[:, :count]
         self._bias = None if self._bias is None else self._bias[:count]
         self._control = None if self._control is None else self._control[:count]
 
     def _feed(self, x: Tensor, rotation: Rotation, bias: Tensor | None) -> Tensor:
-        for block, layer in zip(self._blocks, self.layers, strict=True):
-            x = block(x, rotation, bias, layer)
-        return self._head(self.model.norm(x[:, -1]))
+        for block, memory in zip(self._blocks, self._extend(x.shape[1]), strict=True):
+            x = block(x, rotation, bias, memory)
+        return self._head(self._norm(x[:, -1]))
+
+    def _extend(self, tokens: int) -> list[LayerMemory]:
+        """Room for so many more tokens in every layer."""
+        start, self.length = self.length, self.length + tokens
+        seen = self.memory[:, :, :, : self.length].unbind()  # all layers at once: a view costs as much as a small sum
+        fresh = self.memory[:, :, :, start : self.length].unbind()
+        return [LayerMemory(*views) for views in zip(seen[::2], seen[1::2], fresh[::2], fresh[1::2], strict=True)]
 
 
 def _checked_mask(mask: Tensor | None, condition: Tensor) -> Tensor | None:

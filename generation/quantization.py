@@ -49,9 +49,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features) float32."""
-        largest = x.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12)
-        result: Tensor = self._product(x / largest, 1.0 / INT8_MAX, _ZERO_POINT, self._packed)
-        result = result * largest
+        largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_min(1e-12)
+        result: Tensor = self._product(x / largest, 1.0 / INT8_MAX, _ZERO_POINT, self._packed).mul_(largest)
         return result if self.bias is None else result + self.bias
 
     def _pack(self, quantize: Callable[..., Tensor], weight: Tensor, scale: Tensor, **options: Any) -> None:

@@ -28,7 +28,7 @@ class Rotation:
     """Factors of `rotate` for T positions, the same for all images or each image's own.
 
     Attributes:
-        cos: (T, head_dim) or (B, T, head_dim) float32.
+        cos: (T, 1, head_dim) or (B, T, 1, head_dim) float32: the same for all heads.
         sin: As ``cos``, its first half negated.
     """
 
@@ -37,7 +37,7 @@ class Rotation:
 
     def at(self, start: int, stop: int) -> Rotation:
         """The factors of positions start to stop - 1."""
-        return Rotation(self.cos[..., start:stop, :], self.sin[..., start:stop, :])
+        return Rotation(self.cos[..., start:stop, :, :], self.sin[..., start:stop, :, :])
 
     def pick(self, positions: Tensor) -> Rotation:
         """The factors of chosen positions (B, T) int64 of a table for all images."""
@@ -80,7 +80,7 @@ def rotation_table(
     still = torch.full((caption_length, 2 * quarter), 1.0 if caption == "identity" else 0.0, device=device)
     cos = torch.cat([still, cos])
     sin = torch.cat([torch.zeros_like(still), sin])
-    return Rotation(torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1))
+    return Rotation(torch.cat([cos, cos], dim=1)[:, None], torch.cat([-sin, sin], dim=1)[:, None])
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
@@ -88,5 +88,4 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
     Element i of a head's first half and element i of its second half are one plane.
     """
-    cos, sin = rotation.cos.unsqueeze(-2), rotation.sin.unsqueeze(-2)
-    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
+    return torch.addcmul(x * rotation.cos, x.roll(x.shape[-1] // 2, dims=-1), rotation.sin).to(x.dtype)
