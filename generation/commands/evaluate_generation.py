@@ -26,7 +26,7 @@ def evaluate_generation(
     data: list[str],
     model: str = "mini",
     kind: Kind = "laytongen",
-    student: Path | None = None,
+    student: str | None = None,
     planner: str | None = None,
     split: Split = "test",
     count: int | None = None,
@@ -58,7 +58,7 @@ def evaluate_generation(
         data: the word scenes, a folder of images with captions, or tar shards (files or patterns).
         model: embedded model or folder.
         kind: laytongen, or diffusion for a diffusers text-to-image folder.
-        student: export of `layton distill` on a diffusers pipeline, which then draws as it was trained to.
+        student: export of `layton distill` on a diffusers pipeline, or mini; it draws as it was trained to.
         planner: embedded model or folder of a LaytonGen, whose planner says prompts anew with places, for a diffusion
             model that learnt such prompts.
         split: train, validation or test.

@@ -25,7 +25,7 @@ def evaluate_geneval(
     results: Path | None = None,
     model: str = "mini",
     kind: Kind = "laytongen",
-    student: Path | None = None,
+    student: str | None = None,
     planner: str | None = None,
     tokenizer: str | None = None,
     decoder: str | None = None,
@@ -55,7 +55,7 @@ def evaluate_geneval(
         results: the scorer's results file, to be summed up.
         model: embedded model or folder.
         kind: laytongen, or diffusion for a diffusers text-to-image folder.
-        student: export of `layton distill` on a diffusers pipeline, which then draws as it was trained to.
+        student: export of `layton distill` on a diffusers pipeline, or mini; it draws as it was trained to.
         planner: embedded model or folder of a LaytonGen, whose planner says prompts anew with places, for a diffusion
             model that learnt such prompts.
         tokenizer: of LaytonGen, where it does not lie beside the generator.

@@ -22,7 +22,7 @@ def evaluate_sceneval(
     *,
     model: str = "mini",
     kind: Kind = "laytongen",
-    student: Path | None = None,
+    student: str | None = None,
     planner: str | None = None,
     prompts: Path | None = None,
     per_task: int = 50,
@@ -50,7 +50,7 @@ def evaluate_sceneval(
     Args:
         model: embedded model or folder.
         kind: laytongen, or diffusion for a diffusers text-to-image folder.
-        student: export of `layton distill` on a diffusers pipeline, which then draws as it was trained to.
+        student: export of `layton distill` on a diffusers pipeline, or mini; it draws as it was trained to.
         planner: embedded model or folder of a LaytonGen, whose planner says prompts anew with places, for a diffusion
             model that learnt such prompts.
         prompts: file of prompts in GenEval's JSON lines; by default they are made from test seeds.

@@ -43,7 +43,7 @@ def load_drawer(
     kind: Kind,
     name: str,
     *,
-    student: Path | None = None,
+    student: str | None = None,
     planner: str | None = None,
     tokenizer: str | None = None,
     decoder: str | None = None,
@@ -58,7 +58,8 @@ def load_drawer(
     Args:
         kind: What the name means.
         name: Embedded model or folder.
-        student: Export of `layton distill` on a diffusion model, which then draws as it was trained to.
+        student: Export of `layton distill` on a diffusion model, or an embedded model with one; it draws as it was
+            trained to.
         planner: LaytonGen whose planner says a diffusion model's prompts anew, with places.
         tokenizer: Of LaytonGen, where it does not lie beside the generator.
         decoder: Of LaytonGen.
@@ -108,7 +109,7 @@ def _refuse(options: Mapping[str, object], whose: str) -> None:
 
 def _diffusion(
     name: str,
-    student: Path | None,
+    student: str | None,
     planner: str | None,
     *,
     steps: int | None,
@@ -135,7 +136,7 @@ def _diffusion(
         "weights": digest(folder),
         "pipeline_class": type(draw.pipeline).__name__,
         "scheduler": type(draw.pipeline.scheduler).__name__,
-        "student": draw.student,
+        "student": student,
         "num_inference_steps": draw.num_steps,
         "guidance_scale": draw.guidance_scale,
         "prompts_rewritten": planner is not None,
@@ -146,15 +147,15 @@ def _diffusion(
 
 
 def _text_to_image(
-    folder: Path, student: Path | None, *, steps: int | None, guidance_scale: float | None, device: str | None
+    folder: Path, student: str | None, *, steps: int | None, guidance_scale: float | None, device: str | None
 ) -> TextToImage:
-    from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS, TextToImage
+    from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS, TextToImage, find_student
     from layton.errors import UsageError
 
     if student is not None:
         if guidance_scale is not None:
             raise UsageError("a student has a guidance of its own: leave --guidance-scale out")
-        return TextToImage.load_student(folder, student, num_steps=steps, device=device)
+        return TextToImage.load_student(folder, find_student(student), num_steps=steps, device=device)
     return TextToImage.load(
         folder,
         num_steps=DEFAULT_STEPS if steps is None else steps,

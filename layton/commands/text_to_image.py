@@ -14,6 +14,7 @@ from layton import assets
 
 DEFAULT_STEPS = 25
 DEFAULT_GUIDANCE = 3.0
+STUDENT_FOLDER = "few_step"
 
 
 def find_pipeline(name: str | Path) -> Path:
@@ -30,6 +31,15 @@ def find_pipeline(name: str | Path) -> Path:
         if (place / "model_index.json").is_file():
             return place
     raise ValueError(f"{folder} holds no text-to-image pipeline: neither model_index.json nor ldm/model_index.json")
+
+
+def find_student(name: str | Path) -> Path:
+    """The folder of a distilled student: a path, or the name of an embedded model that has one for its pipeline.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    return assets.resolve(name, part=STUDENT_FOLDER)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -88,6 +88,7 @@ class DistillTask(LaytonTask):
             student, `distill.stacked`).
         export_pipeline: Beside the student, which must train all weights, also export ``pipeline/``: the teacher's
             folder with the student in it, as the teacher of a next run.
+        export_half: Export weights in fp16.
         max_bad_steps: The run stops after this many steps in a row with a loss or gradient that is not finite.
 
     Raises:
@@ -116,6 +117,7 @@ class DistillTask(LaytonTask):
         reference_guidance: float = 5.0,
         stacked: bool = False,
         export_pipeline: bool = False,
+        export_half: bool = False,
         max_bad_steps: int = 10,
     ) -> None:
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler, max_bad_steps=max_bad_steps)
@@ -124,6 +126,7 @@ class DistillTask(LaytonTask):
         if export_pipeline and (stacked or adapter is not None):
             raise ValueError("export_pipeline needs a student of the teacher's shape with all weights: adapter=null")
         self.automatic_optimization = False
+        self._export_half = export_half
         self._pipeline_folder = find_teacher(pipeline) if export_pipeline else None
         pipe = open_pipeline(pipeline)
         self.latent_shape = latent_shape_of(pipe, latent_size)
@@ -329,7 +332,8 @@ class DistillTask(LaytonTask):
     def export(self, folder: Path) -> None:
         """Write the LoRA, or the whole network, in diffusers' format, ``few_step.json``, and ``pipeline/`` if asked."""
         learnt = tuple(tuple(self.method.inference_times(count).tolist()) for count in self.method.trained_counts)
-        save_distilled(self.student, folder, replace(self.sampling, times=learnt))
+        dtype = torch.float16 if self._export_half else None
+        save_distilled(self.student, folder, replace(self.sampling, times=learnt), dtype=dtype)
         if self._pipeline_folder is not None:
             student_pipeline(self._pipeline_folder, folder, folder / "pipeline")
 

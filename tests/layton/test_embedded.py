@@ -84,6 +84,15 @@ def test_the_text_to_image_model_draws_objects_where_its_prompts_say() -> None:
             assert near == {(colour, shape)}, phrase
 
 
+def test_its_few_step_student_does_so_in_four_steps() -> None:
+    prompts = ["red circle <30> <h8>", "green square <28> <e6>", "blue ring <30> <i9>"]
+    drawer = load_drawer("diffusion", "mini", student="mini", steps=4)
+    assert drawer.settings["num_inference_steps"] == 4 and drawer.settings["guidance_scale"] == 1.0
+    images = drawer.draw(prompts, [0, 1, 2])
+    found = [[(item.colour, item.shape) for item in find_objects(image)] for image in images]
+    assert sum(each == [tuple(prompt.split()[:2])] for each, prompt in zip(found, prompts, strict=True)) >= 2
+
+
 def test_the_embedded_laytongen_draws_what_it_plans_the_same_in_any_batch() -> None:
     pipe = LaytonGenPipeline.from_pretrained("mini", decoders=["light"])
     prompts = ["a yellow ring", "two green squares", "a red circle left of a blue star"]
