@@ -6,11 +6,8 @@ from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
 INTERIM = ASSETS / "interim"  # weights of trainings that go on
-INDEX_FILES = (
-    "config.json",
-    "model_index.json",
-    "few_step.json",
-)  # of a part or a tokenizer; of a pipeline; of a student
+# of a part or a tokenizer; of a diffusers pipeline; of a student in few steps
+INDEX_FILES = ("config.json", "model_index.json", "few_step.json")
 
 
 def resolve(name: Path | str, *, part: str = "") -> Path:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def evaluate_applications(
     *,
-    student: Path | None = None,
+    student: str | None = None,
     pipeline: str = "mini",
     count: int = 100,
     split: Split = "test",
@@ -43,7 +43,7 @@ def evaluate_applications(
     """Score HiPA's three applications, each on so many scenes; choose the settings on the validation split.
 
     Args:
-        student: export of a one-step distillation; without one, the pipeline's own network takes the step.
+        student: export of a one-step distillation, or mini; without one, the pipeline's own network takes the step.
         pipeline: embedded model or folder of the diffusers pipeline that it was distilled from.
         count: scenes for each application.
         split: train, validation or test.
@@ -87,7 +87,7 @@ def evaluate_applications(
     if json is not None:
         run = {
             "pipeline": pipeline,
-            "student": None if student is None else str(student),
+            "student": student,
             "split": split,
             "image_size": model.image_size,
             "settings": asdict(settings),
@@ -97,7 +97,7 @@ def evaluate_applications(
         write_json(json, {**scores, "run": run})
 
 
-def load_model(pipeline: str, student: Path | None, *, device: str | None = None) -> OneStepModel:
+def load_model(pipeline: str, student: str | None, *, device: str | None = None) -> OneStepModel:
     """A pipeline, and a distilled student in it, as one-step tasks need it.
 
     Raises:
@@ -106,7 +106,7 @@ def load_model(pipeline: str, student: Path | None, *, device: str | None = None
     """
     from distill.models import denoiser_from_pipeline
     from generation.applications_check import OneStepModel
-    from layton.commands.text_to_image import find_pipeline
+    from layton.commands.text_to_image import find_pipeline, find_student
     from layton.devices import choose_device
     from layton.distillation.distilled import load_distilled
     from layton.ldm.autoencoder import Autoencoder
@@ -116,7 +116,7 @@ def load_model(pipeline: str, student: Path | None, *, device: str | None = None
     pipe = open_pipeline(find_pipeline(pipeline))
     scheduler = pipe.scheduler
     if student is not None:
-        load_distilled(pipe, student).times_for(1)
+        load_distilled(pipe, find_student(student)).times_for(1)
         pipe.register_modules(scheduler=scheduler)  # the schedule of the noise, which the student shares
     place = str(choose_device(device))
     _, height, width = latent_shape_of(pipe)

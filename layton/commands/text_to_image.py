@@ -34,12 +34,14 @@ def find_pipeline(name: str | Path) -> Path:
 
 
 def find_student(name: str | Path) -> Path:
-    """The folder of a distilled student: a path, or the name of an embedded model that has one for its pipeline.
+    """The folder of a distilled student: a path, or an embedded model or tokenizer with one in ``few_step/``.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no such folder or model.
     """
-    return assets.resolve(name, part=STUDENT_FOLDER)
+    folder = assets.resolve(name, part=STUDENT_FOLDER)
+    inner = folder / STUDENT_FOLDER
+    return inner if inner.is_dir() else folder
 
 
 @dataclass(frozen=True, slots=True, eq=False)

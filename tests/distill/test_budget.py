@@ -135,3 +135,11 @@ def test_products_with_packed_weights_count() -> None:
     rows = torch.randn(4, 2, 32)
     counted = count_flops(lambda: torch.ops.mkldnn._linear_pointwise.default(rows, weight, None, "none", [], ""))
     assert counted == 2 * 4 * 2 * 32 * 64
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs MKL")
+def test_products_with_weights_in_mkls_order_count() -> None:
+    plain, rows = torch.randn(64, 32), torch.randn(4, 2, 32)
+    weight = torch.ops.mkl._mkl_reorder_linear_weight(plain, 2)
+    counted = count_flops(lambda: torch.ops.mkl._mkl_linear.default(rows, weight, plain, None, 8))
+    assert counted == 2 * 4 * 2 * 32 * 64

@@ -157,11 +157,11 @@ def test_the_command_takes_a_pipeline_and_a_student(
     out = capsys.readouterr().out
     assert "editing: colour changed in" in out and "no EPD: timm" in out
     plain = load_model(str(tmp_path / "teacher"), None)
-    adapted = load_model(str(tmp_path / "teacher"), tmp_path / "student")
+    adapted = load_model(str(tmp_path / "teacher"), str(tmp_path / "student"))
     assert plain.denoiser.schedule.terminal_t == adapted.denoiser.schedule.terminal_t == 999.0
     x_T, condition = torch.randn(1, 4, 8, 8), plain.condition_of(["a red circle"])
     first, second = (model.denoiser.predict(x_T, 999.0, condition).x_0 for model in (plain, adapted))
     assert not torch.allclose(first, second)
     save_distilled(student, tmp_path / "two", FewStepSampling(times=((999.0, 499.0),), prediction="v"))
     with pytest.raises(ValueError, match="trained for 2 steps"):
-        load_model(str(tmp_path / "teacher"), tmp_path / "two")
+        load_model(str(tmp_path / "teacher"), str(tmp_path / "two"))

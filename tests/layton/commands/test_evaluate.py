@@ -138,6 +138,10 @@ def test_sceneval_of_a_distilled_student(run: Run, fails: Run, pipeline: Path, t
     settings = json.loads((tmp_path / "report.json").read_text())["run"]
     assert (settings["num_inference_steps"], settings["student"]) == (2, str(tmp_path / "export"))
     assert settings["scheduler"] == "FewStepLCMScheduler"
+    shutil.copytree(tmp_path / "export", tmp_path / "tokenizer" / "few_step")  # beside a tokenizer's ldm/
+    beside = [*options[:4], "--student", tmp_path / "tokenizer", *options[6:]]
+    assert "overall" in run("evaluate", "sceneval", *beside)
+    assert "neither a folder nor an embedded model" in fails("evaluate", "sceneval", *options[:5], "nowhere")
     assert "trained for 1, 2 steps, not for 3" in fails("evaluate", "sceneval", *options, "--steps", 3)
     assert "guidance of its own" in fails("evaluate", "sceneval", *options, "--guidance-scale", 2, status=2)
 

@@ -12,7 +12,7 @@ import small_pipelines as tiny
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from distill.adapters import LoraSettings, adapter_state_dict
+from distill.adapters import STUDENT, LoraSettings, adapter_state_dict
 from distill.method import MethodOutput
 from distill.methods.lcm import LCM
 from distill.methods.mlcm import MLCM
@@ -21,7 +21,8 @@ from distill.moves import SolverSettings
 from layton.callbacks import SafeCheckpoint
 from layton.data.module import ImageDataModule
 from layton.data.sources import SampleSource
-from layton.distillation.distilled import load_distilled, pipeline_arguments
+from layton.distillation.distilled import LORA_NAME, load_distilled, network_of, pipeline_arguments
+from layton.folder import load_tensors
 from layton.ldm.prompt_cache import CachedPrompts
 from layton.ldm.teacher import open_pipeline
 from layton.tasks.distill import DistillTask
@@ -104,6 +105,21 @@ def test_forwards_are_counted_and_checkpoints_hold_only_what_is_learnt(folder: P
     other = make(folder, LCM(target_decay=None))
     with pytest.raises(ValueError, match="other weights"):
         other.on_load_checkpoint(saved)
+
+
+def test_a_student_can_be_exported_in_half_the_bytes(folder: Path, tmp_path: Path) -> None:
+    task = make(folder, LCM(target_decay=None), export_half=True)
+    for parameter in task.trainable_parameters():
+        torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
+    task.export(tmp_path)
+    stored = load_tensors(tmp_path / LORA_NAME)
+    assert stored and {value.dtype for value in stored.values()} == {torch.float16}
+    pipe = tiny.build("sd")
+    load_distilled(pipe, tmp_path)
+    loaded = adapter_state_dict(pipe.unet, "distilled")
+    own = adapter_state_dict(network_of(task.student), STUDENT)
+    assert loaded.keys() == own.keys()
+    assert all(torch.equal(loaded[name], value.half().float()) for name, value in own.items())
 
 
 def test_a_student_that_hears_the_guidance_scale(folder: Path, tmp_path: Path) -> None:
