@@ -8,9 +8,13 @@ from layton.reproduce.claim import LATENT_SCENES, Arm, Claim, Context, Phase, St
 from layton.reproduce.report import Check, Outcome
 from layton.reproduce.students import Measured, measure_students, teacher_arm
 
-_START = Phase("model.init_args.method.init_args.refinement.start", forwards=15 / 0.8)  # 15 F a sample, 80 % of it
+# 15 F a sample with 8 segments, for 80 % of the budget; then 11 F with 4. The learning rate falls to 0 over all steps.
+_PHASES = (
+    Phase("model.init_args.method.init_args.progression.starts.1", forwards=15 / 0.8),
+    Phase("model.init_args.lr_scheduler.init_args.T_max", forwards=1 / (0.8 / 15 + 0.2 / 11)),
+)
 
-METHOD = Arm("mlcm", "method", (Stage("train", "mlcm.yaml", phases=(_START,)),), steps=(2, 4, 8))
+METHOD = Arm("mlcm", "method", (Stage("train", "mlcm.yaml", phases=_PHASES),), steps=(2, 4, 8))
 BASELINE = Arm("lcm", "baseline", (Stage("train", "lcm.yaml", scenes=LATENT_SCENES),), steps=(4,))
 
 
