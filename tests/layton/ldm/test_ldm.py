@@ -44,6 +44,18 @@ def test_autoencoder_starts_by_passing_colour_through() -> None:
     assert distances[~torch.eye(4, dtype=torch.bool)].min() > 0.05 * latents.flatten(1).norm(dim=1).mean()
 
 
+def test_a_decoded_image_is_its_own_whatever_lies_beside_it() -> None:
+    autoencoder = tiny_autoencoder()
+    latents = torch.randn(5, 4, 6, 4, generator=torch.Generator().manual_seed(0))
+    together = autoencoder.decode(latents)  # with gradients: as one batch
+    assert together.requires_grad and autoencoder.decode(latents[:0]).shape == (0, 3, 24, 16)
+    with torch.no_grad():
+        images = autoencoder.decode(latents)
+        assert all(torch.equal(images[i : i + 1], autoencoder.decode(latents[i : i + 1])) for i in range(5))
+        assert autoencoder.decode(latents[:0]).shape == (0, 3, 24, 16)
+    torch.testing.assert_close(images, together.detach(), atol=1e-5, rtol=1e-5)
+
+
 def test_standardised_latents_have_unit_variance_and_decode_to_the_same_images() -> None:
     autoencoder = tiny_autoencoder()
     images = torch.rand(6, 3, 32, 32) * 2 - 1
