@@ -6,6 +6,7 @@ S = L + N - 1 tokens that are ever fed, V vocabulary, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,11 +43,46 @@ class LayerMemory:
         return self.keys, self.values
 
 
+class Memory:
+    """Keys and values of all layers, taken once.
+
+    Args:
+        depth: Layers.
+        shape: (R, K, S, hd) of keys, and of values.
+        like: Has their type and device.
+        apart: Each in memory of its own, as a compiled graph that writes them needs; else all in one, of which the
+            views of all layers are made at once: a view costs as much as a small sum.
+
+    Attributes:
+        tensors: Keys and values of the layers by turns, each (R, K, S, hd).
+    """
+
+    def __init__(self, depth: int, shape: tuple[int, int, int, int], *, like: Tensor, apart: bool) -> None:
+        self._all = None if apart else like.new_empty(2 * depth, *shape)
+        self.tensors = [like.new_empty(shape) for _ in range(2 * depth)] if self._all is None else [*self._all.unbind()]
+
+    def layers(self, start: int, stop: int) -> list[LayerMemory]:
+        """Those of a pass that feeds tokens ``start`` to ``stop - 1``."""
+        if self._all is None:
+            seen: Sequence[Tensor] = [each[:, :, :stop] for each in self.tensors]
+            fresh: Sequence[Tensor] = [each[:, :, start:stop] for each in self.tensors]
+        else:
+            seen = self._all[:, :, :, :stop].unbind()
+            fresh = self._all[:, :, :, start:stop].unbind()
+        return [LayerMemory(*views) for views in zip(seen[::2], seen[1::2], fresh[::2], fresh[1::2], strict=True)]
+
+    def keep_rows(self, count: int) -> None:
+        """Forget all rows after the first ``count``."""
+        self._all = None if self._all is None else self._all[:, :count]
+        self.tensors = [each[:count] for each in self.tensors]
+
+
 class CachedDecoder:
     """A transformer with the memory of one batch: `prefill` once, then `step` for each code.
 
     Logits equal those of `LaytonGenTransformer.forward` up to rounding. On a CPU the decoder holds a packed copy of the
-    weights (`generation.packing`); to make it once for many batches, pass ``packed(model)``.
+    weights (`generation.packing`); to make it once for many batches, pass ``packed(model)``. Steps of a model that was
+    given to `generation.compiled.compile_decoding` run as its graph.
 
     Args:
         model: In eval mode.
@@ -56,7 +92,7 @@ class CachedDecoder:
         layout: (R, M, F), where objects stand; None when nothing is told.
 
     Attributes:
-        memory: (2 x layers, R, K, S, hd), keys and values by turns.
+        memory: Keys and values.
         length: Tokens in it, caption included.
 
     Raises:
@@ -90,15 +126,22 @@ class CachedDecoder:
         rows, length, width = self._prefix.shape
         self.prefix_length, self.capacity = length, length + count - 1
         self.rotation = model.rotations(length, device=condition.device)
-        heads = model.num_heads
-        shape = (2 * len(model.blocks), rows, heads, self.capacity, width // heads)  # keys and values by turns
-        memory = torch.empty(shape, device=self._prefix.device, dtype=self._prefix.dtype)
-        self.memory, self.length = memory, 0
-        self._bias: Tensor | None = None
-        if self.mask is not None:  # what the last token may see: of this, each step takes the first columns
-            self._bias = attention_bias(
-                self.mask, queries=1, keys=self.capacity + 1, device=memory.device, dtype=memory.dtype
-            )
+        compiled = model.compiled_step
+        self._compiled = compiled if compiled is not None and self.capacity < compiled.capacity else None
+        room = self.capacity if self._compiled is None else self._compiled.capacity
+        shape = (rows, model.num_heads, room, width // model.num_heads)
+        self.memory = Memory(len(model.blocks), shape, like=self._prefix, apart=self._compiled is not None)
+        self.length = 0
+        self._bias = self._last_tokens_bias(rows, room + 1)
+        if self._compiled is not None and self._control is None:
+            self._control = self._prefix.new_zeros(rows, model.num_tokens, width)
+
+    def _last_tokens_bias(self, rows: int, keys: int) -> Tensor | None:
+        """What the last token may see, of which each step takes the first columns; None for all there is."""
+        if self.mask is not None:
+            like = self._prefix
+            return attention_bias(self.mask, queries=1, keys=keys, device=like.device, dtype=like.dtype)
+        return None if self._compiled is None else self._prefix.new_zeros(rows, 1, 1, keys)
 
     @torch.inference_mode()
     def prefill(self, codes: Tensor | None = None) -> Tensor:
@@ -139,15 +182,18 @@ class CachedDecoder:
         place = self.length
         if not 0 < place < self.capacity:
             raise ValueError(f"the cache holds {place} of {self.capacity} tokens: nothing can be fed")
-        x = self._vocabulary.embed(codes[:, None]).to(self.memory.dtype)
-        if self._control is not None:
-            x = x + self._control[:, place - self.prefix_length + 1, None]
-        bias = None if self._bias is None else self._bias[..., : place + 1]
-        return self._feed(x, self.rotation.at(place, place + 1), bias)
+        rotation, number = self.rotation.at(place, place + 1), place - self.prefix_length + 1
+        control = None if self._control is None else self._control[:, number, None]
+        if self._compiled is not None and self._bias is not None and control is not None:
+            self.length += 1
+            return self._compiled(codes, rotation, self._bias, control, self.memory.tensors, place)
+        x = self._vocabulary.embed(codes[:, None]).to(self._prefix.dtype)
+        x = x if control is None else x + control
+        return self._feed(x, rotation, None if self._bias is None else self._bias[..., : place + 1])
 
     def keep_rows(self, count: int) -> None:
         """Forget all rows after the first ``count``, as when guidance ends."""
-        self.memory = self.memory[:, :count]
+        self.memory.keep_rows(count)
         self._bias = None if self._bias is None else self._bias[:count]
         self._control = None if self._control is None else self._control[:count]
 
@@ -159,9 +205,7 @@ class CachedDecoder:
     def _extend(self, tokens: int) -> list[LayerMemory]:
         """Room for so many more tokens in every layer."""
         start, self.length = self.length, self.length + tokens
-        seen = self.memory[:, :, :, : self.length].unbind()  # all layers at once: a view costs as much as a small sum
-        fresh = self.memory[:, :, :, start : self.length].unbind()
-        return [LayerMemory(*views) for views in zip(seen[::2], seen[1::2], fresh[::2], fresh[1::2], strict=True)]
+        return self.memory.layers(start, self.length)
 
 
 def _checked_mask(mask: Tensor | None, condition: Tensor) -> Tensor | None:

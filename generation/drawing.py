@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from generation.choice import SamplingChoice
+from generation.compiled import compile_decoding
 from generation.layout import PlacedObject
 from generation.pipeline import LaytonGenPipeline
 from generation.quantization import set_weights, weights_type
@@ -50,12 +51,14 @@ class LaytonGenDrawer:
         num_steps: int | None = None,
         sampling: SamplingChoice | None = None,
         weights: Weights | None = None,
+        compiled: bool = False,
         device: str | None = None,
         allow: Sequence[str] = (),
     ) -> LaytonGenDrawer:
         """Load a model with the one decoder that is wanted.
 
-        ``weights`` sets the transformer's for the time being; by default they are as saved.
+        ``weights`` sets the transformer's for the time being; by default they are as saved. ``compiled`` has its decoding
+        steps compiled (`generation.compiled`).
 
         Raises:
             ValueError: If it does not exist or is damaged, or a setting is out of range.
@@ -74,6 +77,8 @@ class LaytonGenDrawer:
         placed = pipeline.to(choose_device(device))
         if weights is not None:
             set_weights(placed.transformer, weights)
+        if compiled:
+            compile_decoding(placed.transformer)
         return cls(placed, name, chosen, num_steps, choice, is_interim(folder))
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[NDArray[np.uint8]]:

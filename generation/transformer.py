@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,10 @@ from generation.rope import CaptionRotary, Rotation, rotation_table
 from generation.shapes import SIZES, CaptionShape, Dropout, Factors, swiglu_width
 from generation.vocabulary import FactoredVocabulary, FullVocabulary
 from layton.folder import WEIGHTS_NAME, JsonValue, class_name, load_config, load_tensors, require_match, save_pretrained
+
+
+if TYPE_CHECKING:
+    from generation.compiled import CompiledStep
 
 
 class LaytonGenTransformer(nn.Module):
@@ -48,6 +52,7 @@ class LaytonGenTransformer(nn.Module):
 
     Attributes:
         gradient_checkpointing: Whether training recomputes each block in the backward pass instead of keeping it.
+        compiled_step: What decodes one code; None until `generation.compiled.compile_decoding`.
 
     Raises:
         ValueError: If sizes do not fit, or both or none of ``caption`` and ``num_classes`` are given.
@@ -82,6 +87,7 @@ class LaytonGenTransformer(nn.Module):
         self.vocab_size, self.num_tokens = vocab_size, num_tokens
         self.caption, self.dropout = caption, drop
         self.gradient_checkpointing = False
+        self.compiled_step: CompiledStep | None = None
         self.config: dict[str, JsonValue] = {
             "width": width,
             "depth": depth,

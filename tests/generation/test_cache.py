@@ -42,12 +42,13 @@ def test_class_models_are_cached_too() -> None:
 def test_memory_is_taken_once_and_is_what_keys_and_values_need() -> None:
     model = tiny_model()
     decoder = CachedDecoder(model, captions(3))
-    place = decoder.memory.data_ptr()
+    places = [each.data_ptr() for each in decoder.memory.tensors]
     decoder.prefill()
     for index in range(TOKENS - 1):
         decoder.step(codes(3)[:, index])
-    assert decoder.memory.data_ptr() == place
-    assert decoder.memory.numel() == 2 * len(model.blocks) * 3 * model.width * (LENGTH + TOKENS - 1)
+    assert [each.data_ptr() for each in decoder.memory.tensors] == places
+    numbers = sum(each.numel() for each in decoder.memory.tensors)
+    assert numbers == 2 * len(model.blocks) * 3 * model.width * (LENGTH + TOKENS - 1)
     with pytest.raises(ValueError, match="21 of 21"):
         decoder.step(codes(3)[:, -1])
 
