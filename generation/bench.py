@@ -5,7 +5,8 @@ How it is measured: `layton.bench.report`.
 Bars, with random weights and a head that is not zero: P2 floor kernel / step, where the floor kernel is the model's own
 linear layers alone, as ``nn.Linear`` computes them (the times tell of the packed ones, which decoding runs, as well);
 P3 transformers' generate on a Llama of the same shape and as many rows / step; P4 codes a second of 8 images / of 1;
-P5 step at the last code / at the 8th; P6 step / step with int8 weights; P7 guided step / plain step.
+P5 step at the last code / at the 8th; P6 step / step with int8 weights; P7 guided step / plain step. P2 and P3 are
+taken again with steps that are compiled (`generation.compiled`) before anything is measured.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 
+from generation.compiled import compile_decoding
 from generation.contenders import (
     BenchShape,
     build,
     build_peer,
     captions,
+    decode_alike,
     decodes_like_a_full_pass,
     floor_times,
     peer_times,
@@ -48,12 +51,14 @@ class BenchOptions:
         num_codes: Codes that are decoded in each repeat; N when None.
         peer: Whether transformers is measured.
         batch: Images of the larger batch.
+        compiled: Whether compiled steps are measured as well, which needs a C++ compiler.
     """
 
     rounds: int = 5
     num_codes: int | None = None
     peer: bool = True
     batch: int = 8
+    compiled: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,8 @@ class BenchReport:
     Attributes:
         bars: Ratios.
         milliseconds: Median time of a step by contender.
-        cached_equals_uncached: By shape: decoded codes are those that a full pass finds likeliest.
+        cached_equals_uncached: By shape: decoded codes are those that a full pass finds likeliest; with compiled steps the
+            same ones.
         cache_bytes: By shape: memory that keys and values take for one guided image.
         protocol: How it was measured.
     """
@@ -95,17 +101,27 @@ def run_bench(shapes: Sequence[BenchShape] = SHAPES, options: BenchOptions | Non
     size: dict[str, int] = {}
     for shape in shapes:
         model = build(shape)
-        times = measure(model, shape, chosen, clock)
+        graph = compile_decoding(copy.copy(model)) if chosen.compiled else None
+        times = measure(model, shape, chosen, clock, graph=graph)
         bars += shape_bars(shape, times, chosen)
         milliseconds |= {f"{shape.name} {name}": 1e3 * median(values) for name, values in times.items()}
         equal[shape.name] = decodes_like_a_full_pass(model, shape)
+        if graph is not None:
+            equal[f"{shape.name} compiled"] = decode_alike(model, graph, shape)
         size[shape.name] = 2 * 2 * len(model.blocks) * model.width * (shape.caption_length + shape.num_tokens - 1) * 4
     measured = protocol.as_json() | {"rounds": chosen.rounds, "num_codes": chosen.num_codes}
     return BenchReport(tuple(bars), milliseconds, equal, size, measured)
 
 
-def measure(model: LaytonGenTransformer, shape: BenchShape, options: BenchOptions, clock: Clock) -> Times:
-    """Seconds of a step of every contender in every round."""
+def measure(
+    model: LaytonGenTransformer,
+    shape: BenchShape,
+    options: BenchOptions,
+    clock: Clock,
+    *,
+    graph: LaytonGenTransformer | None = None,
+) -> Times:
+    """Seconds of a step of every contender in every round; ``graph`` is the same model, to be compiled."""
     count = options.num_codes or shape.num_tokens
     fast = packed(model)
     small = quantize_int8(copy.deepcopy(model))
@@ -120,6 +136,9 @@ def measure(model: LaytonGenTransformer, shape: BenchShape, options: BenchOption
     if options.peer:
         peer = build_peer(model, shape)
         contenders["peer"] = lambda: peer_times(peer, shape, 2, count, clock)
+    if graph is not None:
+        contenders["compiled"] = lambda: step_times(graph, captions(shape, 1), 2.0, count, clock)
+        contenders["compiled"]()  # compiles
     times: Times = {name: [] for name in (*contenders, "early", "late")}
     for _ in range(options.rounds):
         for name, run in contenders.items():
@@ -158,7 +177,12 @@ def shape_bars(shape: BenchShape, times: Times, options: BenchOptions) -> list[B
         ),
         make_bar(f"P7 {shape.name}", "guided step / plain step", times["guided"], times["plain"], 1.4, at_least=False),
     ]
-    if "peer" in times:
-        text = "transformers generate / step"
-        bars.append(make_bar(f"P3 {shape.name}", text, times["peer"], times["guided"], shape.peer_goal, at_least=True))
+    if "compiled" in times:
+        text = "floor kernel / compiled step"
+        bars.append(make_bar(f"P2c {shape.name}", text, times["floor"], times["compiled"], 0.75, at_least=True))
+    for name, mark in (("guided", ""), ("compiled", "c")):
+        if "peer" in times and name in times:
+            text = f"transformers generate / {'compiled ' * (name == 'compiled')}step"
+            goal = shape.peer_goal
+            bars.append(make_bar(f"P3{mark} {shape.name}", text, times["peer"], times[name], goal, at_least=True))
     return sorted(bars, key=lambda bar: bar.name)

@@ -144,3 +144,14 @@ def decodes_like_a_full_pass(model: LaytonGenTransformer, shape: BenchShape) -> 
     count = min(32, shape.num_tokens)
     codes = generate_codes(model, features, sampling=GREEDY, num_codes=count)
     return bool(torch.equal(model(codes, features).argmax(dim=-1), codes))
+
+
+@torch.no_grad()
+def decode_alike(one: LaytonGenTransformer, other: LaytonGenTransformer, shape: BenchShape) -> bool:
+    """Whether guided greedy decoding finds the same codes with both."""
+    count = min(32, shape.num_tokens)
+    codes = [
+        generate_codes(model, captions(shape, 1), sampling=GREEDY, guidance=Guidance(2.0), num_codes=count)
+        for model in (one, other)
+    ]
+    return bool(torch.equal(*codes))

@@ -57,8 +57,8 @@ class LaytonGenDrawer:
     ) -> LaytonGenDrawer:
         """Load a model with the one decoder that is wanted.
 
-        ``weights`` sets the transformer's for the time being; by default they are as saved. ``compiled`` has its decoding
-        steps compiled (`generation.compiled`).
+        ``weights`` sets the transformer's for the time being; by default they are as saved. ``compiled`` has its
+        decoding steps compiled (`generation.compiled`).
 
         Raises:
             ValueError: If it does not exist or is damaged, or a setting is out of range.

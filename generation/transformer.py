@@ -24,7 +24,6 @@ from generation.shapes import SIZES, CaptionShape, Dropout, Factors, swiglu_widt
 from generation.vocabulary import FactoredVocabulary, FullVocabulary
 from layton.folder import WEIGHTS_NAME, JsonValue, class_name, load_config, load_tensors, require_match, save_pretrained
 
-
 if TYPE_CHECKING:
     from generation.compiled import CompiledStep
 

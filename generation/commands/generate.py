@@ -73,8 +73,7 @@ def generate(
             "diameter": 0.25}]; by default the model's own planner says it, if there is one.
         no_layout: draw from the prompt alone, without the planner.
         weights: of the model while it draws: bf16, or int8 on a CPU, to be quicker; by default as they are saved.
-        compile: compile decoding first, a quarter to half a minute, for many images one after the other; their number in a
-            batch should not change.
+        compile: compile decoding first, which takes a quarter to half a minute: for many batches of the same size.
         batch_size: images drawn at once, each with its candidates; memory does not grow with the number of images.
         overwrite: replace pictures of the same names; without it they are an error, before anything is drawn.
         device: where to run; the accelerator if there is one.

@@ -18,7 +18,7 @@ TINY = BenchShape("tiny", "tiny", 1.4, caption_length=3, caption_dim=8, vocab_si
 
 
 def test_every_bar_is_measured_and_decoding_is_checked_in_the_same_run() -> None:
-    report = run_bench([TINY], BenchOptions(rounds=2, num_codes=12, peer=False, batch=3))
+    report = run_bench([TINY], BenchOptions(rounds=2, num_codes=12, peer=False, batch=3, compiled=False))
     assert [bar.name for bar in report.bars] == [f"{bar} tiny" for bar in ("P2", "P4", "P5", "P6", "P7")]
     assert all(bar.ratio > 0 and bar.ratio_of_fastest > 0 for bar in report.bars)
     assert report.cached_equals_uncached == {"tiny": True}
@@ -35,7 +35,9 @@ def test_the_command_prints_and_writes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench, "SHAPES", (TINY,))
-    monkeypatch.setattr(bench, "BenchOptions", lambda **_: BenchOptions(rounds=1, num_codes=6, peer=False, batch=2))
+    monkeypatch.setattr(
+        bench, "BenchOptions", lambda **_: BenchOptions(rounds=1, num_codes=6, peer=False, batch=2, compiled=False)
+    )
     threads = torch.get_num_threads()
     bar = make_bar("P15 scott", "", [1.0], [1.0], 1.1, at_least=False)
     steps = DistillationReport((bar,), {}, {}, {}, {}, 0.0, {"clock": "thread CPU time"})
@@ -50,12 +52,15 @@ def test_the_command_prints_and_writes(
 
 def test_a_part_is_measured_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(bench, "SHAPES", (TINY,))
-    monkeypatch.setattr(bench, "BenchOptions", lambda **_: BenchOptions(rounds=1, num_codes=6, peer=False, batch=2))
+    monkeypatch.setattr(
+        bench, "BenchOptions", lambda **_: BenchOptions(rounds=1, num_codes=6, peer=False, batch=2, compiled=False)
+    )
     command.bench(what="decoding", quick=True)
     assert "P15" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_transformers_is_measured_beside() -> None:
+def test_transformers_and_compiled_steps_are_measured_beside() -> None:
     report = run_bench([TINY], BenchOptions(rounds=1, num_codes=6, batch=2))
-    assert "P3 tiny" in [bar.name for bar in report.bars]
+    assert {"P2c tiny", "P3 tiny", "P3c tiny"} <= {bar.name for bar in report.bars}
+    assert report.cached_equals_uncached == {"tiny": True, "tiny compiled": True}
