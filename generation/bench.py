@@ -68,8 +68,8 @@ class BenchReport:
     Attributes:
         bars: Ratios.
         milliseconds: Median time of a step by contender.
-        cached_equals_uncached: By shape: decoded codes are those that a full pass finds likeliest; with compiled steps the
-            same ones.
+        cached_equals_uncached: By shape: decoded codes are those that a full pass finds likeliest; with compiled
+            steps the same ones.
         cache_bytes: By shape: memory that keys and values take for one guided image.
         protocol: How it was measured.
     """

@@ -150,6 +150,7 @@ class LaytonGenDrawer:
             "model": self.name,
             "interim": self.interim,
             "weight_type": weights_type(self.pipeline.transformer),
+            "compiled": self.pipeline.transformer.compiled_step is not None,
             "weights": weights_digest(self.pipeline.transformer, decoder),
             "pipeline_class": type(self.pipeline).__name__,
             "tokenizer_fingerprint": self.pipeline.card.tokenizer.fingerprint,
