@@ -1,8 +1,8 @@
 """The decoding step as one compiled graph: Python is left out, and what lies between matrix products becomes one loop.
 
-Small operations are a quarter of the time of one image's step on a CPU. Compiled it takes 0.86 x the time (`layton bench
---what decoding`, models of 38M and 111M), after a wait of a quarter to half a minute for each number of rows, so it
-pays for many images one after the other. Needs a C++ compiler, as all of `torch.compile` does on a CPU.
+Small operations are a quarter of the time of one image's step on a CPU. Compiled it takes 0.86 x the time (`layton
+bench --what decoding`, models of 38M and 111M), after a wait of a quarter to half a minute for each number of rows, so
+it pays for many images one after the other. Needs a C++ compiler, as all of `torch.compile` does on a CPU.
 """
 
 from __future__ import annotations
