@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 
-from generation.compiled import compile_decoding
+from generation.compiled import can_compile, compile_decoding
 from generation.contenders import (
     BenchShape,
     build,
@@ -51,7 +51,7 @@ class BenchOptions:
         num_codes: Codes that are decoded in each repeat; N when None.
         peer: Whether transformers is measured.
         batch: Images of the larger batch.
-        compiled: Whether compiled steps are measured as well, which needs a C++ compiler.
+        compiled: Whether compiled steps are measured as well, where there is a C++ compiler.
     """
 
     rounds: int = 5
@@ -101,7 +101,8 @@ def run_bench(shapes: Sequence[BenchShape] = SHAPES, options: BenchOptions | Non
     size: dict[str, int] = {}
     for shape in shapes:
         model = build(shape)
-        graph = compile_decoding(copy.copy(model)) if chosen.compiled else None
+        wanted = chosen.compiled and can_compile(next(model.parameters()).device)
+        graph = compile_decoding(copy.copy(model)) if wanted else None
         times = measure(model, shape, chosen, clock, graph=graph)
         bars += shape_bars(shape, times, chosen)
         milliseconds |= {f"{shape.name} {name}": 1e3 * median(values) for name, values in times.items()}

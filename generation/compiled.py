@@ -108,18 +108,21 @@ def compile_decoding(model: LaytonGenTransformer) -> LaytonGenTransformer:
         raise ValueError("a model is compiled for decoding in eval mode, it is in training mode")
     if model.config.get("int8"):
         raise ValueError("int8 weights are decoded as they are: compile float weights, or leave it out")
-    _require_compiler(next(model.parameters()).device)
+    if not can_compile(next(model.parameters()).device):
+        raise ValueError("compiling needs a C++ compiler, such as g++, and there is none")
     model.compiled_step = CompiledStep(model)
     return model
 
 
-def _require_compiler(device: torch.device) -> None:
+def can_compile(device: torch.device) -> bool:
+    """Whether there is what compiling for a device needs: for a CPU, a C++ compiler."""
     if device.type != "cpu":
-        return
+        return True
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
         get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise ValueError("compiling needs a C++ compiler, such as g++, and there is none") from error
+    except InvalidCxxCompiler:
+        return False
+    return True

@@ -25,7 +25,7 @@ def bench(
     """Measure decoding and distillation steps against peers, against limits, and against themselves.
 
     Decoding: against transformers, and against the model's linear layers alone, at the 38M and the 111M shape, as it is
-    and with compiled steps, which need a C++ compiler.
+    and with compiled steps where there is a C++ compiler.
     Distillation: an LCM step against diffusers' own arithmetic, in time and memory, and steps of the other methods
     against their counted cost. Everything is measured side by side in one run, with random weights; only the ratios
     mean something. Takes about ten minutes for decoding and five for distillation.

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 from tiny_transformers import LENGTH, TOKENS, captions, codes, left_padded, tiny_model
 from torch.testing import assert_close
 
 from generation.cache import CachedDecoder
-from generation.compiled import compile_decoding
+from generation.compiled import can_compile, compile_decoding
 from generation.decoding import generate_codes
 from generation.guidance import Guidance
 from generation.quantization import quantize_int8
 from generation.sampling import GREEDY
 from generation.shapes import Factors
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="torch.compile needs a C++ compiler")
 
 
 @needs_compiler
@@ -39,16 +37,19 @@ def test_compiled_steps_are_the_steps() -> None:
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-def test_what_cannot_be_compiled_is_refused() -> None:
+def test_what_cannot_be_compiled_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="training mode"):
         compile_decoding(tiny_model().train())
     with pytest.raises(ValueError, match="int8"):
         compile_decoding(quantize_int8(tiny_model()))
+    monkeypatch.setattr("generation.compiled.can_compile", lambda _: False)
+    with pytest.raises(ValueError, match="needs a C"):
+        compile_decoding(tiny_model())
 
 
 def test_captions_longer_than_the_model_was_made_for_go_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
-    monkeypatch.setattr("generation.compiled._require_compiler", lambda _: None)
+    monkeypatch.setattr("generation.compiled.can_compile", lambda _: True)
     compile_decoding(model)
     features = torch.cat([captions(1), captions(1)], dim=1)
     assert CachedDecoder(model, captions(1))._compiled is not None
