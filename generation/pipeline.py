@@ -20,7 +20,7 @@ from torch import Tensor
 from generation.caption_judge import PART as JUDGE_PART
 from generation.caption_judge import CaptionJudge, judge_beside
 from generation.choice import SamplingChoice
-from generation.decoding import generate_codes
+from generation.decoding import FREE, generate_codes
 from generation.generator import (
     MAX_CANDIDATES,
     PART,
@@ -41,6 +41,10 @@ from layton.interface import Generators
 from layton.tokenizer import LDM_FOLDER, LaytonTokenizer
 
 MAX_IMAGES = 10_000
+UNPLANNED = (
+    "nobody plans where objects stand in an image of which codes are known: give layouts, such as those of the result "
+    "that the codes come from (layouts=result.layouts), or [None] to tell nothing"
+)
 StepEnd = Callable[["LaytonGenPipeline", int, int, dict[str, Any]], object]
 
 
@@ -215,7 +219,8 @@ class LaytonGenPipeline:
             known_codes: (B, N) codes that are given, -1 where one is to be drawn.
             layouts: Where objects shall stand, one list for each prompt (`generation.layout`); None instead of a list
                 tells nothing, and with an empty prompt nothing should be told. By default the planner says it, anew
-                for each image, where there is one and no codes are known, which it cannot look at.
+                for each image, where there is one and no codes are known, which it cannot look at (a warning
+                says so).
             batch_size: Images encoded, drawn and decoded at once, candidates counted, but at least one; what more
                 images take is their codes and pictures.
 
@@ -242,6 +247,9 @@ class LaytonGenPipeline:
             guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, min_entropy=min_entropy
         )
         wanted = self._wanted_layouts(layouts, len(prompts))
+        free = known_codes is None or bool((known_codes == FREE).all())
+        if self.planner is not None and wanted is None and not free:
+            warnings.warn(UNPLANNED, stacklevel=2)
         each = self.candidates(candidates)
         at_once = max(1, batch_size // each)
         codes: list[Tensor] = []
@@ -255,7 +263,7 @@ class LaytonGenPipeline:
             if wanted is not None:
                 text = replace(text, layout=wanted[[index // num_images_per_prompt for index in images]])
             own = _generators_of_candidates(generators[part], each)
-            text = self.planned(_repeated(text, each), own, free=known_codes is None)
+            text = self.planned(_repeated(text, each), own, free=free)
             drawn = self.draw_codes(
                 text,
                 generators=own,

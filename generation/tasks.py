@@ -210,10 +210,10 @@ class LaytonGenTask(LaytonTask):
         hidden = self._hidden(codes, self.text_of(batch), untold(batch), batch.get("positions"))
         logits = self.transformer.vocabulary.logits(hidden)
         valid = batch.get("valid")
-        right = (logits.argmax(-1) == codes).float().mean(1)
+        right = (logits.argmax(-1) == codes).float()
         terms = {
             "cross_entropy": next_code_loss(logits, codes, valid=valid),
-            "accuracy": right.mean() if valid is None else (right * valid).sum() / valid.sum().clamp_min(1),
+            "accuracy": mean_of_valid(right, valid),
         }
         return self.log_losses(terms, weights={"accuracy": 0.0}, batch_size=len(codes))
 

@@ -1,7 +1,8 @@
 """Prompts to features: one border, `TextEncoder`, and one implementation over any encoder of transformers.
 
-Every prompt has a defined result: the empty one is a text like any other (its special tokens), one that is too long
-is cut and says so (`TextFeatures.cut`), characters that no UTF-8 text can hold become "?".
+Every prompt has a defined result: the empty one is a text like any other here (its special tokens; that it means "no
+caption" is the generator's affair), one that is too long is cut and says so (`TextFeatures.cut`), characters that no
+UTF-8 text can hold become "?".
 """
 
 from __future__ import annotations
@@ -166,15 +167,24 @@ class TransformersTextEncoder(TextEncoder):
         """Features of B prompts; see `TextEncoder.encode`. With gradients if it is trainable."""
         ids, mask, cut = self.tokenize(prompts)
         device = next(self.model.parameters()).device
-        longest = max(1, int(mask.sum(1).max()))  # what stands behind is padding of all
         ids, mask = ids.to(device), mask.to(device)
-        with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
-            found = self.model(input_ids=ids[:, :longest], attention_mask=mask[:, :longest].long()).last_hidden_state
-        found = found * mask[:, :longest, None].to(found.dtype)
-        features = F.pad(found, (0, 0, 0, ids.shape[1] - longest))
+        learning = self.trainable and torch.is_grad_enabled()
+        # The last bits of a product depend on how many rows it has, and int8 layers make codes of last bits. A CPU
+        # gains little by batches, so that there a prompt is encoded alone, whatever it stands beside.
+        rows = len(ids) if learning or device.type != "cpu" else 1
+        with torch.set_grad_enabled(learning):
+            parts = [self._features(*part) for part in zip(ids.split(rows), mask.split(rows), strict=True)]
+        features = torch.cat(parts)
         if self.padding == "left":
             features, mask = pad_left(features, mask)
         return TextFeatures(features, mask, cut)
+
+    def _features(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Features (B, L, D) of ids (B, L), zero at padding."""
+        longest = max(1, int(mask.sum(1).max()))  # what stands behind is padding of all
+        seen = mask[:, :longest]
+        found: Tensor = self.model(input_ids=ids[:, :longest], attention_mask=seen.long()).last_hidden_state
+        return F.pad(found * seen[..., None].to(found.dtype), (0, 0, 0, ids.shape[1] - longest))
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor, tuple[TextCut, ...]]:
         """Token ids (B, L) int64 padded on the right, their mask (B, L) bool, and what was cut.

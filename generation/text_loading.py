@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -54,8 +54,11 @@ def clean_caption(text: str) -> str:
 def load_model(folder: Path) -> nn.Module:
     """The text encoder of a folder, in float32; of models that hold more, the text encoder alone.
 
+    A pooler whose weights are not in the folder, which transformers would draw at random, is left out: features do
+    not pass it.
+
     Raises:
-        ValueError: If there is none that can be loaded.
+        ValueError: If there is none that can be loaded, or weights are missing.
     """
     import transformers
 
@@ -65,16 +68,26 @@ def load_model(folder: Path) -> nn.Module:
             raise ValueError(f"{kind.model_type} is no text encoder")
         loader = getattr(transformers, _ENCODER_CLASSES.get(kind.model_type, "AutoModel"))
         with silent_transformers():
-            model: nn.Module = loader.from_pretrained(
+            model, report = loader.from_pretrained(
                 str(folder),
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=False,
                 dtype=torch.float32,
+                output_loading_info=True,
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"{folder} holds no text encoder that can be loaded: {_first_line(error)}") from error
-    return model
+    missing = set(report["missing_keys"])
+    if any(_is_pooler(key) for key in missing):
+        model.pooler = None
+    if lacking := sorted(key for key in missing if not _is_pooler(key)):
+        raise ValueError(f"{folder} lacks {len(lacking)} weights of its text encoder, such as {lacking[0]}")
+    return cast(nn.Module, model)
+
+
+def _is_pooler(key: str) -> bool:
+    return key.startswith("pooler.")
 
 
 @contextmanager

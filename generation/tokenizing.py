@@ -112,19 +112,23 @@ class TokenizeJob:
         )
 
     def plan(self) -> dict[str, Any]:
-        """What decides every byte of the shards."""
-        keys = self.source.keys if isinstance(self.source, StoredSource) else None
+        """What decides every byte of the shards, as far as it can be told without reading every image."""
         count = len(self.source)
-        ends = [self.source.sample(i, seed=0)["key"] for i in (0, count - 1)] if keys is None else []
         return {
             "format": FORMAT,
             "header": asdict(self.header()),
             "source": self.name,
             "inputs": count,
-            "keys": hashlib.sha256("\n".join(ends if keys is None else keys).encode("utf-8", "replace")).hexdigest(),
+            "content": self._content(),
             "shard_size": self.shard_size,
             "seed": self.seed,
         }
+
+    def _content(self) -> str:
+        if isinstance(self.source, StoredSource):
+            return self.source.stamp()
+        ends = [self.source.sample(index, seed=0)["key"] for index in (0, len(self.source) - 1)]
+        return hashlib.sha256("\n".join(ends).encode("utf-8", "replace")).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

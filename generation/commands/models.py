@@ -118,7 +118,7 @@ def _diffusion(
     allow: Sequence[str] | None,
 ) -> Drawer:
     from generation.placed_prompts import PlacedPrompts
-    from layton.commands.text_to_image import find_pipeline
+    from layton.commands.text_to_image import find_pipeline, find_student
     from layton.errors import UsageError
     from layton.ldm.cache import digest
     from layton.ldm.text import knows_places
@@ -137,6 +137,7 @@ def _diffusion(
         "pipeline_class": type(draw.pipeline).__name__,
         "scheduler": type(draw.pipeline.scheduler).__name__,
         "student": student,
+        "student_weights": None if student is None else digest(find_student(student)),
         "num_inference_steps": draw.num_steps,
         "guidance_scale": draw.guidance_scale,
         "prompts_rewritten": planner is not None,

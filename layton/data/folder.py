@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -65,6 +66,15 @@ class ImageFolderSource(StoredSource):
         """Unique keys "folder/path without suffix", sorted by path."""
         return self._keys
 
+    def stamp(self) -> str:
+        """See `StoredSource.stamp`; of every image the sizes of its file and of the caption beside it."""
+        found = hashlib.sha256(json.dumps(self._captions, sort_keys=True).encode())
+        for key, path in zip(self._keys, self._files, strict=True):
+            image = self.folder / path
+            sizes = [_size(file) for file in (image, image.with_suffix(".txt"))]
+            found.update(f"\n{key} {sizes}".encode("utf-8", "replace"))
+        return found.hexdigest()
+
     def load(self, index: int) -> StoredImage:
         """Read and decode one image; see `StoredSource.load`."""
         path = self._files[index]
@@ -84,6 +94,13 @@ class ImageFolderSource(StoredSource):
             return ""
         except (OSError, UnicodeDecodeError) as error:
             raise ImageError(f"{self.folder / path}: unreadable caption ({error})") from error
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return -1
 
 
 def _find_images(folder: Path) -> list[Path]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import glob
+import hashlib
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from layton.data.types import Split, check_split, split_of_key
 
 _MAX_OPEN_SHARDS = 64
 _MAX_CAPTION_BYTES = 2**20
+_STAMP_BYTES = 2**16
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
 
 
@@ -81,6 +83,17 @@ class ShardSource(StoredSource):
     def keys(self) -> Sequence[str]:
         """Unique keys "shard/key" of all samples, in the order of shards and members."""
         return self._keys
+
+    def stamp(self) -> str:
+        """See `StoredSource.stamp`; of every shard the size, and how it begins and ends."""
+        found = hashlib.sha256("\n".join(self._keys).encode("utf-8", "replace"))
+        for path in self.paths:
+            size = path.stat().st_size
+            with path.open("rb") as shard:
+                found.update(f"\n{size}\n".encode() + shard.read(_STAMP_BYTES))
+                shard.seek(max(0, size - _STAMP_BYTES))
+                found.update(shard.read(_STAMP_BYTES))
+        return found.hexdigest()
 
     def load(self, index: int) -> StoredImage:
         """Read and decode one image; see `StoredSource.load`.

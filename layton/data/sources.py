@@ -106,6 +106,13 @@ class StoredSource(ImageSource):
         """Unique keys of all samples, in order."""
 
     @abstractmethod
+    def stamp(self) -> str:
+        """Hex digits that tell this state of the files from another: by names, sizes and samples of their bytes.
+
+        Files that differ in a few bytes in their middle, and not in size, may have the same.
+        """
+
+    @abstractmethod
     def load(self, index: int) -> StoredImage:
         """Read and decode one image.
 

@@ -398,8 +398,12 @@ def test_a_pipeline_plans_and_obeys(planner: LayoutPlanner, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="3 prompts need as many layouts, a list of objects each"):
         draw(layouts=[[STAR]])
     free = torch.full((3, TOKENS), -1)
-    kept = draw(known_codes=torch.where(torch.arange(TOKENS) < 2, planned.codes, free))
-    assert kept.layouts == (None, None, None)  # a planner cannot look at what is known already
+    assert draw(known_codes=free).codes.equal(planned.codes)
+    some = torch.where(torch.arange(TOKENS) < 2, planned.codes, free)
+    with pytest.warns(UserWarning, match="nobody plans"):  # a planner cannot look at what is known already
+        kept = draw(known_codes=some)
+    assert kept.layouts == (None, None, None)
+    assert draw(known_codes=some, layouts=[None] * 3).codes.equal(kept.codes)
     with pytest.raises(ValueError, match="a list of objects each"):
         pipe("a red star", layouts=[STAR])  # type: ignore[list-item]
     pipe.save_pretrained(tmp_path)

@@ -13,6 +13,8 @@ from laytongen_parts import CODES, SIZE, TOKENS, tiny_generator, tiny_tokenizer,
 from generation.demonstration import has_generator
 from generation.generator import find_generator, find_tokenizer, is_interim, load_generator, save_generator
 from generation.pipeline import LaytonGenPipeline, PromptCutWarning
+from generation.quantization import set_weights
+from generation.weight_types import Weights
 from layton import assets
 
 PROMPTS = ["a red circle", "", "two blue stars", "写 😀\n\0"]
@@ -36,6 +38,17 @@ def test_codes_depend_on_prompt_and_seed_alone(pipe: LaytonGenPipeline) -> None:
     assert backwards.flip(0).equal(together)
     assert not pipe(PROMPTS[0], generator=seeds(9), output_type="codes").codes.equal(alone[0])
     assert not pipe(PROMPTS[2], generator=seeds(0), output_type="codes").codes.equal(alone[0])
+
+
+@pytest.mark.parametrize("weights", ["int8", "bf16"])
+def test_smaller_weights_draw_the_same_in_any_batch(weights: Weights) -> None:
+    tokenizer = tiny_tokenizer()
+    small = LaytonGenPipeline(tiny_generator(tokenizer), tokenizer)
+    set_weights(small.transformer, weights)
+    prompts = ["a", "two blue stars", "a red circle left of a blue star", "a red circle"]
+    together = small(prompts, generator=seeds(0, 1, 2, 3), output_type="codes").codes
+    for row, prompt in enumerate(prompts):
+        assert small(prompt, generator=seeds(row), output_type="codes").codes[0].equal(together[row])
 
 
 def test_images_of_every_output_type_are_the_same_picture(pipe: LaytonGenPipeline) -> None:

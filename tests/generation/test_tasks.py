@@ -103,6 +103,8 @@ def test_missing_samples_count_nothing(place: Path) -> None:
     other = {**batch, "codes": batch["codes"].clone(), "valid": torch.arange(8) < 4}
     other["codes"][4:] = 0
     torch.testing.assert_close(task.validation_step(other, 0), task.validation_step(half, 0))
+    each = {**other, "valid": other["valid"][:, None].expand(8, TOKENS)}  # said of every code
+    torch.testing.assert_close(task.validation_step(each, 0), task.validation_step(half, 0))
 
 
 def test_an_empty_caption_is_no_caption(place: Path) -> None:

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from laytongen_parts import LENGTH, WIDTH, WORDS, tiny_text_encoder
+from safetensors.torch import load_file, save_file
 
 from generation.text_encoders import TransformersTextEncoder, pad_left, text_encoder
 from generation.text_loading import clean_caption
@@ -42,7 +44,8 @@ def test_every_prompt_has_a_defined_result(encoder: TransformersTextEncoder) -> 
 def test_features_do_not_depend_on_neighbours_or_padding(encoder: TransformersTextEncoder) -> None:
     together = encoder.encode(PROMPTS)
     for row, prompt in enumerate(PROMPTS):
-        torch.testing.assert_close(encoder.encode([prompt]).features[0], together.features[row])
+        # to the last bit, of which int8 layers make codes
+        assert encoder.encode([prompt]).features[0].equal(together.features[row])
     longer = TransformersTextEncoder(encoder.tokenizer, encoder.model, max_length=8)
     text = longer.encode(["a red circle"])
     torch.testing.assert_close(text.features[0][text.mask[0]], together.features[2][together.mask[2]])
@@ -120,3 +123,26 @@ def test_captions_are_cleaned_as_the_released_models_were_and_that_is_saved(
         assert loaded.fingerprint() == cleaned.fingerprint()
     with pytest.raises(ValueError, match="cleaning"):
         TransformersTextEncoder(encoder.tokenizer, encoder.model, cleaning="soap")  # type: ignore[arg-type]
+
+
+def bert_folder(encoder: TransformersTextEncoder, folder: Path, *, drop: str | None = None) -> str:
+    """What `BertForMaskedLM` saves, which has no pooler, less the weights with ``drop`` in their names."""
+    encoder.tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.BertConfig(vocab_size=len(encoder.tokenizer), **sizes)
+    transformers.BertForMaskedLM(config).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if drop is None or drop not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def test_what_is_not_in_the_folder_is_not_drawn_at_random(encoder: TransformersTextEncoder, tmp_path: Path) -> None:
+    first, second = (text_encoder(bert_folder(encoder, tmp_path / "whole")) for _ in range(2))
+    again = text_encoder(str(tmp_path / "whole"))
+    assert second.fingerprint() == again.fingerprint() != first.fingerprint()  # the first's weights were others
+    assert second.model.pooler is None
+    again.save_pretrained(tmp_path / "saved")
+    assert text_encoder(str(tmp_path / "saved")).fingerprint() == again.fingerprint()
+    with pytest.raises(ValueError, match=r"lacks \d+ weights of its text encoder, such as encoder\.layer\.1"):
+        text_encoder(bert_folder(encoder, tmp_path / "part", drop="layer.1.attention"))

@@ -29,6 +29,7 @@ from generation.tokenizing import ShardResult, ShardWriter, TokenizeJob, tokeniz
 from layton.data.folder import ImageFolderSource
 from layton.data.shards import ShardSource
 from layton.data.sources import ScenesSource
+from layton.data.transforms import Fit
 from layton.lock import FolderInUseError, lock_folder
 from layton.scenes import render, sample_scene
 from layton.tokenizer import LaytonTokenizer
@@ -114,6 +115,30 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tokenizer: LaytonTokenizer
         tokenize_dataset(scenes_job(tokenizer, count=11), tmp_path / "whole")
     with pytest.raises(ValueError, match="fingerprint: stored"):
         tokenize_dataset(scenes_job(tiny_tokenizer(seed=1)), tmp_path / "whole")
+
+
+def test_other_files_of_the_same_names_are_not_taken_for_those(tokenizer: LaytonTokenizer, tmp_path: Path) -> None:
+    def job(folder: str) -> TokenizeJob:
+        source = ShardSource(str(tmp_path / folder / "*.tar"), split=None, transform=Fit(tokenizer.image_size))
+        return TokenizeJob(source, tokenizer, "*.tar")
+
+    for folder, text in (("a", b"a red star"), ("b", b"a tan star")):
+        (tmp_path / folder).mkdir()
+        write_tar(tmp_path / folder / "0.tar", {"k.png": image_bytes(0), "k.txt": text})
+    tokenize_dataset(job("a"), tmp_path / "out")
+    assert tokenize_dataset(job("a"), tmp_path / "out").reused == 1
+    with pytest.raises(ValueError, match=r"begun with something else \(content"):
+        tokenize_dataset(job("b"), tmp_path / "out")
+
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "k.png").write_bytes(image_bytes(0))
+    stamps = {ImageFolderSource(str(images), split=None).stamp() for _ in range(2)}
+    (images / "k.txt").write_text("a star")
+    stamps.add(ImageFolderSource(str(images), split=None).stamp())
+    (images / "captions.jsonl").write_text(json.dumps({"file_name": "k.png", "text": "a ring"}))
+    stamps.add(ImageFolderSource(str(images), split=None).stamp())
+    assert len(stamps) == 3
 
 
 def test_shards_written_elsewhere_and_in_any_order_are_the_same(tokenizer: LaytonTokenizer, tmp_path: Path) -> None:
