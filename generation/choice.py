@@ -20,6 +20,8 @@ class SamplingChoice:
     Attributes:
         guidance_scale: Of classifier-free guidance; 1 is none.
         guidance_schedule: How guidance grows over the codes, see `generation.guidance.Guidance`.
+        guidance_start: First code that is guided.
+        guidance_stop: First code that is not guided any more; None for never.
         temperature: 0 takes the likeliest code each time.
         top_k: Number of likeliest codes to draw among; 0 for all.
         top_p: Share of the likeliest codes to draw among; 1 for all.
@@ -30,6 +32,8 @@ class SamplingChoice:
 
     guidance_scale: float | None = None
     guidance_schedule: Schedule = "constant"
+    guidance_start: int = 0
+    guidance_stop: int | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -45,11 +49,11 @@ class SamplingChoice:
         """
         from generation.guidance import Guidance
 
+        own = asdict(defaults)
         asked: dict[str, Any] = {name: value for name, value in asdict(self).items() if value is not None}
-        schedule = asked.pop("guidance_schedule")
-        del asked["no_layout"]
-        whole = type(defaults)(**{**asdict(defaults), **asked})
-        return whole.options(), Guidance(whole.guidance_scale, schedule=schedule)
+        whole = type(defaults)(**{**own, **{name: asked[name] for name in own.keys() & asked.keys()}})
+        guidance = Guidance(whole.guidance_scale, self.guidance_start, self.guidance_stop, self.guidance_schedule)
+        return whole.options(), guidance
 
     def given(self) -> list[str]:
         """Names of the settings that only LaytonGen has and that were asked for."""

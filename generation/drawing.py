@@ -15,10 +15,26 @@ from generation.compiled import compile_decoding
 from generation.layout import PlacedObject
 from generation.pipeline import LaytonGenPipeline
 from generation.quantization import set_weights, weights_type
+from generation.text_encoders import TextCut
 from generation.weight_types import Weights
 from layton.modules import weights_digest
 
 Layout = Sequence[PlacedObject]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drawn:
+    """Pictures, and how their prompts were understood.
+
+    Attributes:
+        images: uint8 (H, W, 3).
+        layouts: Where objects were told to stand, for each image; None where nothing was told.
+        cut: Prompts that were longer than the text encoder reads.
+    """
+
+    images: list[NDArray[np.uint8]]
+    layouts: tuple[Layout | None, ...]
+    cut: tuple[TextCut, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,7 +100,7 @@ class LaytonGenDrawer:
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[NDArray[np.uint8]]:
         """One image uint8 (H, W, 3) for each prompt and seed, which depends on these two alone."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return self.draw(prompts, generators)[0]
+        return self.draw(prompts, generators).images
 
     def draw(
         self,
@@ -94,7 +110,7 @@ class LaytonGenDrawer:
         images_per_prompt: int = 1,
         layouts: Sequence[Layout | None] | None = None,
         callback: Callable[[int], object] | None = None,
-    ) -> tuple[list[NDArray[np.uint8]], tuple[Layout | None, ...]]:
+    ) -> Drawn:
         """Images of prompts, some of each one after another, each from its own generator.
 
         Args:
@@ -103,9 +119,6 @@ class LaytonGenDrawer:
             images_per_prompt: Images of each prompt.
             layouts: Where objects shall stand, one for each prompt; see `LaytonGenPipeline`.
             callback: Is told the index of each code.
-
-        Returns:
-            The images, and where objects were told to stand in each; None where nothing was told.
 
         Raises:
             ValueError: If layouts are given to be left out.
@@ -130,7 +143,8 @@ class LaytonGenDrawer:
             callback_on_step_end=None if callback is None else lambda _, index, *__: callback(index),
             batch_size=max(1, len(generators)) * self.pipeline.candidates(self.sampling.candidates),
         )
-        return [np.round(image * 255).astype(np.uint8) for image in np.asarray(result.images)], result.layouts
+        images = [np.round(image * 255).astype(np.uint8) for image in np.asarray(result.images)]
+        return Drawn(images, result.layouts, result.cut)
 
     @property
     def _plans(self) -> bool:
@@ -163,6 +177,8 @@ class LaytonGenDrawer:
             "decoder_sampling": decoder.sampling_record(),
             "guidance_scale": guidance.scale,
             "guidance_schedule": guidance.schedule,
+            "guidance_start": guidance.start,
+            "guidance_stop": guidance.stop,
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,
             "top_p": sampling.top_p,

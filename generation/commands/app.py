@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -117,8 +118,8 @@ class Studio:
         result = replace(self.one, decoder=decoder, num_steps=steps or None, seed=seed or 0)(list(fitted))[0]
         return result.picture, f"{self.tokenizer.num_tokens} tokens, {in_words(result.figures)}"
 
-    def draw(self, prompt: str, painter: str, seed: int | None = 0) -> Image.Image:
-        """A picture from text; the same prompt and seed give the same picture.
+    def draw(self, prompt: str, painter: str, seed: int | None = 0) -> tuple[Image.Image, str]:
+        """A picture from text, and what was cut of that; the same prompt and seed give the same picture.
 
         Raises:
             ValueError: No such painter.
@@ -127,7 +128,13 @@ class Studio:
 
         if painter not in self.painters:
             raise ValueError(f"{painter!r} draws nothing here; there are {', '.join(self.painters) or 'none'}")
-        return Image.fromarray(self.painters[painter]([prompt], [seed or 0])[0])
+        from generation.pipeline import PromptCutWarning
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", PromptCutWarning)
+            drawn = self.painters[painter]([prompt], [seed or 0])[0]
+        cuts = [str(each.message) for each in caught if issubclass(each.category, PromptCutWarning)]
+        return Image.fromarray(drawn), "; ".join(cuts)
 
 
 def build_page(studio: Studio) -> Any:
@@ -164,6 +171,7 @@ def build_page(studio: Studio) -> Any:
                 painter = gradio.Dropdown(list(studio.painters), value=next(iter(studio.painters)), label="model")
                 seed = gradio.Number(0, precision=0, minimum=0, label="seed")
                 drawn = gradio.Image(type="pil", format="png", label="picture")
+                remarks = gradio.Textbox(label="remarks", interactive=False)
                 paint = gradio.Button("Draw", variant="primary")
-                paint.click(told(studio.draw), [prompt, painter, seed], drawn)
+                paint.click(told(studio.draw), [prompt, painter, seed], [drawn, remarks])
     return page

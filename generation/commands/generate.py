@@ -34,6 +34,8 @@ def generate(
     num_images: int = 1,
     guidance_scale: float | None = None,
     guidance_schedule: Schedule = "constant",
+    guidance_start: int = 0,
+    guidance_stop: int | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -64,6 +66,8 @@ def generate(
         num_images: how many.
         guidance_scale: of classifier-free guidance; 1 is none; the model's own by default.
         guidance_schedule: constant, or how guidance grows from 1 over the tokens: linear, or cosine.
+        guidance_start: first token that is guided.
+        guidance_stop: first token that is not guided any more; by default all others are.
         temperature: 0 takes the likeliest code each time; the model's own by default.
         top_k: number of likeliest codes to draw among; 0 for all.
         top_p: share of the likeliest codes to draw among; 1 for all.
@@ -92,7 +96,16 @@ def generate(
     require_least(1, {"num_images": num_images, "batch_size": batch_size, "steps": steps})
     require_least(0, {"seed": seed})
     sampling = SamplingChoice(
-        guidance_scale, guidance_schedule, temperature, top_k, top_p, min_entropy, candidates, no_layout
+        guidance_scale,
+        guidance_schedule,
+        guidance_start,
+        guidance_stop,
+        temperature,
+        top_k,
+        top_p,
+        min_entropy,
+        candidates,
+        no_layout,
     )
     require_sampling(sampling)
     if num_images > MAX_IMAGES:
@@ -121,19 +134,21 @@ def generate(
     )
     loaded = time.perf_counter()
     told: list[Sequence[PlacedObject] | None] = []
+    cut: list[str] = []
     batches = -(-num_images // batch_size)
     with staged(out) as folder, progress(batches * draw.pipeline.num_tokens, "generate") as bar:
         for start in range(0, num_images, batch_size):
             part = seeds[start : start + batch_size]
-            drawn, layouts = draw.draw(
+            drawn = draw.draw(
                 [prompt],
                 [torch.Generator().manual_seed(each) for each in part],
                 images_per_prompt=len(part),
                 layouts=None if placed is None else [placed],
                 callback=lambda _: bar.update(1),
             )
-            told += layouts
-            for name, image in zip(names[start:], drawn, strict=False):
+            told += drawn.layouts
+            cut = [str(each) for each in drawn.cut]  # of one prompt, alike in every batch
+            for name, image in zip(names[start:], drawn.images, strict=False):
                 Image.fromarray(image).save(folder / name)
     seconds = time.perf_counter() - loaded
     sys.stdout.write(f"{out}: {', '.join(names[:4])}{' ...' * (num_images > 4)} in {seconds:.1f} s\n")
@@ -141,7 +156,7 @@ def generate(
         times = {"loading": loaded - started, "drawing": seconds}
         settings = {**draw.settings(told=placed is not None), "prompt": prompt, "seed": seed}
         where = [None if each is None else [asdict(item) for item in each] for each in told]
-        write_json(json, {"settings": settings, "seconds": times, "files": names, "layouts": where})
+        write_json(json, {"settings": settings, "seconds": times, "files": names, "layouts": where, "cut": cut})
 
 
 def picture_name(number: int, prompt: str, seed: int) -> str:

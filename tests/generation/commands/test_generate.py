@@ -69,17 +69,19 @@ def test_every_setting_of_sampling_reaches_the_picture(model: str, tmp_path: Pat
     plain, settings = drawn()
     assert (settings["guidance_schedule"], settings["min_entropy"]) == ("constant", 0.0)
     pictures = {plain}
-    for name, value in {"guidance_schedule": "linear", "min_entropy": 4.0, "top_p": 0.3, "top_k": 3}.items():
+    choices = {"guidance_schedule": "linear", "guidance_start": 9, "guidance_stop": 3, "min_entropy": 4.0, "top_p": 0.3}
+    for name, value in {**choices, "top_k": 3}.items():
         picture, settings = drawn(f"--{name}", str(value))
         assert settings[name] == value
         pictures.add(picture)
-    assert len(pictures) == 5
+    assert len(pictures) == 7
 
 
 def test_a_cut_prompt_is_told_once_however_many_images(model: str, tmp_path: Path) -> None:
     words = ["generate", "a red circle " * 50, "--model", model, "--out", str(tmp_path / "out"), "--num-images", "3"]
     with pytest.warns(PromptCutWarning) as told:
-        assert main(words) == 0
+        assert main([*words, "--json", str(tmp_path / "f.json")]) == 0
+    assert json.loads((tmp_path / "f.json").read_text())["cut"] == [str(told[0].message)]
     assert len([warning for warning in told if warning.category is PromptCutWarning]) == 1
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 from command_tools import Run
+from laytongen_parts import write_model
 from PIL import Image
 
-from generation.commands.app import DIFFUSION, Studio, build_page
+from generation.commands.app import DIFFUSION, LAYTONGEN, Studio, build_page
 
 
 def test_pictures_come_back_in_their_own_size_with_figures(both: Path, photos: Path) -> None:
@@ -29,11 +30,19 @@ def test_pictures_come_back_in_their_own_size_with_figures(both: Path, photos: P
 def test_text_is_drawn_by_what_lies_beside_the_tokenizer(both: Path, tokenizer: Path) -> None:
     studio = Studio.load(str(both))
     assert list(studio.painters) == [DIFFUSION]
-    assert studio.draw("a red star", DIFFUSION, 3).tobytes() == studio.draw("a red star", DIFFUSION, 3).tobytes()
+    (one, remarks), (other, _) = (studio.draw("a red star", DIFFUSION, 3) for _ in range(2))
+    assert one.tobytes() == other.tobytes()
+    assert remarks == ""
     alone = Studio.load(str(tokenizer))
     assert not alone.painters
     with pytest.raises(ValueError, match="draws nothing here"):
         alone.draw("a red star", DIFFUSION)
+
+
+def test_a_cut_prompt_is_told_on_the_page(tmp_path: Path) -> None:
+    studio = Studio.load(str(write_model(tmp_path)))
+    _, remarks = studio.draw("a red star " * 99, LAYTONGEN)
+    assert remarks.startswith("prompt 0 was cut: ")
 
 
 def test_the_page_has_a_tab_for_each(both: Path, tokenizer: Path) -> None:
