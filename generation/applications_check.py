@@ -40,6 +40,7 @@ class OneStepModel:
         condition_of: Prompts to their condition.
         image_size: Side in pixels of what it draws.
         device: Where it is.
+        say: A scene as the model has learnt to be told of it.
     """
 
     denoiser: Denoiser
@@ -48,6 +49,7 @@ class OneStepModel:
     condition_of: Callable[[Sequence[str]], Condition]
     image_size: int
     device: str = "cpu"
+    say: Callable[[Scene], str] = caption
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,8 @@ class TaskSettings:
 
     Attributes:
         edit_t: Time to which a source is noised to be edited.
-        edit_threshold: See `layton.distillation.one_step_tasks.edit`.
+        edit_strength: See `layton.distillation.one_step_tasks.edit`.
+        edit_threshold: As there.
         edit_softness: As there.
         inpaint_t: Time to which surroundings are noised.
         enlarge_t: Time to which the enlarged image is noised.
@@ -65,6 +68,7 @@ class TaskSettings:
     """
 
     edit_t: float = 700.0
+    edit_strength: float = 1.0
     edit_threshold: float = 0.4
     edit_softness: int = 1
     inpaint_t: float = 900.0
@@ -145,12 +149,13 @@ def score_editing(
         results = edit(
             model.denoiser,
             images.to(model.device),
-            model.condition_of([caption(case.wanted) for case in cases]),
-            model.condition_of([caption(case.scene) for case in cases]),
+            model.condition_of([model.say(case.wanted) for case in cases]),
+            model.condition_of([model.say(case.scene) for case in cases]),
             encode=model.encode,
             decode=model.decode,
             generator=_noises(seeds),
             t=settings.edit_t,
+            strength=settings.edit_strength,
             threshold=settings.edit_threshold,
             softness=settings.edit_softness,
         ).cpu()
@@ -185,7 +190,7 @@ def score_inpainting(
             model.denoiser,
             images.to(model.device),
             masks.to(model.device),
-            model.condition_of([caption(hole.scene) for hole in part]),
+            model.condition_of([model.say(hole.scene) for hole in part]),
             encode=model.encode,
             decode=model.decode,
             generator=_noises([hole.scene.seed for hole in part]),
@@ -218,7 +223,7 @@ def score_enlargement(
         result = super_resolve(
             model.denoiser,
             small.to(model.device),
-            model.condition_of([caption(scene) for scene in scenes]),
+            model.condition_of([model.say(scene) for scene in scenes]),
             encode=model.encode,
             decode=model.decode,
             generator=_noises(seeds),

@@ -13,6 +13,8 @@ from layton.commands.calling import progress
 from layton.commands.reports import write_json
 from layton.data.types import Split
 from layton.errors import UsageError
+from layton.scenes import caption
+from layton.scenes.placed import placed_caption
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +32,7 @@ def evaluate_applications(
     count: int = 100,
     split: Split = "test",
     edit_time: float = 700.0,
+    edit_strength: float = 1.0,
     edit_threshold: float = 0.4,
     edit_softness: int = 1,
     inpaint_time: float = 900.0,
@@ -42,12 +45,15 @@ def evaluate_applications(
 ) -> None:
     """Score HiPA's three applications, each on so many scenes; choose the settings on the validation split.
 
+    Prompts say where objects stand if the pipeline has learnt to hear it.
+
     Args:
         student: export of a one-step distillation, or mini; without one, the pipeline's own network takes the step.
         pipeline: embedded model or folder of the diffusers pipeline that it was distilled from.
         count: scenes for each application.
         split: train, validation or test.
         edit_time: time to which sources are noised to be edited.
+        edit_strength: of the change; more than 1 goes further away from what the picture shows now.
         edit_threshold: share of the largest change, in [0, 1), above which a place belongs to the edit.
         edit_softness: latent positions by which the edited places are widened.
         inpaint_time: time to which the surroundings of a hole are noised.
@@ -62,12 +68,13 @@ def evaluate_applications(
     from layton.metrics.protocol import library_versions
 
     require_least(1, {"count": count, "batch_size": batch_size, "scale": scale})
-    require_least(0, {"edit_softness": edit_softness})
+    require_least(0, {"edit_softness": edit_softness, "edit_strength": edit_strength})
     require_shares({"edit_threshold": edit_threshold, "enlarge_strength": enlarge_strength})
     if edit_threshold == 1:
         raise UsageError("--edit-threshold must be below 1: no place changes more than the one that changes most")
     settings = TaskSettings(
         edit_t=edit_time,
+        edit_strength=edit_strength,
         edit_threshold=edit_threshold,
         edit_softness=edit_softness,
         inpaint_t=inpaint_time,
@@ -90,6 +97,7 @@ def evaluate_applications(
             "student": student,
             "split": split,
             "image_size": model.image_size,
+            "prompts": "with places" if model.say is placed_caption else "plain",
             "settings": asdict(settings),
             "versions": library_versions(),
         }
@@ -112,8 +120,10 @@ def load_model(pipeline: str, student: str | None, *, device: str | None = None)
     from layton.ldm.autoencoder import Autoencoder
     from layton.ldm.conditions import PromptEncoder, latent_shape_of
     from layton.ldm.teacher import open_pipeline
+    from layton.ldm.text import hears_places
 
-    pipe = open_pipeline(find_pipeline(pipeline))
+    folder = find_pipeline(pipeline)
+    pipe = open_pipeline(folder)
     scheduler = pipe.scheduler
     if student is not None:
         load_distilled(pipe, find_student(student)).times_for(1)
@@ -133,6 +143,7 @@ def load_model(pipeline: str, student: str | None, *, device: str | None = None)
         condition_of,
         image_size=height * autoencoder.downsample_factor,
         device=place,
+        say=placed_caption if hears_places(folder) else caption,
     )
 
 

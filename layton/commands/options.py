@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from layton.errors import UsageError
 
 
-def require_least(least: int, values: Mapping[str, int | None]) -> None:
+def require_least(least: int, values: Mapping[str, int | float | None]) -> None:
     """Stop unless every option that is given is at least ``least``, and fits into 63 bits as seeds and counts must.
 
     Args:

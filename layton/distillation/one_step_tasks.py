@@ -40,13 +40,15 @@ def edit(
     decode: Decode,
     generator: Generators,
     t: float | None = None,
+    strength: float = 1.0,
     threshold: float = 0.4,
     softness: int = 2,
 ) -> Tensor:
     """Change what a new prompt changes and leave the rest of the pixels as they are.
 
-    One step under either prompt from the same state; where the two predictions differ is what the edit is about (the
-    mask of DiffEdit, arXiv 2210.11427, from one step), and only there the new one is taken.
+    One step under either prompt from the same state. What the two predictions differ by is added to the source, which
+    so keeps what a single step cannot draw (the virtual inversion of InfEdit, arXiv 2312.04965, in one step); where
+    they differ is what the edit is about (the mask of DiffEdit, arXiv 2210.11427), and only there it is made.
 
     Args:
         denoiser: One-step model.
@@ -57,26 +59,30 @@ def edit(
         decode: See `Decode`.
         generator: Of the noise.
         t: Time to noise the source to; default the noisiest, the only one that a one-step model is trained for.
-        threshold: Share of the largest difference, in [0, 1), above which a position belongs to the edit; 0 replaces
-            the whole picture.
+        strength: Of the difference, at least 0: guidance, with the source's prompt as what to go away from.
+        threshold: Share of the largest difference, in [0, 1), above which a position belongs to the edit; at 0 the
+            whole picture does.
         softness: Latent positions by which the mask is widened.
 
     Returns:
         (B, 3, H, W) in [-1, 1].
 
     Raises:
-        ValueError: ``threshold`` is outside [0, 1), or ``softness`` is negative.
+        ValueError: ``threshold`` is outside [0, 1), or ``strength`` or ``softness`` is negative.
     """
-    if not 0 <= threshold < 1 or softness < 0:
-        raise ValueError(f"threshold {threshold} must lie in [0, 1), softness {softness} must be >= 0")
+    if not 0 <= threshold < 1 or softness < 0 or not strength >= 0:
+        raise ValueError(
+            f"threshold {threshold} must lie in [0, 1), strength {strength} and softness {softness} must be >= 0"
+        )
     source = encode(images)
     state, time = _state(denoiser, source, t, generator)
     wanted = denoiser.predict(state, time, condition.expand(len(images))).x_0
-    if threshold == 0:
-        return decode(wanted).clamp(-1, 1)
     present = denoiser.predict(state, time, source_condition.expand(len(images))).x_0
+    change = strength * (wanted - present)
+    if threshold == 0:
+        return decode(source + change).clamp(-1, 1)
     mask = difference_mask(wanted, present, threshold=threshold, softness=softness)
-    return blend(images, decode(mask * wanted + (1 - mask) * source), mask)
+    return blend(images, decode(source + mask * change), mask)
 
 
 def difference_mask(latents: Tensor, others: Tensor, *, threshold: float, softness: int) -> Tensor:

@@ -37,6 +37,11 @@ def images(size: int = 32) -> Tensor:
     return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
 
 
+def flat() -> Tensor:
+    """Pictures of one colour each, which survive any change of size."""
+    return images()[..., :1, :1].expand(-1, -1, 32, 32) / 2
+
+
 def colour(value: float) -> Condition:
     return Condition(pooled=torch.full((1, 3), value))
 
@@ -46,9 +51,9 @@ def generator() -> torch.Generator:
 
 
 def test_an_edit_changes_what_the_prompts_disagree_on_and_no_other_pixel():
-    model, source = Painter(), images()
-    result = edit(model, source, colour(0.9), colour(-0.5), generator=generator(), softness=0, **ID)
-    assert_close(result[..., :12], torch.full((2, 3, 32, 12), 0.9))
+    model, source = Painter(), flat()
+    result = edit(model, source, colour(0.4), colour(0.1), generator=generator(), softness=0, **ID)
+    assert_close(result[..., :12], source[..., :12] + 0.3)  # added to what was there
     assert_close(result[..., 24:], source[..., 24:], rtol=0, atol=0)
     assert model.times == [999.0] * 4  # two samples under two prompts
 
@@ -59,9 +64,15 @@ def test_equal_prompts_edit_nothing():
     assert_close(result, source, rtol=0, atol=0)
 
 
-def test_without_threshold_the_whole_picture_is_the_models():
-    result = edit(Painter(), images(), colour(0.5), colour(0.1), generator=generator(), threshold=0.0, **ID)
-    assert_close(result[..., 20:], torch.zeros(2, 3, 32, 12))
+def test_without_threshold_the_whole_picture_is_edited_as_strongly_as_asked():
+    for strength in (0.0, 1.0, 2.0):
+        asked = {"threshold": 0.0, "strength": strength}
+        result = edit(Painter(), flat(), colour(0.2), colour(0.1), generator=generator(), **asked, **ID)
+        change = torch.zeros(32)
+        change[:16] = 0.1 * strength
+        assert_close(result[..., [0, -1]], (flat() + change)[..., [0, -1]])
+    with pytest.raises(ValueError, match="strength -1"):
+        edit(Painter(), images(), colour(0.2), colour(0.1), generator=generator(), strength=-1, **ID)
 
 
 def test_the_mask_grows_by_its_softness():
