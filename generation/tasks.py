@@ -24,7 +24,7 @@ from generation.vocabulary import FactoredVocabulary
 from layton import assets
 from layton.data.sources import walk
 from layton.folder import load_config
-from layton.ldm.cache import CachedLatents
+from layton.ldm.cache import require_codes
 from layton.modules import weights_digest
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
 from layton.tokenizer import CLASS_NAME, LaytonTokenizer
@@ -135,17 +135,11 @@ class LaytonGenTask(LaytonTask):
         Raises:
             ValueError: With both fingerprints.
         """
-        module = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
-        names = ("train", "validation", "test")
-        sources = [source for name in names for source in getattr(module, name, None) or []]
+        sources = self.sources()
         for source in walk(sources):
             if isinstance(source, TokenShards):
                 self.require_shards(source)
-            elif isinstance(source, CachedLatents) and source.codebook() not in (None, self.facts.fingerprint):
-                raise ValueError(
-                    f"the cache holds codes of another tokenizer (codebook {source.codebook()}, "
-                    f"wanted {self.facts.fingerprint})"
-                )
+        require_codes(sources, self.facts.fingerprint)
 
     def require_shards(self, source: TokenShards) -> None:
         """See `setup`."""

@@ -131,7 +131,10 @@ def _take_values(words: list[str], option: str) -> list[str]:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = str(error)
+    if text.startswith("Caught ") and "\nOriginal Traceback" in text:  # a loader's worker sends all of it as a message
+        text = text.rstrip().rsplit("\n", 1)[-1].partition(": ")[2] or text
+    text = " ".join(text.split()) or type(error).__name__
     return text if isinstance(error, ValueError | RuntimeError | OSError) else f"{type(error).__name__}: {text}"
 
 

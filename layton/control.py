@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from distill.adapters import TLCM_LORA_TARGETS as TLCM_LORA_TARGETS  # passed on
 from distill.adapters import LoraSettings as LoraSettings
 from layton.folder import JsonValue, save_config, save_tensors
+from layton.modules import require_weights
 
 Resize = Literal["nearest", "bilinear", "bicubic"]
 PAPER_CHANNELS = (32, 96, 256)
@@ -101,6 +102,19 @@ def save_unet(unet: UNet2DConditionModel, folder: Path, *, dtype: torch.dtype | 
     save_config(folder, config)
 
 
+def load_unet(folder: Path | str) -> UNet2DConditionModel:
+    """The UNet of a diffusers folder, in the type it is stored in; safetensors only, no network.
+
+    Raises:
+        ValueError: Weights are missing.
+    """
+    unet: UNet2DConditionModel = UNet2DConditionModel.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True
+    )
+    require_weights(unet, folder)
+    return unet
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PipelineParts:
     """What a decoder takes from a latent diffusion model.
@@ -129,7 +143,7 @@ def read_pipeline(folder: Path) -> PipelineParts:
         configs[needed] = json.loads((folder / needed).read_text(encoding="utf-8"))
     levels = cast("list[int]", configs["vae/config.json"]["block_out_channels"])
     return PipelineParts(
-        unet=UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True, use_safetensors=True),
+        unet=load_unet(folder / "unet"),
         scheduler_config=configs["scheduler/scheduler_config.json"],
         pixels_per_latent=2 ** (len(levels) - 1),
     )

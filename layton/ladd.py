@@ -23,7 +23,16 @@ from torch import Tensor, nn
 from distill.denoiser import Condition, Denoiser
 from distill.parameterization import prediction_type_from_config
 from distill.schedules import schedule_from_config
-from layton.control import PAPER_CHANNELS, LoraSettings, Resize, copy_encoder, read_pipeline, resize_codes, save_unet
+from layton.control import (
+    PAPER_CHANNELS,
+    LoraSettings,
+    Resize,
+    copy_encoder,
+    load_unet,
+    read_pipeline,
+    resize_codes,
+    save_unet,
+)
 from layton.folder import WEIGHTS_NAME, JsonValue, load_config, load_tensors, require_match, save_config, save_tensors
 
 CLASS_NAME = "layton.ladd.LADD"
@@ -280,7 +289,7 @@ class LADD(Denoiser):
             candidates = [place for place in (root / "unet", root.parent / "unet") if place.is_dir()]
             if not candidates:
                 raise ValueError(f"{root} refers to a UNet that is neither in it nor beside it; pass unet=...")
-            unet = UNet2DConditionModel.from_pretrained(candidates[0], local_files_only=True, use_safetensors=True)
+            unet = load_unet(candidates[0])
         lora = cast("dict[str, JsonValue] | None", config["lora"])
         state = load_tensors(root / WEIGHTS_NAME)
         decoder = cls(

@@ -6,6 +6,7 @@ Legend: B batch, N tokens, D width, K heads, h w token grid.
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -162,3 +163,14 @@ def weights_digest(*modules: nn.Module) -> str:
             value = tensor.detach().cpu()
             digest.update((value.float() if value.is_floating_point() else value).contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def require_weights(model: nn.Module, place: Path | str) -> None:
+    """Refuse a model of which weights are missing: diffusers warns only, and leaves them without values.
+
+    Raises:
+        ValueError: With the first of them.
+    """
+    missing = [name for name, value in model.state_dict().items() if value.is_meta]
+    if missing:
+        raise ValueError(f"{place} lacks {len(missing)} weights, such as {missing[0]}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from layton import assets
 from layton.data.geometry import FitPolicy, Geometry, fit_image
-from layton.data.images import to_image, to_tensor
+from layton.data.images import plain_rgb, to_image, to_tensor
 from layton.encoder import ImageEncoder
 from layton.folder import JsonValue, class_name, load_config, save_config
 from layton.interface import CodeDecoder, Generators, ImageTokenizer
@@ -160,7 +160,8 @@ class LaytonTokenizer(ImageTokenizer):
         """PIL images of any sizes to codes, with the record that `decode_images` undoes.
 
         Args:
-            images: RGB images (`layton.data.images.load_image` reads files safely).
+            images: Of any mode; turned upright and brought to sRGB on white, as `layton.data.images.load_image`, which
+                reads files safely, does.
             policy: "crop" keeps the central square, "pad" everything, "resize" everything but the aspect ratio.
 
         Raises:
@@ -168,7 +169,7 @@ class LaytonTokenizer(ImageTokenizer):
         """
         if not images:
             raise ValueError("no images to encode")
-        fitted = [fit_image(image.convert("RGB"), self.image_size, policy=policy) for image in images]
+        fitted = [fit_image(plain_rgb(image), self.image_size, policy=policy) for image in images]
         squares = torch.stack([to_tensor(square) for square, _ in fitted])
         return EncodedImages(self.encode(squares), tuple(geometry for _, geometry in fitted))
 

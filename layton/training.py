@@ -267,6 +267,11 @@ def _make(kind: type[TrainingCLI], args: list[str], *, run: bool) -> TrainingCLI
 def _resume_path(resume: str, checkpoints: Path) -> str | None:
     if resume == "auto":
         found = newest_good_checkpoint(checkpoints)
+        if found is None and next(checkpoints.glob("*.ckpt"), None) is not None:
+            raise UsageError(
+                f"{checkpoints} holds checkpoints, and none that is whole with the note beside it (.ckpt.json): "
+                "name one with --resume FILE, or take another --run_dir"
+            )
         return None if found is None else str(found)
     if resume == "never":
         if next(checkpoints.glob("*.ckpt"), None) is not None:

@@ -81,7 +81,9 @@ class SafeCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Periodic save, or the save at the step where the run ends."""
+        """Periodic save, or the save at the step where the run ends; never amid batches of one optimizer step."""
+        if self.periodic and trainer.fit_loop._should_accumulate():
+            return  # the gradients so far would be lost; a save that is due by the clock is due at the next batch, too
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         # Where validation is to follow the last batch of an epoch, Lightning puts a save off for its metrics.
         put_off = self.periodic and getattr(self, "_defer_save_until_validation", False)

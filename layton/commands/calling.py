@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from itertools import pairwise
+from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -14,6 +15,7 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser
 
 from layton.commands import Command
+from layton.errors import UsageError
 
 
 def call_function(name: str, command: Command, args: Sequence[str]) -> int:
@@ -33,6 +35,9 @@ def call_function(name: str, command: Command, args: Sequence[str]) -> int:
     function: Callable[..., int | None] = getattr(import_module(command.module), command.function)
     parser = function_parser(function, program=f"layton {name}")
     given = parser.parse_args(_flags_spelt_out(function, [_underscored(word) for word in args])).as_dict()
+    figures = given.get("json")
+    if isinstance(figures, Path) and figures.is_dir():
+        raise UsageError(f"--json {figures} is a folder, and a file is to be written")
     positional = [given.pop(parameter.name) for parameter in _positional(function)]
     status = function(*positional, **given)
     return 0 if status is None else int(status)

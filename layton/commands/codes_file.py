@@ -88,9 +88,14 @@ class CodesWriter:
     Args:
         path: The file; its folder is made.
         header: What all codes have in common.
+
+    Raises:
+        ValueError: If there is a folder of that name.
     """
 
     def __init__(self, path: Path, header: CodesHeader) -> None:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, and a file is to be written")
         self.path = path
         self.header = header
         self.count = 0

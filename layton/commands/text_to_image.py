@@ -101,7 +101,7 @@ class TextToImage:
         from transformers.utils import logging as transformers_logging
 
         from layton.devices import choose_device
-        from layton.ldm.teacher import checked_index, set_dtype
+        from layton.ldm.teacher import checked_index, require_whole, set_dtype
 
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
@@ -111,6 +111,7 @@ class TextToImage:
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder} is no diffusers pipeline that can be loaded: {error}") from error
         pipeline.set_progress_bar_config(disable=True)
+        require_whole(pipeline, folder)
         set_dtype(pipeline, torch.float32)
         place = choose_device(device)
         if place.type == "cpu" and hasattr(getattr(pipeline, "vae", None), "enable_slicing"):

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from layton.data.bad import BadImages
 from layton.data.sources import SampleSource
 from layton.folder import write_atomically
 
@@ -97,14 +98,18 @@ class CachedTensors(SampleSource):
             raise ValueError(f"{folder}: holds a finished cache already")
         target.mkdir(parents=True, exist_ok=True)
         writer = _PartWriter(target, part_size)
+        broken = BadImages(tell=lambda reason, _: print(f"layton: passed over: {reason}", file=sys.stderr))
         sys.stderr.write(f"layton: computing {target}, once\n")
         for batch in batches:
             known = len(writer.parts)
+            broken.record_all(batch.get("bad", ()))
             with torch.no_grad():
                 writer.add(batch, compute(batch))
             if len(writer.parts) > known:
                 sys.stderr.write(f"layton: {target}: {part_size * len(writer.parts):,} samples are there\n")
         writer.flush()
+        if broken.count:
+            sys.stderr.write(f"layton: {target}: {broken.count:,} broken images, in whose places others stand\n")
         if not writer.parts:
             raise ValueError(f"{folder}: there was no batch to cache")
         manifest = {
@@ -112,6 +117,7 @@ class CachedTensors(SampleSource):
             "fingerprint": dict(fingerprint),
             "tensors": writer.names,
             "parts": writer.parts,
+            "broken": broken.reasons,
         }
         text = json.dumps(manifest, indent=1, sort_keys=True)
         write_atomically(target / _MANIFEST, lambda part: part.write_text(text, encoding="utf-8"))

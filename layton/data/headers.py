@@ -6,6 +6,7 @@ is unused attack surface. Sources: ITU-T T.81 (JPEG markers), W3C PNG third edit
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ ImageFormat = Literal["JPEG", "PNG", "WEBP"]
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _SOF_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start of frame, without DHT, JPG and DAC
 _BARE_MARKERS = frozenset({0x01, *range(0xD0, 0xD8)})  # markers without a length
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
 _MAX_SCANS = 256  # a progressive file has about ten; thousands make a small file take minutes
 _MAX_EXPANDED = 2 * 2**20  # bytes that all compressed text and colour profiles of one PNG may expand to
 _MAX_CHUNKS = 100_000
@@ -61,8 +63,7 @@ def read_header(data: bytes) -> ImageHeader:
 
 
 def _jpeg_header(data: bytes) -> ImageHeader:
-    # FF DA cannot occur inside entropy-coded data (FF is stuffed), so counting it bounds the number of scans.
-    if data.count(b"\xff\xda") > _MAX_SCANS:
+    if _jpeg_scans(data) > _MAX_SCANS:
         raise ValueError(f"JPEG with more than {_MAX_SCANS} scans")
     position = 2
     while position + 4 <= len(data):
@@ -85,6 +86,23 @@ def _jpeg_header(data: bytes) -> ImageHeader:
         else:
             position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     raise ValueError("JPEG cut off inside its header")
+
+
+def _jpeg_scans(data: bytes) -> int:
+    """Scans up to the end of the image, of which no more than one too many are counted.
+
+    What follows the end (a phone's film) is not looked at, nor what segments hold (thumbnails). Inside entropy-coded
+    data FF is stuffed, so that the next marker is the next FF with another byte behind it; decoders look for it alike.
+    """
+    scans, position = 0, 2
+    while scans <= _MAX_SCANS and (found := _JPEG_MARKER.search(data, position)) is not None:
+        marker, position = data[found.start() + 1], found.end()
+        if marker == 0xD9:
+            break
+        scans += marker == 0xDA
+        if marker not in _BARE_MARKERS:
+            position += int.from_bytes(data[position : position + 2], "big")
+    return scans
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -40,6 +40,7 @@ __all__ = [
     "fit_image",
     "load_image",
     "load_tensor",
+    "plain_rgb",
     "to_image",
     "to_tensor",
 ]
@@ -151,6 +152,19 @@ def load_image(
         raise ImageError(f"{name}: broken {header.format} file ({reason})") from error
 
 
+def plain_rgb(image: Image.Image, *, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """A decoded image of any mode as `load_image` gives it: upright, sRGB, on a background, of 8 bits.
+
+    Args:
+        image: As PIL opened or made it.
+        background: RGB colour, 0 to 255, on which transparent images are composited.
+
+    Returns:
+        A new image of mode "RGB".
+    """
+    return _upright_rgb(image, None, background)
+
+
 def load_tensor(
     source: Path | str | bytes,
     *,
@@ -235,12 +249,12 @@ def _check_size(header: ImageHeader, name: str, limits: ImageLimits) -> None:
         raise ImageError(f"{name}: {error}") from error
 
 
-def _upright_rgb(image: Image.Image, header: ImageHeader, background: tuple[int, int, int]) -> Image.Image:
+def _upright_rgb(image: Image.Image, header: ImageHeader | None, background: tuple[int, int, int]) -> Image.Image:
     orientation = _orientation(image)
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I"):
         image = _from_16_bit(image)
-    elif "transparency" in image.info and header.format == "PNG":
+    elif "transparency" in image.info and header is not None and header.format == "PNG":
         _rescale_transparency(image, header)
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
@@ -251,6 +265,7 @@ def _upright_rgb(image: Image.Image, header: ImageHeader, background: tuple[int,
         image = _to_srgb(image, profile)
     if orientation in _TRANSPOSE:
         image = image.transpose(_TRANSPOSE[orientation])
+    image.info.clear()  # of this copy: what was said of turns, colours and transparency is done
     return image
 
 

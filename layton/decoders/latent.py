@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from distill.noise import gaussian_like
+from layton.control import load_unet
 from layton.interface import CodeDecoder, Generators, default_generators
 from layton.ladd import LADD
 from layton.ldm.autoencoder import Autoencoder
@@ -112,7 +112,7 @@ def read_network(folder: Path, ldm: str | Path | None) -> tuple[LADD, Autoencode
     """
     if ldm is None:
         raise ValueError(f"{folder}: this decoder needs the latent diffusion model it was trained on")
-    unet = UNet2DConditionModel.from_pretrained(Path(ldm) / "unet", local_files_only=True, use_safetensors=True).float()
+    unet = load_unet(Path(ldm) / "unet").float()
     return LADD.from_pretrained(folder, unet=unet), Autoencoder.from_pretrained(Path(ldm) / "vae")
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from torch import Tensor
 
 from distill.adapters import LoraSettings
+from layton.control import load_unet
 from layton.decoders.difference import fingerprints
 from layton.distillation.distilled import LORA_NAME
 from layton.folder import WEIGHTS_NAME, load_config, load_tensors, save_config, save_tensors
@@ -82,7 +82,7 @@ def rebase_all(decoders: Path, old: Path, pipeline: Path, *, rounding: torch.dty
     require_grown_from(old, pipeline)
     base = decoders / "diffusion"
     rebase_decoder(base, pipeline / "lora", rounding=rounding)
-    unet = UNet2DConditionModel.from_pretrained(pipeline / "unet", local_files_only=True, use_safetensors=True)
+    unet = load_unet(pipeline / "unet")
     network = LADD.from_pretrained(base, unet=unet.to(rounding).float())
     for config in sorted(decoders.glob("*/config.json")):
         if json.loads(config.read_text(encoding="utf-8")).get("difference"):
@@ -99,10 +99,7 @@ def require_grown_from(old: Path, pipeline: Path) -> None:
     Raises:
         ValueError: Names the first tensor that is not.
     """
-    before, after = (
-        UNet2DConditionModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).float().state_dict()
-        for folder in (old, pipeline / "unet")
-    )
+    before, after = (load_unet(folder).float().state_dict() for folder in (old, pipeline / "unet"))
     adaptors, shape = read_adaptors(pipeline / "lora")
     if before.keys() != after.keys():
         raise ValueError(

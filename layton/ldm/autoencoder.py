@@ -9,6 +9,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from layton.modules import require_weights
+
 
 def build_autoencoder(
     *,
@@ -137,28 +139,31 @@ def load_autoencoder(folder: Path | str) -> AutoencoderKL:
     """
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder} holds no autoencoder: there is no config.json")
-    return AutoencoderKL.from_pretrained(
+    model: AutoencoderKL = AutoencoderKL.from_pretrained(
         str(folder), torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
     )
+    require_weights(model, folder)
+    return model
 
 
 @torch.no_grad()
-def standardise_latents(model: AutoencoderKL, latents: Tensor) -> AutoencoderKL:
+def standardise_latents(model: AutoencoderKL, mean: Tensor, std: Tensor) -> AutoencoderKL:
     """A copy of ``model`` whose latent channels have zero mean and unit variance, with the same reconstructions.
 
     Stable Diffusion's pipeline knows one scale for all channels; a channel of small variance would then drown in the
     diffusion noise. The affine map is folded into the 1x1 convolutions before and after the latent instead.
 
     Args:
-        model: The model that made the latents.
-        latents: Its latent means (B, C, h, w), over a set of images.
+        model: The model that makes the latents.
+        mean: Of its posterior means, for each channel (C,), over a set of images.
+        std: Their standard deviation (C,).
 
     Returns:
-        The new model; ``decode(encode(x))`` is unchanged up to rounding.
+        The new model, of scale 1; ``decode(encode(x))`` is unchanged up to rounding.
     """
-    mean = latents.float().mean(dim=(0, 2, 3))
-    std = latents.float().std(dim=(0, 2, 3)).clamp(min=1e-4)
+    std = std.clamp(min=1e-4)
     model = copy.deepcopy(model)
+    model.register_to_config(scaling_factor=1.0, shift_factor=None)
     before, after = model.quant_conv, model.post_quant_conv
     channels = len(mean)
     before.weight[:channels] /= std[:, None, None, None]

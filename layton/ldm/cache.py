@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,12 +14,13 @@ from torch import Tensor
 from layton.data.cache import CachedTensors
 from layton.data.loader import collate
 from layton.data.randomness import mix
-from layton.data.sources import ImageSource, SampleSource
+from layton.data.sources import ImageSource, SampleSource, StoredSource, walk
 from layton.folder import CONFIG_NAME
 from layton.ldm.autoencoder import Autoencoder
 from layton.precision import quick_dtype
 
 Images = Literal["none", "read", "stored"]
+_CAPTIONS = 64  # of so many a cache's fingerprint knows the captions
 
 
 class CachedLatents(SampleSource):
@@ -101,10 +102,33 @@ class CachedLatents(SampleSource):
         return sample
 
 
+def require_codes(sources: Iterable[SampleSource], fingerprint: str) -> None:
+    """Refuse caches, among sources and what they are made of, whose codes are not those of a codebook.
+
+    Raises:
+        ValueError: With both fingerprints.
+    """
+    for source in walk(sources):
+        if isinstance(source, CachedLatents) and source.codebook() not in (None, fingerprint):
+            raise ValueError(
+                f"the cache holds codes of another tokenizer (codebook {source.codebook()}, wanted {fingerprint})"
+            )
+
+
 def _looks(source: ImageSource, count: int) -> dict[str, str]:
-    """What tells a cache's images from others of the same source: size, keys and brightness of three of them."""
+    """What tells a cache's images from others of the same source: size, keys and brightness of three of them.
+
+    And what was said of some, or of files how these look.
+    """
     seen = [_original(source, index) for index in sorted({0, count // 2, count - 1})]
+    if isinstance(source, StoredSource):
+        content = source.stamp()
+    else:
+        some = range(0, count, max(1, count // _CAPTIONS))
+        said = [source.caption(index % len(source), seed=mix(index)) for index in some]
+        content = hashlib.sha256("\n".join(said).encode("utf-8", "replace")).hexdigest()
     return {
+        "content": content[:16],
         "image_shape": " ".join(map(str, seen[0]["image"].shape)),
         "keys": hashlib.sha256("\n".join(sample["key"] for sample in seen).encode("utf-8")).hexdigest()[:16],
         # to a hundredth, so that another machine's rounding makes no difference

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from layton.assets import resolve
 from layton.errors import UsageError
+from layton.modules import require_weights
 
 PIPELINES: tuple[type[DiffusionPipeline], ...] = (
     StableDiffusionPipeline,
@@ -74,6 +75,7 @@ def _load(kind: type[DiffusionPipeline], root: Path, left_out: dict[str, Any], d
         pipe: DiffusionPipeline = kind.from_pretrained(
             str(root), local_files_only=True, use_safetensors=True, **left_out
         )
+        require_whole(pipe, root)
         set_dtype(pipe, dtype)
     except OSError as error:  # what diffusers and transformers raise for a missing or unreadable part
         raise ValueError(f"{root}: a part of the pipeline cannot be read ({' '.join(str(error).split())})") from error
@@ -82,6 +84,17 @@ def _load(kind: type[DiffusionPipeline], root: Path, left_out: dict[str, Any], d
             diffusers_logging.enable_progress_bar()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def require_whole(pipe: DiffusionPipeline, root: Path) -> None:
+    """Refuse a pipeline of a folder of which weights are missing.
+
+    Raises:
+        ValueError: Names the part and the first of them.
+    """
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module):
+            require_weights(part, root / name)
 
 
 def set_dtype(pipe: DiffusionPipeline, dtype: torch.dtype) -> None:

@@ -13,12 +13,14 @@ from layton.losses.perceptual import PerceptualLoss
 from layton.losses.reconstruction import psnr
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
 
+_LATEST = 0.01  # share of a batch in the latents' moments
+
 
 class AutoencoderTask(LaytonTask):
     """Pixel and perceptual reconstruction with a small Kullback-Leibler term (arXiv 2112.10752, section 3.1).
 
     The autoencoder is convolutional, so it trains on crops. `export` makes every latent channel zero-mean and
-    unit-variance over validation images by folding the affine map into the 1x1 convolutions around the latent.
+    unit-variance over the latest training images by folding the affine map into the 1x1 convolutions around the latent.
 
     Args:
         autoencoder: The model.
@@ -31,6 +33,9 @@ class AutoencoderTask(LaytonTask):
         kl_weight: Weight of the divergence from N(0, I), per latent number.
         decoder_only: Keep the encoder as it is: latents that are cached, and models trained on them, stay valid.
     """
+
+    latent_batches: Tensor
+    latent_moments: Tensor
 
     def __init__(
         self,
@@ -55,12 +60,16 @@ class AutoencoderTask(LaytonTask):
         self.weights = {"l1": l1_weight, "l2": l2_weight, "kl": kl_weight}
         if perceptual is not None:
             self.weights["perceptual"] = perceptual_weight
-        self._latents: list[Tensor] = []
+        channels = autoencoder.latent_channels
+        # Of about the last hundred batches, of the first ones all: their number, and the channels' mean and mean square
+        self.register_buffer("latent_batches", torch.zeros(()))
+        self.register_buffer("latent_moments", torch.zeros(2, channels))
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Loss of one batch, ()."""
         images = batch["image"]
         posterior = self.autoencoder.model.encode(images).latent_dist
+        self._remember(posterior.mean)
         noise = torch.randn(
             posterior.mean.shape, generator=self.step_generator("latent"), device=images.device, dtype=torch.float32
         )
@@ -89,13 +98,16 @@ class AutoencoderTask(LaytonTask):
         return {"image": images, "reconstruction": self.autoencoder.reconstruct(images)}
 
     @torch.no_grad()
+    def _remember(self, latents: Tensor) -> None:
+        found = torch.stack([latents.float().mean((0, 2, 3)), latents.float().square().mean((0, 2, 3))])
+        self.latent_batches += 1
+        self.latent_moments.lerp_(found, max(1 / float(self.latent_batches), _LATEST))
+
+    @torch.no_grad()
     def export(self, folder: Path) -> None:
-        """Write a diffusers ``AutoencoderKL`` folder; latents are standardised on validation images if they changed."""
-        if self.decoder_only:
-            self.autoencoder.model.save_pretrained(folder)
-            return
-        means = []
-        for batch in self.trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
-            means.append(self.autoencoder.encode(batch["image"].to(self.device)))
-        model = standardise_latents(self.autoencoder.model, torch.cat(means))
+        """Write a diffusers ``AutoencoderKL`` folder; latents are standardised if they changed."""
+        model = self.autoencoder.model
+        if not self.decoder_only:
+            mean, square = self.latent_moments
+            model = standardise_latents(model, mean, (square - mean.square()).clamp(min=0).sqrt())
         model.save_pretrained(folder)

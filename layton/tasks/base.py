@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from distill.methods.image_space import Frozen
+from layton.data.sources import SampleSource
 from layton.losses.published import PublishedPerceptualLoss
 from layton.tasks.guard import StepGuard
 from layton.tasks.seeding import Randomness, derive_seed
@@ -89,6 +90,12 @@ class LaytonTask(LightningModule, ABC):
         Args:
             folder: an existing empty folder.
         """
+
+    def sources(self) -> list[SampleSource]:
+        """What the data in use were configured with, of all splits; nothing outside a run."""
+        data = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
+        names = ("train", "validation", "test")
+        return [source for name in names for source in getattr(data, name, None) or []]
 
     def step_generator(self, stream: str = "", *, device: torch.device | str | None = None) -> torch.Generator:
         """Generator seeded by (run seed, stage, step, batch, rank, stream): the same numbers after a resume.

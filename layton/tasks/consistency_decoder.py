@@ -17,7 +17,7 @@ from layton.decoders.consistency import ConsistencyDecoder, sampling_at
 from layton.decoders.difference import Adaptation, adapt, copy_sharing
 from layton.decoders.latent import read_network
 from layton.folder import WEIGHTS_NAME, load_tensors
-from layton.ldm.cache import load_code_parts
+from layton.ldm.cache import load_code_parts, require_codes
 from layton.ldm.unet import use_fast_attention
 from layton.losses.pixel_supervision import PixelExample, PixelSupervision
 from layton.losses.reconstruction import psnr
@@ -131,7 +131,8 @@ class ConsistencyDecoderTask(LaytonTask):
         return list(self.difference.tensors(self.ladd).values())  # type: ignore[arg-type]
 
     def setup(self, stage: str) -> None:
-        """Refuse a critic without an optimizer."""
+        """Refuse codes of another tokenizer, and a critic without an optimizer."""
+        require_codes(self.sources(), self.quantizer.fingerprint())
         if self._critic() and self._make_critic_optimizer is None:
             raise ValueError(f"{type(self.method).__name__} trains networks of its own: give a critic_optimizer")
 

@@ -15,7 +15,7 @@ from layton.decoders import DiffusionDecoder
 from layton.folder import WEIGHTS_NAME, load_tensors
 from layton.ladd import LADD
 from layton.ldm.autoencoder import Autoencoder
-from layton.ldm.cache import load_code_parts
+from layton.ldm.cache import load_code_parts, require_codes
 from layton.ldm.unet import use_fast_attention
 from layton.losses.reconstruction import psnr
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
@@ -80,7 +80,9 @@ class DecoderTask(LaytonTask):
         self.preview_steps, self.time_shift = preview_steps, time_shift
 
     def setup(self, stage: str) -> None:
-        """Pick the attention that is quick on this device."""
+        """Refuse codes of another tokenizer, and pick the attention that is quick on this device."""
+        if not self.train_tokenizer:
+            require_codes(self.sources(), self.quantizer.fingerprint())
         use_fast_attention(self.ladd.unet, self.device)
         use_fast_attention(self.ladd.controlnet, self.device)
 

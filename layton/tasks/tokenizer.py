@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -170,6 +171,10 @@ class AdversarialTokenizerTask(TokenizerTask):
         self.start_step, self.lead_steps, self.ramp_steps = start_step, lead_steps, ramp_steps
         self.gradient_clip = gradient_clip
 
+    def setup(self, stage: str) -> None:
+        """Leave Lightning's advice out: checkpoints are meant to hold the weights after the step."""
+        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+
     def configure_optimizers(self) -> Any:
         """Two optimizers: tokenizer, discriminator."""
         return [
@@ -198,6 +203,8 @@ class AdversarialTokenizerTask(TokenizerTask):
             real, fake = self.discriminator(images).float(), self.discriminator(decoded.detach()).float()
             judge_loss = hinge_discriminator_loss(real, fake)
             self.log("train/discriminator", judge_loss.detach())
+            # Steps that Lightning does not count: max_steps, checkpoints and pictures are those of the tokenizer.
+            judge_optimizer._on_before_step = judge_optimizer._on_after_step = _nothing
             self._step(judge_optimizer, judge_loss)
 
     def _step(self, optimizer: Any, loss: Tensor) -> None:
@@ -207,6 +214,9 @@ class AdversarialTokenizerTask(TokenizerTask):
         self.clip_gradients(optimizer, gradient_clip_val=self.gradient_clip, gradient_clip_algorithm="norm")
         optimizer.step()
         self.untoggle_optimizer(optimizer)
+
+
+def _nothing() -> None: ...
 
 
 def source_masks(keys: list[str]) -> dict[str, Tensor]:

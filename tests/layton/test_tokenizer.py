@@ -14,6 +14,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from layton import assets
+from layton.data.images import load_image
 from layton.decoders import LightDecoder
 from layton.encoder import ViTEncoder
 from layton.pixel_decoder import PixelDecoder
@@ -61,6 +62,20 @@ def test_sizes_come_back(policy: str) -> None:
     for image, result in zip(images, results, strict=True):
         side = min(image.size)
         assert result.size == ((side, side) if policy == "crop" else image.size)
+
+
+def test_opened_images_are_read_as_files_are(tmp_path: Path) -> None:
+    model, grey = tiny(), picture(40, 20).convert("L")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    picture(40, 20).save(tmp_path / "turned.jpg", exif=turned)
+    clear = picture(40, 20).convert("RGBA")
+    clear.putalpha(grey)
+    clear.save(tmp_path / "clear.png")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    for file in sorted(tmp_path.iterdir()):
+        with Image.open(file) as opened:
+            assert model.encode_images([opened]).codes.equal(model.encode_images([load_image(file)]).codes), file.name
 
 
 def test_images_that_are_none_are_refused() -> None:

@@ -337,3 +337,25 @@ def test_damaged_parts_are_named(fails: Run, tokenizer: Path, photos: Path, tmp_
         (copy / name).write_bytes((copy / name).read_bytes()[:40])
         told = fails("encode", photos, "--out", tmp_path / "codes", "--tokenizer", copy)
         assert str(copy / name) in told and "damaged" in told
+
+
+def test_folders_in_the_place_of_files_are_told_before_the_work(tokenizer: Path, photos: Path, fails: Run) -> None:
+    words = ("encode", photos, "--tokenizer", tokenizer)
+    assert "is a folder" in fails(*words, "--out", photos)
+    told = fails(*words, "--out", photos / "codes", "--json", photos, status=2)
+    assert told.startswith("layton: --json") and "is a folder" in told
+    assert not (photos / "codes").exists()
+
+
+def test_missing_weights_of_the_latent_diffusion_model_are_named(
+    both: Path, photos: Path, tmp_path: Path, fails: Run
+) -> None:
+    copy = tmp_path / "copy"
+    for part in ("unet", "vae"):
+        shutil.copytree(both, copy, dirs_exist_ok=True)
+        file = copy / "ldm" / part / "diffusion_pytorch_model.safetensors"
+        weights = load_file(file)
+        (first, *_) = sorted(weights)
+        save_file({name: value for name, value in weights.items() if name != first}, file, metadata={"format": "pt"})
+        told = fails("reconstruct", photos, "--out", tmp_path / "out", "--tokenizer", copy, "--decoder", "diffusion")
+        assert f"lacks 1 weights, such as {first}" in told

@@ -90,6 +90,7 @@ def resident_kib():
 
 
 def bombs(kit):
+    jpeg = kit.encode(kit.smooth_image(), "JPEG")
     big_text = zlib.compress(bytes(64 * 2**20))
     return {
         "100 megapixels": raw_png(10_000, 10_000, 8, 2, bytes(1000)),
@@ -112,8 +113,16 @@ def bombs(kit):
         + b"\x2f"
         + b"\xff" * 4
         + bytes(23),
-        "scans": kit.encode(kit.smooth_image(), "JPEG") + b"\xff\xda" * 300,
+        "scans": jpeg[:-2] + b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00\x12" * 300 + jpeg[-2:],
     }
+
+
+def test_what_follows_a_jpeg_or_lies_in_its_segments_is_no_scan(kit):
+    jpeg = kit.encode(kit.smooth_image(), "JPEG")
+    film = jpeg + b"\xff\xda\x00\x08" * 10_000  # a phone's motion photo
+    thumbnail = jpeg[:2] + b"\xff\xe5\x10\x00" + (b"\xff\xda" * 2047) + jpeg[2:]
+    for data in (film, thumbnail):
+        assert load_image(data).tobytes() == load_image(jpeg).tobytes()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")

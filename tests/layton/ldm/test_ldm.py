@@ -10,17 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from transformers import CLIPTokenizer
 
+from layton.data.folder import ImageFolderSource
 from layton.data.sources import ScenesSource
-from layton.data.transforms import RandomCrop
+from layton.data.transforms import Fit, RandomCrop
 from layton.ldm.autoencoder import Autoencoder, build_autoencoder, standardise_latents
 from layton.ldm.cache import CachedLatents
 from layton.ldm.pipeline import save_pipeline
 from layton.ldm.positions import PlaceTeacher, places
 from layton.ldm.text import TextConditioner, build_text_encoder, build_tokenizer, tell_places
 from layton.ldm.unet import build_unet, use_fast_attention
-from layton.scenes import caption, sample_scene
+from layton.scenes import caption, render, sample_scene
 from layton.scenes.placed import DIAMETER_TOKENS, SQUARE_TOKENS, placed_caption
 
 
@@ -60,7 +62,7 @@ def test_standardised_latents_have_unit_variance_and_decode_to_the_same_images()
     autoencoder = tiny_autoencoder()
     images = torch.rand(6, 3, 32, 32) * 2 - 1
     latents = autoencoder.encode(images)
-    standard = Autoencoder(standardise_latents(autoencoder.model, latents))
+    standard = Autoencoder(standardise_latents(autoencoder.model, latents.mean((0, 2, 3)), latents.std((0, 2, 3))))
     assert torch.allclose(standard.encode(images).mean((0, 2, 3)), torch.zeros(4), atol=1e-4)
     assert torch.allclose(standard.encode(images).std((0, 2, 3)), torch.ones(4), atol=1e-3)
     inner = lambda x: x[..., 8:-8, 8:-8]  # noqa: E731 (zero padding before the 1x1 convolutions' neighbours differs)
@@ -175,10 +177,34 @@ def test_cached_latents_equal_those_made_directly_and_refuse_another_autoencoder
         "image_shape": ScenesSource(split="train", length=3, size=32),
         "keys": ScenesSource(split="train", length=3, size=64, offset=1),
         "brightness": ScenesSource(split="train", length=3, size=64, transform=RandomCrop(64, shorter_side=192)),
+        "content": ScenesSource(split="train", length=3, size=64, chinese=1.0),
     }
     for field, images in others.items():
         with pytest.raises(ValueError, match=field):
             CachedLatents(images, autoencoder=str(tmp_path / "vae"), folder=str(tmp_path / "cache"))
+
+
+def test_cached_files_that_changed_are_refused_and_broken_ones_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_autoencoder().model.save_pretrained(tmp_path / "vae")
+    (tmp_path / "images").mkdir()
+    for number in range(7):
+        Image.fromarray(render(sample_scene(number), 64)).save(tmp_path / "images" / f"{number}.png")
+    (tmp_path / "images" / "4.png").write_bytes(b"broken")
+    (tmp_path / "images" / "2.txt").write_text("a red star")
+
+    def cache() -> CachedLatents:
+        source = ImageFolderSource(str(tmp_path / "images"), split=None, transform=Fit(64))
+        return CachedLatents(source, autoencoder=str(tmp_path / "vae"), folder=str(tmp_path / "cache"))
+
+    cache()
+    told = capsys.readouterr().err
+    assert "passed over: " in told and "4.png" in told and "1 broken images" in told
+    cache()
+    (tmp_path / "images" / "2.txt").write_text("a tan ring")  # as long as before
+    with pytest.raises(ValueError, match="content"):
+        cache()
 
 
 def test_fresh_captions_of_cached_latents_are_the_sources_own_with_each_seed(tmp_path: Path) -> None:

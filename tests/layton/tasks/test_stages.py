@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from layton.cli import main
 from layton.control import LoraSettings
+from layton.data.sources import ScenesSource
 from layton.encoder import ViTEncoder
 from layton.ldm.autoencoder import Autoencoder, build_autoencoder
 from layton.ldm.cache import load_code_parts
@@ -100,9 +102,17 @@ def test_autoencoder_run_exports_a_diffusers_autoencoder(tmp_path: Path) -> None
             }
         },
     }
-    export = fit(tmp_path, "autoencoder", run_file(model, source("train", 8), source("validation", 4)))
-    latents = Autoencoder.from_pretrained(export).eval().encode(torch.zeros(1, 3, SIZE, SIZE))
-    assert latents.shape == (1, 4, SIZE // 4, SIZE // 4)
+    run = run_file(model, source("train", 8), source("validation", 4))
+    run["trainer"]["max_steps"] = 8
+    export = fit(tmp_path, "autoencoder", run)
+    images = torch.stack([ScenesSource(split="train", length=8, size=SIZE)[i]["image"] for i in range(8)])
+    latents = Autoencoder.from_pretrained(export).eval().encode(images).detach()
+    assert latents.shape == (8, 4, SIZE // 4, SIZE // 4)
+    assert 0.5 < float(latents.std()) < 2
+    (checkpoint,) = (tmp_path / "autoencoder" / "checkpoints").glob("*.ckpt")
+    assert main(["export", str(checkpoint), "--out", str(tmp_path / "again")]) == 0  # without the run's data
+    again = Autoencoder.from_pretrained(tmp_path / "again").eval().encode(images).detach()
+    torch.testing.assert_close(again, latents)
 
 
 def test_decoder_only_tuning_keeps_old_latents_valid(tmp_path: Path) -> None:
@@ -215,8 +225,12 @@ def test_adversarial_stage_0_trains_the_judge_before_it_counts(tmp_path: Path) -
         },
     }
     run = run_file(model, source("train", 8), source("validation", 4))
-    run["trainer"]["max_steps"] = 2 * STEPS  # two optimizers step in each batch
+    steps = {"every_n_train_steps": 2, "keep": -1}
+    run["trainer"] |= {"max_steps": 5, "val_check_interval": 1}
+    run["trainer"]["callbacks"].append({"class_path": "layton.callbacks.SafeCheckpoint", "init_args": steps})
     fit(tmp_path, "adversarial", run)
+    saved = {int(path.stem.removeprefix("step=")) for path in (tmp_path / "adversarial" / "checkpoints").glob("*.ckpt")}
+    assert saved == {2, 4, 5}  # steps of the tokenizer: the judge's are not counted
 
 
 def test_text_to_image_run_then_stage_1_on_its_export(tmp_path: Path) -> None:
@@ -282,6 +296,14 @@ def test_text_to_image_run_then_stage_1_on_its_export(tmp_path: Path) -> None:
     run = run_file(
         decoder, cached("train", 8, "train_codes", codes=True), cached("validation", 4, "val_codes", codes=True)
     )
+    _, other = load_code_parts("tok/export")
+    other.set_codebook(other.codebook.flip(0))
+    shutil.copytree("tok/export/encoder", "tok/other/encoder")
+    other.save_pretrained("tok/other/quantizer")
+    decoder["init_args"]["tokenizer"] = "tok/other"
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(run))
+    assert main(["fit", "--config", "other.yaml", "--run_dir", "other"]) == 1  # codes of another codebook
+    decoder["init_args"]["tokenizer"] = "tok/export"
     export = fit(tmp_path, "stage1", run)
     saved = load_file(export / "decoder" / "model.safetensors")
     following = DecoderTask(

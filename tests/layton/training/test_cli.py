@@ -14,7 +14,7 @@ from toy import write_run
 
 import layton.run_files
 from layton.callbacks import CheckpointError
-from layton.cli import main
+from layton.cli import _one_line, main
 from layton.folder import load_tensors
 from layton.lock import lock_folder
 from layton.training import load_task
@@ -58,6 +58,13 @@ def test_resume_auto_never_and_continue(tmp_path: Path, capsys: pytest.CaptureFi
     assert fit(run, "--resume", "auto", "--trainer.max_steps=4") == 0
     assert torch.load(checkpoints / "step=00000004.ckpt", weights_only=True)["global_step"] == 4
     assert fit(run, "--resume", str(tmp_path / "absent.ckpt")) == 2
+    for note in checkpoints.glob("*.ckpt.json"):
+        note.rename(note.with_suffix(".away"))
+    capsys.readouterr()
+    assert fit(run, "--resume", "auto") == 2  # not from the beginning, over what is there
+    assert "none that is whole" in capsys.readouterr().err
+    for note in checkpoints.glob("*.ckpt.away"):
+        note.rename(note.with_suffix(".json"))
     arguments = ["--config", str(run), "--run_dir", str(tmp_path / "run"), "--ckpt_path", "auto"]
     assert main(["validate", *arguments], allow=["toy"]) == 0
 
@@ -99,6 +106,15 @@ def test_trainer_flags(tmp_path: Path, flags: list[str]) -> None:
 def test_wrong_usage_is_exit_2(tmp_path: Path, wrong: list[str]) -> None:
     assert fit(write_run(tmp_path), *wrong) == 2
     assert not (tmp_path / "run").exists()
+
+
+def test_what_fails_in_a_loaders_worker_is_one_line() -> None:
+    error = RuntimeError(
+        "Caught TooManyBadImagesError in DataLoader worker process 1.\nOriginal Traceback (most recent call last):\n"
+        '  File "x.py", line 1, in y\nlayton.data.bad.TooManyBadImagesError: 1 broken images, 0 allowed\n'
+    )
+    assert _one_line(error) == "1 broken images, 0 allowed"
+    assert _one_line(RuntimeError("Caught cold:\nstay in bed")) == "Caught cold: stay in bed"
 
 
 def test_help_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:

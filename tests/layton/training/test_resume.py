@@ -33,7 +33,15 @@ class StopAt(Callback):
             trainer.should_stop = True
 
 
-def train(folder: Path, *, stop: int = STEPS, workers: int = 0, resume: bool = False, **settings: Any) -> Outcome:
+def train(
+    folder: Path,
+    *,
+    stop: int = STEPS,
+    workers: int = 0,
+    resume: bool = False,
+    saving: SafeCheckpoint | None = None,
+    **settings: Any,
+) -> Outcome:
     torch.manual_seed(0)
     task = ToyTask(
         part=ToyPart(),
@@ -48,7 +56,7 @@ def train(folder: Path, *, stop: int = STEPS, workers: int = 0, resume: bool = F
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[EMA(decay=0.9), SafeCheckpoint(every_n_train_steps=100), StopAt(stop)],
+        callbacks=[EMA(decay=0.9), saving or SafeCheckpoint(every_n_train_steps=100), StopAt(stop)],
         **settings,
     )
     if not resume:
@@ -92,6 +100,22 @@ def test_resume_after_a_resume(whole: Outcome, tmp_path: Path) -> None:
 def test_resume_with_worker_processes(whole: Outcome, tmp_path: Path, workers: tuple[int, int]) -> None:
     first = train(tmp_path, stop=7, workers=workers[0])
     assert_equal_runs(whole, [first, train(tmp_path, resume=True, workers=workers[1])])
+
+
+def test_no_file_is_saved_amid_the_batches_of_a_step(tmp_path: Path) -> None:
+    def run(*, resume: bool = False) -> Outcome:
+        always = SafeCheckpoint(every_minutes=1e-9, keep=-1)  # due at every batch
+        return train(tmp_path, resume=resume, saving=always, accumulate_grad_batches=2)
+
+    def files() -> list[Path]:
+        return sorted((tmp_path / "checkpoints").glob("*.ckpt"))
+
+    whole = run()
+    assert len(files()) == STEPS  # one for each step
+    for step in (4, 3, 1):
+        for later in files()[step:]:
+            later.unlink()
+        assert_same(whole.checkpoint["state_dict"], run(resume=True).checkpoint["state_dict"], "state_dict")
 
 
 def test_the_run_really_uses_all_sources_of_chance(whole: Outcome, tmp_path: Path) -> None:
