@@ -32,6 +32,8 @@ LATENT_DATA = "layton.ldm.latent_data.LatentDataModule"
 PAIRS = "layton.distillation.pair_data.TeacherPairs"
 _LATENT_SIZE = "--model.init_args.latent_size"
 _FLUX_SIZE = 128  # h = w; its configuration names none (diffusers: FluxPipeline.default_sample_size)
+_TEACHER = ("latent_size", "network_guidance", "negative_prompt")  # of the task and of pairs alike
+_SOLVER, _RULE = "--model.init_args.method.init_args.solver", ("name", "num_steps", "guidance_scale")
 _SHORT = ("--pipeline", "--prompts", "--max_steps")
 
 
@@ -48,26 +50,31 @@ def fit_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
     short, rest = _take_short(words)
     needs_pictures = _data_class(run_file) == LATENT_DATA and not _has_data(rest)
     arguments = ["--config", str(run_file)]
+    parts = ("model",) if _has_data(rest) or "--prompts" in short else ("model", "data")
     if "--pipeline" in short:
         folder = _pipeline_folder(short["--pipeline"])
-        own_data = _has_data(rest) or "--prompts" in short
         size = picture_size(folder, latent_size=_value_of(_LATENT_SIZE, rest)) if needs_pictures else None
-        arguments += _moved_arguments(run_file, folder, parts=("model",) if own_data else ("model", "data"), size=size)
+        arguments += _moved_arguments(run_file, folder, parts=parts, size=size, words=rest)
+    elif "data" in parts:
+        arguments += _told_arguments(run_file, rest)
     if "--prompts" in short:
         if needs_pictures:
             raise UsageError(
                 f"{run_file.stem} learns from pictures, not from prompts alone: give --data in their place"
             )
-        arguments += _prompt_arguments(short["--prompts"], run_file, folder=short.get("--pipeline"))
+        arguments += _prompt_arguments(short["--prompts"], run_file, folder=short.get("--pipeline"), words=rest)
     if "--max_steps" in short:
         arguments.append(f"--trainer.max_steps={short['--max_steps']}")
     return arguments + rest
 
 
-def _moved_arguments(run_file: Path, folder: Path, *, parts: Sequence[str], size: int | None) -> list[str]:
+def _moved_arguments(
+    run_file: Path, folder: Path, *, parts: Sequence[str], size: int | None, words: Sequence[str]
+) -> list[str]:
     """Changes that lead a run file's pipeline, and whatever else it takes from that folder, to another folder.
 
-    Scenes are rendered at ``size``, if one is given, and their captions are such as the pipeline hears.
+    Scenes are rendered at ``size``, if one is given, and their captions are such as the pipeline hears. Pairs are made
+    as the words say of the teacher.
     """
     run = yaml.safe_load(run_file.read_text(encoding="utf-8"))
     places = {run["model"]["init_args"]["pipeline"]: folder}
@@ -81,10 +88,37 @@ def _moved_arguments(run_file: Path, folder: Path, *, parts: Sequence[str], size
             found = moved(value, places)
             set_scenes(found, size=size, places=told)
             found = _unguided({name: found})[name] if hears else found
+            found = _told(found, words) if (part, name) == ("data", "train") else found
             if found != value:
                 text = found if isinstance(found, str) else json.dumps(found)
                 arguments.append(f"--{part}.init_args.{name}={text}")
     return arguments
+
+
+def _told_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
+    """The change of a run file's training data that words about the teacher ask for; none for other data than pairs."""
+    run = yaml.safe_load(run_file.read_text(encoding="utf-8"))
+    value = run.get("data", {}).get("init_args", {}).get("train")
+    found = _told(value, words)
+    return [] if found == value else [f"--data.init_args.train={json.dumps(found)}"]
+
+
+def _told(sources: Any, words: Sequence[str]) -> Any:
+    """Sources of which those that a teacher makes are made as options of the run say of it."""
+    if not isinstance(sources, list):
+        return sources
+    given = {name: _value_of(f"--model.init_args.{name}", words) for name in _TEACHER}
+    rule = {name: _value_of(f"{_SOLVER}.{name}", words) for name in _RULE}
+    changes = {name: yaml.safe_load(value) for name, value in given.items() if value is not None}
+    solver = {name: yaml.safe_load(value) for name, value in rule.items() if value is not None}
+
+    def changed(source: Any) -> Any:
+        if not isinstance(source, dict) or source.get("class_path") != PAIRS:
+            return source
+        settings = {**source["init_args"], **changes}
+        return {**source, "init_args": {**settings, "solver": {**settings.get("solver", {}), **solver}}}
+
+    return [changed(source) for source in sources]
 
 
 def _hears_places(folder: Path) -> bool:
@@ -173,7 +207,7 @@ def _pipeline_folder(name: str) -> Path:
         raise UsageError(f"no pipeline folder at {name}") from error
 
 
-def _prompt_arguments(file: str, run_file: Path, *, folder: str | None) -> list[str]:
+def _prompt_arguments(file: str, run_file: Path, *, folder: str | None, words: Sequence[str]) -> list[str]:
     path = Path(file).expanduser()
     if not path.is_file():
         raise UsageError(f"no prompts file at {file}")
@@ -189,7 +223,7 @@ def _prompt_arguments(file: str, run_file: Path, *, folder: str | None) -> list[
         if folder is not None:
             first = moved(first, {run["model"]["init_args"]["pipeline"]: _pipeline_folder(folder)})
         own = {"prompts": train, "folder": f"{first['init_args']['folder']}_{path.stem}"}
-        train = {**first, "init_args": {**first["init_args"], **own}}
+        (train,) = _told([{**first, "init_args": {**first["init_args"], **own}}], words)
     return [
         "--data=layton.data.module.ImageDataModule",
         f"--data.init_args.train={json.dumps([train], default=str)}",

@@ -39,6 +39,7 @@ class TeacherPairs(SampleSource):
         batch_size: Pairs made at once.
         latent_size: h = w; by default what the pipeline makes by default.
         network_guidance: What a network with guidance for an input is told (FLUX dev); of no effect on others.
+        negative_prompt: What a guided teacher is led away from; None is the pipeline's own default.
         device: Where the teacher runs while pairs are made; the accelerator if there is one. Of several ranks each
             would make them: make them first, with ``layton pairs``.
 
@@ -59,9 +60,11 @@ class TeacherPairs(SampleSource):
         batch_size: int = 32,
         latent_size: int | None = None,
         network_guidance: float = NETWORK_GUIDANCE,
+        negative_prompt: str | None = None,
         device: str | None = None,
     ) -> None:
         count = len(prompts) if num_pairs is None else num_pairs
+        self.solver, self.negative_prompt = solver, negative_prompt
         self._source = open_or_make(
             prompts,
             pipeline,
@@ -69,6 +72,7 @@ class TeacherPairs(SampleSource):
             lambda shape: PairPlan(count, shape, solver, seed, part_size, batch_size),
             latent_size=latent_size,
             network_guidance=network_guidance,
+            negative_prompt=negative_prompt,
             device=device,
         )
 
@@ -93,6 +97,7 @@ def open_or_make(
     *,
     latent_size: int | None = None,
     network_guidance: float = NETWORK_GUIDANCE,
+    negative_prompt: str | None = None,
     device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PairSource:
@@ -105,6 +110,7 @@ def open_or_make(
         plan_of: The plan for a latent shape (C, h, w).
         latent_size: h = w; by default the pipeline's.
         network_guidance: See `TeacherPairs`.
+        negative_prompt: See `TeacherPairs`.
         device: Where the teacher runs; the accelerator if there is one.
         progress: See `layton.distillation.pairs.generate_pairs`.
 
@@ -118,6 +124,8 @@ def open_or_make(
     encoder = PromptEncoder(pipe, latent_size=shape[1:], guidance_scale=network_guidance)
     if encoder.has_guidance and network_guidance != NETWORK_GUIDANCE:
         teacher_id += f"-told-{network_guidance:g}"
+    if negative_prompt is not None and plan.solver.is_guided:
+        teacher_id += f"-away-{hashlib.sha256(negative_prompt.encode()).hexdigest()[:8]}"
     if (Path(folder) / "cache.json").is_file():
         source = PairSource(folder)
         wanted = plan.fingerprint(teacher=teacher_id, captions=captions_digest(prompts, plan))
@@ -125,7 +133,7 @@ def open_or_make(
         return source
     place = choose_device(device)
     teacher = denoiser_from_pipeline(pipe, latent_size=shape[1:]).eval().to(place)
-    null = encoder.null(device=place) if plan.solver.is_guided else None
+    null = encoder.null(negative_prompt, device=place) if plan.solver.is_guided else None
 
     def condition_of(batch: Mapping[str, Any]) -> Condition:
         return encoder(batch["caption"], device=place)

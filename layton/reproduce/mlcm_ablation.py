@@ -11,11 +11,18 @@ from layton.reproduce.claim import Context, Phase
 from layton.reproduce.report import Outcome
 
 _METHOD = "model.init_args.method.init_args"
+_SLOWER = (
+    "model.init_args.lr_scheduler.init_args.milestones.0"  # as in the paper, later stages learn at a tenth of the rate
+)
 
 
 def _refined(extras: int = 0) -> tuple[Phase, ...]:
     """The second stage and the terms that begin with it take the last fifth of the budget."""
-    options = [f"{_METHOD}.refinement.start", *(f"{_METHOD}.extras.{i}.init_args.start" for i in range(extras))]
+    options = [
+        _SLOWER,
+        f"{_METHOD}.refinement.start",
+        *(f"{_METHOD}.extras.{i}.init_args.start" for i in range(extras)),
+    ]
     return tuple(Phase(option, forwards=15 / 0.8) for option in options)
 
 
@@ -41,6 +48,7 @@ SETTINGS = (
         "progressive",
         "8 segments without images, then 4 and 2 (version 1)",
         phases=(
+            Phase(_SLOWER, forwards=15 / 0.6),
             Phase(f"{_METHOD}.progression.starts.1", forwards=15 / 0.6),
             Phase(f"{_METHOD}.progression.starts.2", forwards=15 / 0.8),
         ),

@@ -34,7 +34,9 @@ from distill.models import FlowTransformerDenoiser, UNetDenoiser, denoiser_from_
 from distill.recompute import Recompute, set_recompute
 from distill.schedules import NoiseSchedule
 from distill.stacked import StackedUNet2DConditionModel, stack
+from layton.data.sources import walk
 from layton.distillation.distilled import network_of, save_distilled, student_pipeline
+from layton.distillation.pair_data import TeacherPairs
 from layton.ldm.autoencoder import Autoencoder
 from layton.ldm.conditions import NETWORK_GUIDANCE, PromptEncoder, latent_shape_of
 from layton.ldm.prompt_cache import condition_of_batch
@@ -178,13 +180,31 @@ class DistillTask(LaytonTask):
         self.method = method
 
     def setup(self, stage: str) -> None:
-        """Pick the attention that is quick on this device."""
+        """Refuse pairs that a teacher made otherwise than is asked for, and pick the attention that is quick here.
+
+        Raises:
+            ValueError: Says what differs.
+        """
+        for source in walk(self.sources()):
+            if isinstance(source, TeacherPairs):
+                self._require_pairs(source)
         # Checkpoints are meant to hold the weights after the step.
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         for network in (self.student, self.teacher, self.networks.target):
             inner = network.denoiser if isinstance(network, AdapterView) else network
             if isinstance(inner, UNetDenoiser):
                 use_fast_attention(inner.unet, self.device)
+
+    def _require_pairs(self, source: TeacherPairs) -> None:
+        asked = {"solver": getattr(self.method, "solver", source.solver), "negative_prompt": self.negative_prompt}
+        for name, wanted in asked.items():
+            stored = getattr(source, name)
+            guided = name == "solver" or source.solver.is_guided
+            if guided and stored != wanted:
+                raise ValueError(
+                    f"the data are pairs made with {name} {stored}, and the run says {wanted}: what it says of the "
+                    "teacher has to stand in the data's init_args, too (`layton distill` puts it there)"
+                )
 
     def on_fit_start(self) -> None:
         """Tell which parts of the method a run of so few steps never comes to."""

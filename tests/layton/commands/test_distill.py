@@ -33,6 +33,7 @@ from layton.training import load_task
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 T = torch.tensor([999, 259])
+SOLVER = {"name": "euler", "num_steps": 2, "guidance_scale": 1.0}
 CASES = [("lcm", "sd"), ("lcm", "sdxl"), ("mlcm", "sd-v"), ("mlcm", "sdxl"), ("scott", "sd-v"), ("scott", "sdxl")]
 CASES += [("lcm", "sd3"), ("mlcm", "flux")]
 
@@ -187,6 +188,10 @@ def test_a_flow_on_its_own_clock_and_its_stacked_one_step_student(
     folder = folder_of("sd", tmp_path)
     pairs = ["--data.init_args.train=" + json.dumps([pairs_of(folder)]), "--data.init_args.batch_size=2"]
     method = "--model.init_args.method.init_args."
+    with pytest.raises(ValueError, match=r"pairs made with solver .*euler.* the run says .*dpmpp_2m"):
+        distill("reflow", folder, *pairs, "--run_dir=other")
+    rule = [f"{method}solver.{name}={value}" for name, value in SOLVER.items()]
+    pairs += rule
     own_clock = [f"{method}reading=reinterpret", f"{method}toward_image=false", f"{method}step_counts=[1,2]"]
     assert distill("reflow", folder, *pairs, *own_clock, "--run_dir=reflow") == 0
     flow = tmp_path / "reflow" / "export" / "pipeline"
@@ -207,7 +212,7 @@ def test_a_flow_on_its_own_clock_and_its_stacked_one_step_student(
     pipe = DiffusionPipeline.from_pretrained(folder)
     assert_same_pictures(pipe, load_distilled(pipe, tmp_path / "reflow" / "export"), 2, released)
 
-    again = ["--data.init_args.train=" + json.dumps([pairs_of(flow)]), "--data.init_args.batch_size=2"]
+    again = ["--data.init_args.train=" + json.dumps([pairs_of(flow)]), "--data.init_args.batch_size=2", *rule]
     assert distill("one_step", flow, *again, "--model.init_args.stacked=true", "--run_dir=one") == 0
     sampling = load_distilled(released.pipe, tmp_path / "one" / "export")
     assert isinstance(released.pipe.unet, StackedUNet2DConditionModel)
@@ -221,10 +226,22 @@ def test_a_flow_on_its_own_clock_and_its_stacked_one_step_student(
     assert task.budget.total == 2 * 2 * 3 * 2
 
 
+@pytest.mark.parametrize("short", [(), ("--pipeline", "teacher"), ("--prompts", "p.txt")], ids=str)
+def test_what_is_said_of_the_teacher_reaches_its_pairs(tmp_path: Path, short: tuple[str, ...]) -> None:
+    folder_of("sd", tmp_path)
+    (tmp_path / "p.txt").write_text("a red star\n")
+    task = "--model.init_args."
+    words = [f"{task}negative_prompt=grey", f"{task}latent_size", "12", f"{task}method.init_args.solver.num_steps=7"]
+    found = fit_arguments(CONFIGS / "distill" / "hipa.yaml", [*short, *words])
+    (train,) = (word for word in found if word.startswith("--data.init_args.train="))
+    settings = json.loads(train.partition("=")[2])[0]["init_args"]
+    assert (settings["negative_prompt"], settings["latent_size"]) == ("grey", 12)
+    assert settings["solver"] == {"name": "dpmpp_2m", "num_steps": 7, "guidance_scale": 5.0}
+
+
 def pairs_of(folder: Path) -> dict[str, Any]:
     prompts = {"class_path": "layton.data.prompts.SceneCaptions", "init_args": {"split": "train", "length": 4}}
-    solver = {"name": "euler", "num_steps": 2, "guidance_scale": 1.0}
-    options = {"pipeline": str(folder), "folder": f"pairs_{folder.name}", "solver": solver, "num_pairs": 4}
+    options = {"pipeline": str(folder), "folder": f"pairs_{folder.name}", "solver": SOLVER, "num_pairs": 4}
     return {"class_path": "layton.distillation.pair_data.TeacherPairs", "init_args": {**options, "prompts": prompts}}
 
 

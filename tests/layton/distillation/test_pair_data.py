@@ -42,6 +42,15 @@ def test_pairs_of_a_pipeline_follow_its_prompts_and_guidance(tmp_path):
     assert_close(pairs().sample(1, seed=3)["latent"], sample["latent"], rtol=0, atol=0)  # read, not made
     with pytest.raises(CacheMismatchError, match="guidance"):
         pairs(TeacherSolver("ddim", 3, guidance_scale=3.0))
+    away = TeacherPairs(
+        SceneCaptions(length=3),
+        pipeline=str(tmp_path / "model"),
+        folder=str(tmp_path / "away"),
+        solver=solver,
+        negative_prompt="a star",
+        batch_size=2,
+    )
+    assert not torch.allclose(away.sample(1, seed=0)["latent"], sample["latent"], atol=1e-2)
     with torch.no_grad():
         next(pipe.unet.parameters()).add_(1.0)
     pipe.save_pretrained(tmp_path / "model")

@@ -30,9 +30,12 @@ def test_files_named_in_a_run_file_are_found_beside_it(tmp_path: Path, capsys: p
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "overlay").glob("*.yaml")), ids=lambda path: path.stem)
-def test_overlays_parse_over_a_run(tmp_path: Path, path: Path) -> None:
-    arguments = ["--config", str(write_run(tmp_path)), "--config", str(path), "--print_config"]
-    assert main(["fit", *arguments], allow=["toy"]) == 0
+def test_overlays_parse_over_a_run(tmp_path: Path, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = CONFIGS / "distill" / f"{path.stem.partition('_')[0]}.yaml"  # mlcm_... is laid over mlcm
+    run = own if own.is_file() else write_run(tmp_path)
+    assert main(["fit", "--config", str(run), "--config", str(path), "--print_config"], allow=["toy"]) == 0
+    if own.is_file():
+        assert capsys.readouterr().out.count("refinement: null") == 1
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "mini").glob("*.yaml")), ids=lambda path: path.stem)
