@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from distill.adapters import TLCM_LORA_TARGETS as TLCM_LORA_TARGETS  # passed on
 from distill.adapters import LoraSettings as LoraSettings
 from layton.folder import JsonValue, save_config, save_tensors
-from layton.modules import require_weights
+from layton.modules import require_weights, variant_of
 
 Resize = Literal["nearest", "bilinear", "bicubic"]
 PAPER_CHANNELS = (32, 96, 256)
@@ -109,7 +109,7 @@ def load_unet(folder: Path | str) -> UNet2DConditionModel:
         ValueError: Weights are missing.
     """
     unet: UNet2DConditionModel = UNet2DConditionModel.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True
+        folder, local_files_only=True, use_safetensors=True, variant=variant_of(folder)
     )
     require_weights(unet, folder)
     return unet

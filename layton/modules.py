@@ -174,3 +174,9 @@ def require_weights(model: nn.Module, place: Path | str) -> None:
     missing = [name for name, value in model.state_dict().items() if value.is_meta]
     if missing:
         raise ValueError(f"{place} lacks {len(missing)} weights, such as {missing[0]}")
+
+
+def variant_of(folder: Path | str) -> str | None:
+    """``fp16`` where a model's weights are stored as that variant alone, as downloads of large models often are."""
+    names = [file.name for file in Path(folder).glob("*.safetensors")]
+    return "fp16" if names and all(".fp16" in name for name in names) else None

@@ -15,7 +15,11 @@ from layton.tasks.base import LaytonTask
 
 
 class ExportWeights(Callback):
-    """Writes ``<run folder>/export`` with `LaytonTask.export` when training has reached its planned end."""
+    """Writes ``<run folder>/export`` with `LaytonTask.export` when training has reached its planned end.
+
+    Raises:
+        ValueError: Weights that were trained are not finite; nothing is written then.
+    """
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export, unless the task has nothing to export or a signal ended the run."""
@@ -29,6 +33,9 @@ class ExportWeights(Callback):
             return
         if is_overridden("export", pl_module, LaytonTask):
             with averaged_weights(trainer, pl_module):
+                broken = [n for n, p in pl_module.named_parameters() if p.requires_grad and not p.isfinite().all()]
+                if broken:
+                    raise ValueError(f"{len(broken)} trained weights are not finite, such as {broken[0]}: not exported")
                 export_atomically(pl_module, Path(trainer.default_root_dir) / "export")
 
 

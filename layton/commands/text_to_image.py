@@ -101,13 +101,15 @@ class TextToImage:
         from transformers.utils import logging as transformers_logging
 
         from layton.devices import choose_device
-        from layton.ldm.teacher import checked_index, require_whole, set_dtype
+        from layton.ldm.teacher import checked_index, pipeline_variant, require_whole, set_dtype
 
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
         try:
             checked_index(folder)
-            pipeline = DiffusionPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+            pipeline = DiffusionPipeline.from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True, variant=pipeline_variant(folder)
+            )
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder} is no diffusers pipeline that can be loaded: {error}") from error
         pipeline.set_progress_bar_config(disable=True)

@@ -28,7 +28,7 @@ from distill.models import UNetDenoiser
 from distill.noise import Generators, gaussian_like
 from distill.samplers import euler, sample
 from distill.schedules import FlowSchedule
-from layton.ldm.teacher import checked_index
+from layton.ldm.teacher import checked_index, pipeline_variant, require_whole
 
 OutputType = Literal["pil", "pt", "latent"]
 
@@ -117,8 +117,9 @@ class InstaFlowPipeline:
         checked_index(Path(folder))
         unused = {"safety_checker": None, "requires_safety_checker": False}
         pipe = StableDiffusionPipeline.from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True, **unused
+            str(folder), local_files_only=True, use_safetensors=True, variant=pipeline_variant(Path(folder)), **unused
         ).to(dtype)
+        require_whole(pipe, Path(folder))
         control = None
         if controlnet is not None:
             control = ControlNetModel.from_pretrained(str(controlnet), local_files_only=True, use_safetensors=True)

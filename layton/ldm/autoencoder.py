@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from layton.modules import require_weights
+from layton.modules import require_weights, variant_of
 
 
 def build_autoencoder(
@@ -140,7 +140,11 @@ def load_autoencoder(folder: Path | str) -> AutoencoderKL:
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder} holds no autoencoder: there is no config.json")
     model: AutoencoderKL = AutoencoderKL.from_pretrained(
-        str(folder), torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
+        str(folder),
+        torch_dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        variant=variant_of(folder),
     )
     require_weights(model, folder)
     return model

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from layton.assets import resolve
 from layton.errors import UsageError
-from layton.modules import require_weights
+from layton.modules import require_weights, variant_of
 
 PIPELINES: tuple[type[DiffusionPipeline], ...] = (
     StableDiffusionPipeline,
@@ -73,7 +73,7 @@ def _load(kind: type[DiffusionPipeline], root: Path, left_out: dict[str, Any], d
     transformers_logging.disable_progress_bar()
     try:
         pipe: DiffusionPipeline = kind.from_pretrained(
-            str(root), local_files_only=True, use_safetensors=True, **left_out
+            str(root), local_files_only=True, use_safetensors=True, variant=pipeline_variant(root), **left_out
         )
         require_whole(pipe, root)
         set_dtype(pipe, dtype)
@@ -84,6 +84,11 @@ def _load(kind: type[DiffusionPipeline], root: Path, left_out: dict[str, Any], d
             diffusers_logging.enable_progress_bar()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def pipeline_variant(root: Path) -> str | None:
+    """What diffusers is to be asked for where a folder's network is stored as a variant alone (`variant_of`)."""
+    return variant_of(root / "unet") or variant_of(root / "transformer")
 
 
 def require_whole(pipe: DiffusionPipeline, root: Path) -> None:

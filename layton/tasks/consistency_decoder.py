@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from distill.denoiser import Condition
 from distill.method import DistillationMethod, DistillBatch, MethodOutput, Networks
@@ -21,7 +22,7 @@ from layton.ldm.cache import load_code_parts, require_codes
 from layton.ldm.unet import use_fast_attention
 from layton.losses.pixel_supervision import PixelExample, PixelSupervision
 from layton.losses.reconstruction import psnr
-from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
+from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable, clip_gradients
 from layton.tasks.critics import CriticSettings, attach_networks
 from layton.tasks.text_to_image import draw
 
@@ -204,14 +205,21 @@ class ConsistencyDecoderTask(LaytonTask):
         self.toggle_optimizer(optimizer)
         optimizer.zero_grad()
         self.manual_backward(loss)
-        self.clip_gradients(optimizer, gradient_clip_val=self.gradient_clip, gradient_clip_algorithm="norm")  # type: ignore[arg-type]
         optimizer.step()
         self.untoggle_optimizer(optimizer)
 
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip where the trainer does not, when a scaler has unscaled the gradients."""
+        if not self.automatic_optimization:
+            clip_gradients(optimizer, self.gradient_clip)
+
     @torch.no_grad()
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Let the averaged target follow the student."""
+        """Let the averaged target follow the student, where that has made a step."""
         if self.method is None or self.method.target_decay is None:
+            return
+        amid = self._trainer is not None and self.trainer.fit_loop._should_accumulate()
+        if amid or self._guard.skipped_now:
             return
         student = self.difference.tensors(self.ladd)
         for name, value in self.difference.tensors(self._target[0]).items():

@@ -42,7 +42,7 @@ from layton.ldm.conditions import NETWORK_GUIDANCE, PromptEncoder, latent_shape_
 from layton.ldm.prompt_cache import condition_of_batch
 from layton.ldm.teacher import find_teacher, open_pipeline
 from layton.ldm.unet import use_fast_attention
-from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
+from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable, clip_gradients
 from layton.tasks.critics import CriticSettings, attach_networks
 from layton.tasks.previews import Previews
 
@@ -284,9 +284,7 @@ class DistillTask(LaytonTask):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip, after `StepGuard` has looked at the gradients and a scaler has unscaled them."""
-        if self.gradient_clip > 0:
-            learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            nn.utils.clip_grad_norm_(learning, self.gradient_clip)
+        clip_gradients(optimizer, self.gradient_clip)
 
     def _watched(self) -> dict[str, tuple[nn.Module, float]]:
         """Every network of the denoiser's size: one with adapters, copies without."""

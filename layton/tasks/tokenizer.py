@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from layton.data.types import ImageBatch
 from layton.encoder import ImageEncoder
@@ -18,7 +19,7 @@ from layton.losses.reconstruction import psnr
 from layton.pixel_decoder import PixelDecoder
 from layton.quantizer import Quantizer
 from layton.scenes import seed_of_key
-from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
+from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable, clip_gradients
 
 HEALTH_INTERVAL = 20
 
@@ -211,9 +212,12 @@ class AdversarialTokenizerTask(TokenizerTask):
         self.toggle_optimizer(optimizer)
         optimizer.zero_grad()
         self.manual_backward(loss)
-        self.clip_gradients(optimizer, gradient_clip_val=self.gradient_clip, gradient_clip_algorithm="norm")
         optimizer.step()
         self.untoggle_optimizer(optimizer)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip, when a scaler has unscaled the gradients."""
+        clip_gradients(optimizer, self.gradient_clip)
 
 
 def _nothing() -> None: ...

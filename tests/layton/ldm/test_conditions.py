@@ -12,7 +12,11 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 from distill.models import denoiser_from_pipeline
+from layton.commands.text_to_image import TextToImage
+from layton.control import load_unet
+from layton.distillation.instaflow import InstaFlowPipeline
 from layton.errors import UsageError
+from layton.ldm.autoencoder import load_autoencoder
 from layton.ldm.conditions import PromptEncoder, latent_shape_of
 from layton.ldm.teacher import open_pipeline
 
@@ -136,6 +140,18 @@ def test_bad_folders_are_refused_before_anything_is_loaded(tmp_path: Path) -> No
     weights.rename(weights.with_suffix(".bin"))  # never a fall-back to pickles
     with pytest.raises(ValueError, match="cannot be read"):
         open_pipeline(tmp_path)
+
+
+def test_folders_that_hold_the_fp16_variant_alone_are_read(tmp_path: Path) -> None:
+    pipe = tiny.build("sd").to(torch.float16)
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    assert not (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    unets = [open_pipeline(tmp_path).unet, TextToImage.load(tmp_path, num_steps=1, guidance_scale=1.0).pipeline.unet]
+    unets += [InstaFlowPipeline.from_pretrained(tmp_path).pipe.unet, load_unet(tmp_path / "unet").float()]
+    for name, weight in pipe.unet.state_dict().items():
+        assert all(unet.state_dict()[name].equal(weight.float()) for unet in unets)
+    vae = load_autoencoder(tmp_path / "vae").state_dict()
+    assert all(vae[name].equal(weight.float()) for name, weight in pipe.vae.state_dict().items())
 
 
 def test_cached_conditions_are_told_the_guidance_of_the_run_and_not_of_the_cache() -> None:

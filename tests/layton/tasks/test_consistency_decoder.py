@@ -206,6 +206,30 @@ def test_distillation_trains_and_the_target_follows(world: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+def test_the_target_follows_steps_and_not_batches(world: Path, tmp_path: Path) -> None:
+    method = LCM(guidance_range=(1.0, 1.0), target_decay=0.5)
+    task = make_task(world, method=method, adaptation=Adaptation(unet="lora", branch="lora"))
+    start = {name: value.detach().clone() for name, value in task.difference.tensors(task._target[0]).items()}
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        default_root_dir=str(tmp_path),
+        accumulate_grad_batches=4,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        **options,
+    )
+    batches = DataLoader([make_batch() for _ in range(4)], batch_size=None)
+    trainer.fit(task, batches, batches)
+    learnt, followed = (task.difference.tensors(network) for network in (task.ladd, task._target[0]))
+    assert any(not learnt[name].equal(start[name]) for name in start)
+    for name, value in followed.items():
+        torch.testing.assert_close(value.detach(), (start[name] + learnt[name].detach()) / 2)
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 @pytest.mark.parametrize("kind", ["scott", "distribution matching"])
 def test_a_critic_learns_in_turn(world: Path, tmp_path: Path, kind: str) -> None:
     method: SCott | MLCM = SCott(guidance_range=(1.0, 1.0), target_decay=None)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ReduceLROnPlateau
 from PIL import Image
 from toy import ToyPart, ToyTask, toy_data
 
-from layton.callbacks import EMA, LineProgress, PictureGrid, SafeCheckpoint, averaged_weights
+from layton.callbacks import EMA, ExportWeights, LineProgress, PictureGrid, SafeCheckpoint, averaged_weights
 from layton.callbacks.grid import picture_array
 from layton.callbacks.progress import batch_size
 from layton.tasks.seeding import derive_seed
@@ -186,6 +186,17 @@ def test_best_by_a_metric_is_kept(tmp_path: Path) -> None:
     best = SafeCheckpoint(monitor="val/loss", keep=1)
     fit(tmp_path, toy_task(), [best], max_steps=15)
     assert len(list((tmp_path / "checkpoints").glob("best-*.ckpt"))) == 1 and best.best_model_score is not None
+
+
+def test_weights_that_are_not_finite_are_not_exported(tmp_path: Path) -> None:
+    class Poison(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            with torch.no_grad():
+                next(pl_module.parameters()).fill_(torch.nan)
+
+    with pytest.raises(ValueError, match="1 trained weights are not finite, such as part"):
+        fit(tmp_path, toy_task(), [Poison(), ExportWeights()])
+    assert not (tmp_path / "export").exists()
 
 
 @pytest.mark.parametrize("settings", [{}, {"val_check_interval": 2, "check_val_every_n_epoch": None}])
