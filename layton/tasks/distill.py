@@ -135,6 +135,7 @@ class DistillTask(LaytonTask):
         self.prompts = PromptEncoder(pipe, latent_size=self.latent_shape[1:], guidance_scale=network_guidance)
         self._autoencoder = [Autoencoder(pipe.vae)]  # in a list: frozen, no part of this model
         denoiser = denoiser_from_pipeline(pipe, latent_size=self.latent_shape[1:])
+        _require_learnable(denoiser)
         reading = _reading_of(method)
         settings = method.settings if isinstance(method, ConsistencyMethod) else None
         heard = network_guidance if self.prompts.has_guidance else None
@@ -411,6 +412,25 @@ def _another_shape(denoiser: Denoiser, *, told: bool, stacked: bool) -> Denoiser
             raise ValueError("only a UNet that is not told the guidance scale can be stacked")
         return stack(denoiser)
     return hear_guidance(denoiser) if told else None
+
+
+def _require_learnable(denoiser: Denoiser) -> None:
+    """Refuse teachers whose predictions no method here can read.
+
+    Raises:
+        ValueError: Says why.
+    """
+    if isinstance(denoiser, UNetDenoiser) and denoiser.unet.config.time_cond_proj_dim is not None:
+        raise ValueError(
+            "the teacher is a UNet that is told its guidance scale (time_cond_proj_dim), as distilled ones are: give "
+            "the model that it was distilled from"
+        )
+    last = denoiser.schedule.lambda_t(denoiser.schedule.terminal_t)
+    if denoiser.prediction_type == "eps" and bool(last.isinf()):
+        raise ValueError(
+            "the teacher predicts noise, which says nothing of the image at the last time of its schedule (zero "
+            "terminal signal-to-noise ratio): its scheduler should say v_prediction, or rescale_betas_zero_snr false"
+        )
 
 
 def _reading_of(method: DistillationMethod) -> Reading:

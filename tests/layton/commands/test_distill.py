@@ -181,6 +181,19 @@ def test_full_fine_tuning_exports_a_network(tmp_path: Path) -> None:
     assert (trained - teacher).abs().max() > 1e-3
 
 
+def test_teachers_that_cannot_be_read_are_refused_at_once(tmp_path: Path) -> None:
+    pipe = tiny.build("sd")
+    pipe.register_modules(scheduler=pipe.scheduler.from_config(pipe.scheduler.config, rescale_betas_zero_snr=True))
+    pipe.save_pretrained(tmp_path / "zero")
+    with pytest.raises(ValueError, match="zero terminal signal-to-noise"):
+        distill("lcm", tmp_path / "zero", "--run_dir=zero_run")
+    pipe = tiny.build("sd")
+    pipe.unet = pipe.unet.from_config(pipe.unet.config, time_cond_proj_dim=16)
+    pipe.save_pretrained(tmp_path / "told")
+    with pytest.raises(ValueError, match="told its guidance scale"):
+        distill("mlcm", tmp_path / "told", "--run_dir=told_run")
+
+
 def test_a_flow_on_its_own_clock_and_its_stacked_one_step_student(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

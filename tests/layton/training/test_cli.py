@@ -114,6 +114,11 @@ def test_what_fails_in_a_loaders_worker_is_one_line() -> None:
         '  File "x.py", line 1, in y\nlayton.data.bad.TooManyBadImagesError: 1 broken images, 0 allowed\n'
     )
     assert _one_line(error) == "1 broken images, 0 allowed"
+    part = (
+        "Does not validate against any of the Union subtypes\nSubtypes: [A, B]\nErrors:\n  - no such\n    folder: x\n"
+        "  - Expected a <class 'NoneType'>\nGiven value type: N\nGiven value: N(a=1)"
+    )
+    assert _one_line(ValueError(part)) == "no such folder: x"
     assert _one_line(RuntimeError("Caught cold:\nstay in bed")) == "Caught cold: stay in bed"
 
 
