@@ -67,7 +67,7 @@ class TaskSettings:
         scale: Enlargement along a side.
     """
 
-    edit_t: float = 700.0
+    edit_t: float = 800.0
     edit_strength: float = 1.0
     edit_threshold: float = 0.4
     edit_softness: int = 1

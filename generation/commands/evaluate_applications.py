@@ -31,7 +31,7 @@ def evaluate_applications(
     pipeline: str = "mini",
     count: int = 100,
     split: Split = "test",
-    edit_time: float = 700.0,
+    edit_time: float = 800.0,
     edit_strength: float = 1.0,
     edit_threshold: float = 0.4,
     edit_softness: int = 1,

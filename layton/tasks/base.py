@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.cli import ReduceLROnPlateau as MonitoredPlateau
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -181,8 +181,14 @@ class LaytonTask(LightningModule, ABC):
         return sorted({part.measure for part in held if isinstance(part, PublishedPerceptualLoss)})
 
     def on_fit_start(self) -> None:
-        """Say which perceptual measures were found."""
+        """Say which perceptual measures were found, and warn of training in half precision."""
         super().on_fit_start()
+        low = {str(p.dtype) for p in self.trainable_parameters() if p.dtype in (torch.float16, torch.bfloat16)}
+        if low:
+            rank_zero_warn(
+                f"weights in training are {', '.join(sorted(low))}, where small updates are lost in rounding: take "
+                "--trainer.precision bf16-mixed"
+            )
         if self.measures():
             rank_zero_info(f"perceptual loss: {', '.join(self.measures())}")
 

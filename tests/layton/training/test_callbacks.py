@@ -188,6 +188,11 @@ def test_best_by_a_metric_is_kept(tmp_path: Path) -> None:
     assert len(list((tmp_path / "checkpoints").glob("best-*.ckpt"))) == 1 and best.best_model_score is not None
 
 
+def test_training_in_half_precision_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"weights in training are torch.bfloat16"):
+        toy_task().to(torch.bfloat16).on_fit_start()
+
+
 def test_weights_that_are_not_finite_are_not_exported(tmp_path: Path) -> None:
     class Poison(Callback):
         def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
