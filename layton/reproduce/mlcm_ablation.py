@@ -11,9 +11,8 @@ from layton.reproduce.claim import Context, Phase
 from layton.reproduce.report import Outcome
 
 _METHOD = "model.init_args.method.init_args"
-_SLOWER = (
-    "model.init_args.lr_scheduler.init_args.milestones.0"  # as in the paper, later stages learn at a tenth of the rate
-)
+# As in the paper, later stages learn at a tenth of the rate.
+_SLOWER = "model.init_args.lr_scheduler.init_args.milestones.0"
 
 
 def _refined(extras: int = 0) -> tuple[Phase, ...]:
