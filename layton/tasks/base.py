@@ -15,7 +15,6 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from distill.methods.image_space import Frozen
 from layton.data.sources import SampleSource
@@ -228,13 +227,3 @@ class LaytonTask(LightningModule, ABC):
         if isinstance(scheduler, MonitoredPlateau):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def clip_gradients(optimizer: Optimizer, largest: float) -> None:
-    """Bring the norm of all gradients of an optimizer down to the largest one; 0 does not clip.
-
-    For tasks with manual optimization, in `on_before_optimizer_step`: before that gradients may be scaled (fp16).
-    """
-    if largest > 0:
-        learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        nn.utils.clip_grad_norm_(learning, largest)

@@ -8,9 +8,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from distill.denoiser import Condition
 from distill.method import DistillationMethod, DistillBatch, MethodOutput, Networks
@@ -22,14 +20,15 @@ from layton.ldm.cache import load_code_parts, require_codes
 from layton.ldm.unet import use_fast_attention
 from layton.losses.pixel_supervision import PixelExample, PixelSupervision
 from layton.losses.reconstruction import psnr
-from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable, clip_gradients
+from layton.tasks.base import LRSchedulerCallable, OptimizerCallable
 from layton.tasks.critics import CriticSettings, attach_networks
+from layton.tasks.manual import ManualTask
 from layton.tasks.text_to_image import draw
 
 _TARGET_KEY = "consistency_target"
 
 
-class ConsistencyDecoderTask(LaytonTask):
+class ConsistencyDecoderTask(ManualTask):
     """``distillation + pixel supervision + diffusion``, each with its weight (Layton, arXiv 2503.08377, stage 2).
 
     A weight of 0 switches a phase off: the paper first distils (MLCM's TLCM for -L, Hyper-SD for -H), then supervises
@@ -104,7 +103,7 @@ class ConsistencyDecoderTask(LaytonTask):
         self.times = {len(row): row for row in self.sampling.times}
         _check(self.method, self.pixels, self.times, diffusion=diffusion_weight)
         self._make_critic_optimizer = critic_optimizer
-        self.automatic_optimization = not self._critic()
+        self.automatic_optimization = not self.critic_parameters()
 
     def _build(self, ldm: str, decoder: str, adaptation: Adaptation, start: str | None, critic: CriticSettings) -> None:
         """Student, teacher and averaged target; what is not trained exists once."""
@@ -124,7 +123,8 @@ class ConsistencyDecoderTask(LaytonTask):
         if self.method is not None:
             attach_networks(self.method, Networks(self.ladd, self._teacher[0], self._target[0]), critic)
 
-    def _critic(self) -> list[nn.Parameter]:
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """Of the method's own networks."""
         return [] if self.method is None else list(self.method.critic_parameters())
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -134,7 +134,7 @@ class ConsistencyDecoderTask(LaytonTask):
     def setup(self, stage: str) -> None:
         """Refuse codes of another tokenizer, and a critic without an optimizer."""
         require_codes(self.sources(), self.quantizer.fingerprint())
-        if self._critic() and self._make_critic_optimizer is None:
+        if self.critic_parameters() and self._make_critic_optimizer is None:
             raise ValueError(f"{type(self.method).__name__} trains networks of its own: give a critic_optimizer")
 
     def on_fit_start(self) -> None:
@@ -150,19 +150,10 @@ class ConsistencyDecoderTask(LaytonTask):
             use_fast_attention(network.controlnet, self.device)
         self._autoencoder[0].to(self.device)
 
-    def configure_optimizers(self) -> Any:
-        """One optimizer with its schedule, and one for the critic if there is one."""
-        critic = self._critic()
-        if not critic or self._make_critic_optimizer is None:
-            return super().configure_optimizers()
-        optimizers = [self._make_optimizer(self.trainable_parameters()), self._make_critic_optimizer(critic)]
-        if self._make_lr_scheduler is None:
-            return optimizers
-        return optimizers, [self._make_lr_scheduler(optimizers[0])]
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         """Loss of one batch, (); None where a critic is trained in turn."""
         x_0, condition = self._inputs(batch)
+        step = self.global_step
         terms: dict[str, Tensor] = {}
         weights: dict[str, float] = {}
         networks = Networks(student=self.ladd, teacher=self._teacher[0], target=self._target[0])
@@ -171,7 +162,7 @@ class ConsistencyDecoderTask(LaytonTask):
         output: MethodOutput | None = None
         if self.method is not None:
             generator = self.step_generator("distillation", device="cpu")
-            output = self.method.losses(networks, distilled, step=self._step_number(), generator=generator)
+            output = self.method.losses(networks, distilled, step=step, generator=generator)
             terms |= output.terms
             weights |= {n: self.distillation_weight * self.method.weights.get(n, 1.0) for n in output.terms}
         if self.pixels is not None:
@@ -185,41 +176,23 @@ class ConsistencyDecoderTask(LaytonTask):
         loss = self.log_losses(terms, weights=weights, batch_size=len(x_0))
         if self.automatic_optimization or self.method is None or output is None:
             return loss
-        student, critic = cast("list[LightningOptimizer]", self.optimizers())
-        critic._on_before_step = critic._on_after_step = _nothing  # the trainer counts the student's steps
-        self._step(student, loss)
-        if (scheduler := cast(Any, self.lr_schedulers())) is not None:
-            scheduler.step()
+        student, critic = self.all_optimizers()
+        with self.turn_of(student):
+            self.learn(student, loss)
         generator = self.step_generator("critic", device="cpu")
-        judged = self.method.critic_losses(networks, distilled, output, step=self._step_number(), generator=generator)
+        judged = self.method.critic_losses(networks, distilled, output, step=step, generator=generator)
         if judged:
             self.log_dict({f"train/{name}": term.detach() for name, term in judged.items()})
-            self._step(critic, torch.stack([term.float() for term in judged.values()]).sum())
+            with self.turn_of(critic):
+                self.learn(critic, torch.stack([term.float() for term in judged.values()]).sum(), counted=False)
         return None
-
-    def _step_number(self) -> int:
-        """Steps of the student before this batch; with two optimizers the trainer's number grows within it."""
-        return self.global_step if self.automatic_optimization else self.trainer.fit_loop.total_batch_idx
-
-    def _step(self, optimizer: LightningOptimizer, loss: Tensor) -> None:
-        self.toggle_optimizer(optimizer)
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
-        self.untoggle_optimizer(optimizer)
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clip where the trainer does not, when a scaler has unscaled the gradients."""
-        if not self.automatic_optimization:
-            clip_gradients(optimizer, self.gradient_clip)
 
     @torch.no_grad()
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let the averaged target follow the student, where that has made a step."""
         if self.method is None or self.method.target_decay is None:
             return
-        amid = self._trainer is not None and self.trainer.fit_loop._should_accumulate()
-        if amid or self._guard.skipped_now:
+        if self.amid_step or self._guard.skipped_now:
             return
         student = self.difference.tensors(self.ladd)
         for name, value in self.difference.tensors(self._target[0]).items():
@@ -298,9 +271,6 @@ class ConsistencyDecoderTask(LaytonTask):
     def export(self, folder: Path) -> None:
         """Write ``decoder/``: what differs from stage 1's."""
         self.decoder().save_pretrained(folder / "decoder")
-
-
-def _nothing() -> None: ...
 
 
 def _method_times(method: DistillationMethod | None) -> dict[int, list[float]]:

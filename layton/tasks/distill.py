@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch.cli import ReduceLROnPlateau as MonitoredPlateau
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from distill.adapters import (
     FLOW_LORA_TARGETS,
@@ -42,8 +40,9 @@ from layton.ldm.conditions import NETWORK_GUIDANCE, PromptEncoder, latent_shape_
 from layton.ldm.prompt_cache import condition_of_batch
 from layton.ldm.teacher import find_teacher, open_pipeline
 from layton.ldm.unet import use_fast_attention
-from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable, clip_gradients
+from layton.tasks.base import LRSchedulerCallable, OptimizerCallable
 from layton.tasks.critics import CriticSettings, attach_networks
+from layton.tasks.manual import ManualTask
 from layton.tasks.previews import Previews
 
 PREVIEW_IMAGES = 8
@@ -51,7 +50,7 @@ RECOMPUTE: dict[bool | Literal["cheap"], Recompute] = {False: "nothing", "cheap"
 _FORWARDS = "distill_forwards"
 
 
-class DistillTask(LaytonTask):
+class DistillTask(ManualTask):
     """Trains a student of few steps from a diffusers pipeline folder.
 
     With an adapter there is one copy of the network: the teacher is the student with its adapter off, and the averaged
@@ -62,7 +61,8 @@ class DistillTask(LaytonTask):
     that learn from pairs also ``noise`` (B, C, h, w).
 
     Optimization is manual, since methods may train networks of their own: set ``gradient_clip`` here, not in the
-    trainer. ``trainer.max_steps`` and checkpoints count steps of the student.
+    trainer. ``trainer.max_steps`` and checkpoints count steps of the student, of ``trainer.accumulate_grad_batches``
+    batches each.
 
     Args:
         pipeline: Folder of the teacher: Stable Diffusion 1.x, 2.x, XL, 3 or FLUX.
@@ -225,25 +225,6 @@ class DistillTask(LaytonTask):
         critic = {id(parameter) for parameter in self.method.critic_parameters()}
         return [p for p in self.student.parameters() if p.requires_grad and id(p) not in critic]
 
-    def configure_optimizers(self) -> Any:
-        """The student's optimizer with its schedule, and the critic's where there is one.
-
-        Raises:
-            ValueError: Nothing to train, or a schedule that waits for a metric.
-        """
-        parameters = self.trainable_parameters()
-        if not parameters:
-            raise ValueError("the student has no trainable parameters")
-        optimizers = [self._make_optimizer(parameters)]
-        if critic := self.critic_parameters():
-            optimizers.append(self._make_critic_optimizer(critic))
-        if self._make_lr_scheduler is None:
-            return optimizers
-        scheduler = self._make_lr_scheduler(optimizers[0])
-        if isinstance(scheduler, MonitoredPlateau):
-            raise ValueError("distillation steps its schedule after every step: ReduceLROnPlateau cannot be used")
-        return optimizers, [scheduler]
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One step of the student, of the averaged target and of the critic."""
         with self.budget.watching(self._watched()):
@@ -251,41 +232,25 @@ class DistillTask(LaytonTask):
         self.log("train/forwards", self.budget.total)
 
     def _train(self, batch: dict[str, Any]) -> None:
-        found = self.optimizers()
-        student, *critics = cast("list[LightningOptimizer]", found if isinstance(found, list) else [found])
+        student, *critics = self.all_optimizers()
         inputs, step = self.distill_batch(batch), self.global_step
-        self.toggle_optimizer(student)
-        output = self.method.losses(self.networks, inputs, step=step, generator=self._generator("student"))
-        self._step(student, self._log_terms(output, inputs.batch_size))
-        self.untoggle_optimizer(student)
-        if (scheduler := cast(Any, self.lr_schedulers())) is not None:
-            scheduler.step()
-        if self._guard.skipped_now:
-            return  # nothing was learnt, and the critic would be shown the same bad numbers
-        if self.method.target_decay is not None:
+        with self.turn_of(student):
+            output = self.method.losses(self.networks, inputs, step=step, generator=self._generator("student"))
+            self.learn(student, self._log_terms(output, inputs.batch_size))
+        if self.method.target_decay is not None and not self.amid_step and not self._guard.skipped_now:
             update_target(self.networks, self.method.target_decay)
         for critic in critics:
-            self._critic_step(critic, inputs, output, step)
+            if self._guard.skipped_now:
+                critic.zero_grad()  # it would be shown, or was before in this step, the same bad numbers
+                continue
+            with self.turn_of(critic):
+                self._teach(critic, inputs, output, step)
 
-    def _critic_step(self, critic: LightningOptimizer, inputs: DistillBatch, output: MethodOutput, step: int) -> None:
-        # Steps that Lightning does not count: global_step is the student's.
-        critic._on_before_step = critic._on_after_step = _nothing
-        self.toggle_optimizer(critic)
+    def _teach(self, critic: LightningOptimizer, inputs: DistillBatch, output: MethodOutput, step: int) -> None:
         terms = self.method.critic_losses(self.networks, inputs, output, step=step, generator=self._generator("critic"))
         if terms:
             self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()})
-            self._step(critic, torch.stack([term.float() for term in terms.values()]).sum())
-        self.untoggle_optimizer(critic)
-
-    def _step(self, optimizer: LightningOptimizer, loss: Tensor) -> None:
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()  # no gradient lies beside what the next forward pass keeps
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clip, after `StepGuard` has looked at the gradients and a scaler has unscaled them."""
-        clip_gradients(optimizer, self.gradient_clip)
+            self.learn(critic, torch.stack([term.float() for term in terms.values()]).sum(), counted=False)
 
     def _watched(self) -> dict[str, tuple[nn.Module, float]]:
         """Every network of the denoiser's size: one with adapters, copies without."""
@@ -446,6 +411,3 @@ def _reading_of(method: DistillationMethod) -> Reading:
 
 def _cost(network: nn.Module) -> float:
     return 2.0 if isinstance(getattr(network, "unet", None), StackedUNet2DConditionModel) else 1.0
-
-
-def _nothing() -> None: ...

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from layton.data.types import ImageBatch
 from layton.encoder import ImageEncoder
@@ -19,7 +16,8 @@ from layton.losses.reconstruction import psnr
 from layton.pixel_decoder import PixelDecoder
 from layton.quantizer import Quantizer
 from layton.scenes import seed_of_key
-from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable, clip_gradients
+from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
+from layton.tasks.manual import ManualTask
 
 HEALTH_INTERVAL = 20
 
@@ -112,7 +110,7 @@ class TokenizerTask(LaytonTask):
         return self.log_losses(terms, weights=self.weights, batch_size=len(images))
 
 
-class AdversarialTokenizerTask(TokenizerTask):
+class AdversarialTokenizerTask(TokenizerTask, ManualTask):
     """Stage 0 with a patch discriminator that joins after a delay (LlamaGen starts it after 20,000 steps).
 
     The discriminator learns from ``start_step - lead_steps`` on, so that it is not new to its work when its opinion
@@ -125,6 +123,7 @@ class AdversarialTokenizerTask(TokenizerTask):
         discriminator: Judge of patches.
         optimizer: Makes the optimizer of encoder, codebook and decoder.
         discriminator_optimizer: Makes the discriminator's.
+        lr_scheduler: Makes the learning-rate schedule of the former.
         perceptual: Perceptual loss.
         l1_weight: Weight of the mean absolute error.
         l2_weight: Weight of the mean squared error.
@@ -145,6 +144,7 @@ class AdversarialTokenizerTask(TokenizerTask):
         *,
         optimizer: OptimizerCallable,
         discriminator_optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
         perceptual: PerceptualLoss | None = None,
         l1_weight: float = 1.0,
         l2_weight: float = 1.0,
@@ -160,6 +160,7 @@ class AdversarialTokenizerTask(TokenizerTask):
             quantizer,
             decoder,
             optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
             perceptual=perceptual,
             l1_weight=l1_weight,
             l2_weight=l2_weight,
@@ -167,7 +168,7 @@ class AdversarialTokenizerTask(TokenizerTask):
         )
         self.automatic_optimization = False
         self.discriminator = discriminator
-        self._make_discriminator_optimizer = discriminator_optimizer
+        self._make_critic_optimizer = discriminator_optimizer
         self.adversarial_weight = adversarial_weight
         self.start_step, self.lead_steps, self.ramp_steps = start_step, lead_steps, ramp_steps
         self.gradient_clip = gradient_clip
@@ -176,51 +177,28 @@ class AdversarialTokenizerTask(TokenizerTask):
         """Leave Lightning's advice out: checkpoints are meant to hold the weights after the step."""
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
 
-    def configure_optimizers(self) -> Any:
-        """Two optimizers: tokenizer, discriminator."""
-        return [
-            self._make_optimizer(self.averaged_parameters()),
-            self._make_discriminator_optimizer(self.discriminator.parameters()),
-        ]
-
-    def averaged_parameters(self) -> list[nn.Parameter]:
-        """All but the discriminator's."""
-        judge = {id(parameter) for parameter in self.discriminator.parameters()}
-        return [parameter for parameter in super().averaged_parameters() if id(parameter) not in judge]
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """The discriminator's."""
+        return list(self.discriminator.parameters())
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """One step of either optimizer that is due."""
-        generator_optimizer, judge_optimizer = cast("list[LightningOptimizer]", self.optimizers())
-        images = batch["image"]
-        step = self.trainer.fit_loop.total_batch_idx
+        generator_optimizer, judge_optimizer = self.all_optimizers()
+        images, step = batch["image"], self.global_step
         output = self.quantizer(self.encoder(images).float())
         decoded = self.decoder(output.embeddings).float()
         loss = self._losses(images, decoded, output.loss)
         ramp = min(1.0, max(0.0, (step - self.start_step + 1) / max(1, self.ramp_steps)))
         if ramp > 0:
             loss = loss + self.adversarial_weight * ramp * hinge_generator_loss(self.discriminator(decoded).float())
-        self._step(generator_optimizer, loss)
+        with self.turn_of(generator_optimizer):
+            self.learn(generator_optimizer, loss)
         if step >= self.start_step - self.lead_steps:
             real, fake = self.discriminator(images).float(), self.discriminator(decoded.detach()).float()
             judge_loss = hinge_discriminator_loss(real, fake)
             self.log("train/discriminator", judge_loss.detach())
-            # Steps that Lightning does not count: max_steps, checkpoints and pictures are those of the tokenizer.
-            judge_optimizer._on_before_step = judge_optimizer._on_after_step = _nothing
-            self._step(judge_optimizer, judge_loss)
-
-    def _step(self, optimizer: Any, loss: Tensor) -> None:
-        self.toggle_optimizer(optimizer)
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
-        self.untoggle_optimizer(optimizer)
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clip, when a scaler has unscaled the gradients."""
-        clip_gradients(optimizer, self.gradient_clip)
-
-
-def _nothing() -> None: ...
+            with self.turn_of(judge_optimizer):
+                self.learn(judge_optimizer, judge_loss, counted=False)
 
 
 def source_masks(keys: list[str]) -> dict[str, Tensor]:

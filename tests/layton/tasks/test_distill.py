@@ -244,6 +244,35 @@ def test_critics_have_their_own_optimizer_and_steps_are_the_students(folder: Pat
     assert names and all(p.requires_grad for p in [*task.critic_parameters(), *task.trainable_parameters()])
 
 
+def test_accumulated_batches_make_one_step_of_student_target_and_critic(folder: Path, tmp_path: Path) -> None:
+    watch, saving = Watch(), SafeCheckpoint(every_n_train_steps=1, keep=-1)
+    task = make(folder, scott(), critic_optimizer=partial(torch.optim.SGD, lr=1e-3))
+    start = weights(task)
+    fit(task, 3, tmp_path, watch, saving, limit_val_batches=0, accumulate_grad_batches=2)
+    assert watch.steps == [0, 1, 2, 2, 3]  # an epoch has three batches, and a step its end
+    assert len(list((tmp_path / "checkpoints").glob("*.ckpt"))) == 3
+    assert same(watch.student[0], start) and same(watch.target[0], start)
+    assert not same(watch.student[1], start) and same(watch.student[2], watch.student[3])
+    for key, value in watch.target[1].items():
+        torch.testing.assert_close(value, start[key] + 0.1 * (watch.student[1][key] - start[key]))
+    assert same(watch.target[2], watch.target[3]) and not same(watch.target[3], watch.target[4])
+    alike = [all(map(torch.equal, *pair)) for pair in zip(watch.critic, watch.critic[1:], strict=False)]
+    assert alike == [False, False, True, False]
+
+
+def test_one_bad_batch_of_those_accumulated_spoils_no_later_step(folder: Path, tmp_path: Path) -> None:
+    method, watch = BadLCM(target_decay=0.9), Watch()
+    method.bad = (0,)  # both batches of the first step
+    task = make(folder, method)
+    start = weights(task)
+    fit(task, 2, tmp_path, watch, limit_val_batches=0, accumulate_grad_batches=2)
+    assert task.skipped_steps == 1 and same(watch.student[1], start) and not same(watch.student[2], start)
+    method = BadLCM()
+    method.bad = tuple(range(9))
+    with pytest.raises(NonFiniteError, match="2 steps in a row"):
+        fit(make(folder, method, max_bad_steps=2), 9, tmp_path, limit_val_batches=0, accumulate_grad_batches=2)
+
+
 def test_cached_prompts_train_as_live_ones_do(folder: Path, tmp_path: Path) -> None:
     cached = CachedPrompts(Latents(), pipeline=str(folder), folder=str(tmp_path / "text"))
     again = CachedPrompts(Latents(), pipeline=str(folder), folder=str(tmp_path / "text"))

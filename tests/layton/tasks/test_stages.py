@@ -220,15 +220,18 @@ def test_adversarial_stage_0_trains_the_judge_before_it_counts(tmp_path: Path) -
                 "init_args": {"width": 8, "num_layers": 2},
             },
             "discriminator_optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
+            "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 1}},
             "start_step": 1,
             "lead_steps": 1,
         },
     }
     run = run_file(model, source("train", 8), source("validation", 4))
     steps = {"every_n_train_steps": 2, "keep": -1}
-    run["trainer"] |= {"max_steps": 5, "val_check_interval": 1}
+    run["trainer"] |= {"max_steps": 5, "val_check_interval": 1, "accumulate_grad_batches": 2}
     run["trainer"]["callbacks"].append({"class_path": "layton.callbacks.SafeCheckpoint", "init_args": steps})
     fit(tmp_path, "adversarial", run)
+    newest = torch.load(tmp_path / "adversarial/checkpoints/step=00000005.ckpt", weights_only=True)
+    assert newest["lr_schedulers"][0]["last_epoch"] == 5  # it follows steps of the tokenizer
     saved = {int(path.stem.removeprefix("step=")) for path in (tmp_path / "adversarial" / "checkpoints").glob("*.ckpt")}
     assert saved == {2, 4, 5}  # steps of the tokenizer: the judge's are not counted
 

@@ -1,0 +1,78 @@
+"""Steps of a task with a critic: accumulated batches are one step, and nobody's gradient reaches the other."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from layton.tasks.manual import ManualTask
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+
+
+class Duel(ManualTask):
+    """Model and critic, linear both; the model's loss goes through the critic and the critic's through the model."""
+
+    def __init__(self, clip: float = 0.0) -> None:
+        super().__init__(optimizer=partial(torch.optim.SGD, lr=0.1))
+        self.automatic_optimization = False
+        self.gradient_clip = clip
+        self.model, self.critic = nn.Linear(3, 2), nn.Linear(2, 1)
+        with torch.no_grad():
+            for number, parameter in enumerate(self.parameters()):
+                parameter.copy_(torch.linspace(-1, 1, parameter.numel()).reshape(parameter.shape) + 0.1 * number)
+
+    def configure_optimizers(self) -> Any:
+        return [self._make_optimizer(list(part.parameters())) for part in (self.model, self.critic)]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        model, critic = self.all_optimizers()
+        with self.turn_of(model):
+            self.learn(model, self.critic(self.model(batch).tanh()).square().mean())
+        with self.turn_of(critic):
+            self.learn(critic, (self.critic(self.model(batch).tanh()) - 1).square().mean(), counted=False)
+
+
+def duel(root: Path, batches: list[Tensor], *, accumulate: int, clip: float = 0.0) -> tuple[Duel, Trainer]:
+    task = Duel(clip)
+    trainer = Trainer(
+        default_root_dir=root,
+        accelerator="cpu",
+        max_epochs=1,
+        accumulate_grad_batches=accumulate,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(task, DataLoader(batches, batch_size=None))
+    return task, trainer
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01])
+def test_accumulated_batches_are_one_step_of_their_mean(tmp_path: Path, clip: float) -> None:
+    rows = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
+    parts, trainer = duel(tmp_path, list(rows.split(2)), accumulate=3, clip=clip)
+    assert trainer.global_step == 2 and trainer.accumulate_grad_batches == 3
+    start = {name: value.clone() for name, value in Duel().state_dict().items()}
+    first, _ = duel(tmp_path, [rows[:6]], accumulate=1, clip=clip)
+    # The critic of accumulated batches has seen the model as it was before its step, but for the last of them.
+    once, _ = duel(tmp_path, list(rows[:6].split(2)), accumulate=3, clip=clip)
+    for name, value in first.model.state_dict().items():
+        torch.testing.assert_close(once.model.state_dict()[name], value)
+        assert not torch.equal(value, start[f"model.{name}"])
+    moved = [not torch.equal(value, start[f"critic.{name}"]) for name, value in once.critic.state_dict().items()]
+    assert all(moved) and all(not torch.equal(a, b) for a, b in zip(once.parameters(), parts.parameters(), strict=True))
+
+
+def test_a_step_at_the_end_of_an_epoch_may_have_fewer_batches(tmp_path: Path) -> None:
+    rows = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    _, trainer = duel(tmp_path, list(rows.split(2)), accumulate=3)
+    assert trainer.global_step == 2
