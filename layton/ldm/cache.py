@@ -115,6 +115,11 @@ def require_codes(sources: Iterable[SampleSource], fingerprint: str) -> None:
             )
 
 
+def name_for(source: ImageSource) -> str:
+    """8 hex digits that tell these images and captions from others, for the name of a cache."""
+    return hashlib.sha256(json.dumps(_looks(source, len(source))).encode()).hexdigest()[:8]
+
+
 def _looks(source: ImageSource, count: int) -> dict[str, str]:
     """What tells a cache's images from others of the same source: size, keys and brightness of three of them.
 

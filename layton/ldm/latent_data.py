@@ -8,7 +8,7 @@ from typing import Any
 from layton.data.loader import OrderedLoader, ResumableLoader
 from layton.data.module import ImageDataModule
 from layton.data.sources import ImageSource
-from layton.ldm.cache import CachedLatents, digest
+from layton.ldm.cache import CachedLatents, digest, name_for
 
 _ROLES = ("train", "validation", "test")
 
@@ -86,5 +86,6 @@ class LatentDataModule(ImageDataModule):
         sources: list[Any] = getattr(self, role)
         for index, source in enumerate(sources):
             if not isinstance(source, CachedLatents):
-                folder = self.cache / f"latents-{digest(self.autoencoder)}" / f"{role}-{index}"
+                # Two pipelines may have one autoencoder and other sizes, or a folder of images may have grown.
+                folder = self.cache / f"latents-{digest(self.autoencoder)}" / f"{role}-{name_for(source)}"
                 sources[index] = CachedLatents(source, autoencoder=str(self.autoencoder), folder=str(folder))

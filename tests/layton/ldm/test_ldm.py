@@ -18,6 +18,7 @@ from layton.data.sources import ScenesSource
 from layton.data.transforms import Fit, RandomCrop
 from layton.ldm.autoencoder import Autoencoder, build_autoencoder, standardise_latents
 from layton.ldm.cache import CachedLatents
+from layton.ldm.latent_data import LatentDataModule
 from layton.ldm.pipeline import save_pipeline
 from layton.ldm.positions import PlaceTeacher, places
 from layton.ldm.text import TextConditioner, build_text_encoder, build_tokenizer, tell_places
@@ -182,6 +183,22 @@ def test_cached_latents_equal_those_made_directly_and_refuse_another_autoencoder
     for field, images in others.items():
         with pytest.raises(ValueError, match=field):
             CachedLatents(images, autoencoder=str(tmp_path / "vae"), folder=str(tmp_path / "cache"))
+
+
+def test_sizes_of_one_autoencoder_have_caches_of_their_own(tmp_path: Path) -> None:
+    tiny_autoencoder().model.save_pretrained(tmp_path / "vae")
+
+    def latents(size: int, textures: tuple[str, ...] = ("plain",)) -> torch.Tensor:
+        source = ScenesSource(split="train", length=2, size=size, textures=textures)
+        data = LatentDataModule(source, autoencoder=str(tmp_path / "vae"), cache=str(tmp_path / "cache"), batch_size=2)
+        data.prepare_data()
+        sample: torch.Tensor = data.train[0].sample(0, seed=0)["latent"]
+        return sample
+
+    small, large, other = latents(64), latents(96), latents(64, ("stripes",))
+    assert large.shape[-1] * 2 == small.shape[-1] * 3 and not torch.equal(small, other)
+    assert len(list((tmp_path / "cache").glob("latents-*/train-*"))) == 3
+    assert torch.equal(latents(64), small)
 
 
 def test_cached_files_that_changed_are_refused_and_broken_ones_are_named(
