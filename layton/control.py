@@ -24,6 +24,7 @@ from layton.modules import require_weights, variant_of
 
 Resize = Literal["nearest", "bilinear", "bicubic"]
 PAPER_CHANNELS = (32, 96, 256)
+HEARD = "controlnet.controlnet_cond_embedding.features."  # names of the weights by which features are heard
 SMALL_CHANNELS = (32, 64)  # for UNets about 64 to 128 wide: a sixth of the parameters
 
 
@@ -57,13 +58,22 @@ class CodeEmbedding(nn.Module):
             self.conv_in.weight.mul_(code_dim**0.5)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(cast(Tensor, self.conv_out.bias))
+        self.features: nn.Conv2d | None = None
+
+    def hear(self, width: int) -> None:
+        """Take features of the codes, too, through a further zero convolution; what comes out stays as it is."""
+        self.features = nn.Conv2d(width, self.conv_out.out_channels, 1).to(self.conv_out.weight)
+        nn.init.zeros_(self.features.weight)
+        nn.init.zeros_(cast(Tensor, self.features.bias))
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Map code embeddings (B, d, h, w) to features (B, out_channels, h, w)."""
-        hidden = F.silu(self.conv_in(codes))
+        """Map code embeddings (B, d, h, w), and after them features that it hears, to (B, out_channels, h, w)."""
+        dim = self.conv_in.in_channels
+        hidden = F.silu(self.conv_in(codes[:, :dim]))
         for block in self.blocks:
             hidden = F.silu(block(hidden))
-        return cast(Tensor, self.conv_out(hidden))
+        embedded: Tensor = self.conv_out(hidden)
+        return embedded if self.features is None else embedded + self.features(codes[:, dim:])
 
 
 def copy_encoder(

@@ -55,13 +55,13 @@ class CodeDecoder(nn.Module, ABC):
         steps: Step counts that can be asked for; None means any.
         default_steps: What is used when none is asked for.
         needs_ldm: Whether it decodes through a latent diffusion model, which it then shares with other decoders.
-        base: Name of the decoder beside it whose files it builds on; None when its own files are all it needs.
+        needs: Names of the decoders beside it whose files it builds on; none when its own files are all it needs.
     """
 
     needs_ldm: ClassVar[bool] = True
     steps: tuple[int, ...] | None = None
     default_steps: int = 1
-    base: str | None = None
+    needs: tuple[str, ...] = ()
 
     @abstractmethod
     def decode(

@@ -25,6 +25,7 @@ from distill.parameterization import prediction_type_from_config
 from distill.schedules import schedule_from_config
 from layton.control import (
     PAPER_CHANNELS,
+    CodeEmbedding,
     LoraSettings,
     Resize,
     copy_encoder,
@@ -34,8 +35,10 @@ from layton.control import (
     save_unet,
 )
 from layton.folder import WEIGHTS_NAME, JsonValue, load_config, load_tensors, require_match, save_config, save_tensors
+from layton.pixel_decoder import CodeReader
 
 CLASS_NAME = "layton.ladd.LADD"
+READER = "light"  # the decoder that a tokenizer's other ones may listen to
 
 
 class LADD(Denoiser):
@@ -94,8 +97,24 @@ class LADD(Denoiser):
         self.register_buffer("null_embeds", null)
         self.unet = unet.requires_grad_(False).eval()
         self.controlnet = copy_encoder(unet, code_dim=code_dim, hidden_channels=self.embedding_channels)
+        self.reader: CodeReader | None = None
+        self.reader_name: str | None = None
         if lora is not None:
             self.unet.add_adapter(lora.to_peft())
+
+    def listen_to(self, reader: CodeReader, *, name: str = READER) -> None:
+        """Tell the branch, beside the codes, what a light decoder's transformer makes of them.
+
+        Not in the paper, whose branch has to learn to read the codes from nothing: it starts at a zero convolution, so
+        predictions stay as they are until that has learnt. Diffusion on top of a first reconstruction is known from
+        SWYCC (arXiv 2409.02529).
+
+        Args:
+            reader: Is kept frozen, and not saved with this decoder.
+            name: Of the decoder, beside this one in a tokenizer's folder, whose transformer it is.
+        """
+        cast(CodeEmbedding, self.controlnet.controlnet_cond_embedding).hear(reader.width)
+        self.reader, self.reader_name = reader.to(self.unet.device), name
 
     @classmethod
     def from_pipeline(
@@ -161,11 +180,14 @@ class LADD(Denoiser):
             given = None if codes is None else tuple(codes.shape)
             raise ValueError(f"condition.spatial must be code embeddings (B, {self.code_dim}, h, w), got {given}")
         embeds, added = self._text(x_t, condition)
+        told = codes.to(x_t.dtype)
+        if self.reader is not None:
+            told = torch.cat([told, self.reader(told)], dim=1)
         down, mid = self.controlnet(
             x_t,
             t,
             encoder_hidden_states=embeds,
-            controlnet_cond=resize_codes(codes.to(x_t.dtype), size=(x_t.shape[-2], x_t.shape[-1]), mode=self.resize),
+            controlnet_cond=resize_codes(told, size=(x_t.shape[-2], x_t.shape[-1]), mode=self.resize),
             conditioning_scale=self.conditioning_scale if conditioning_scale is None else conditioning_scale,
             added_cond_kwargs=added,
             return_dict=False,
@@ -267,18 +289,23 @@ class LADD(Denoiser):
             "scheduler": dict(self.scheduler_config),
             "lora": None if self.lora is None else self.lora.to_json(),
         }
+        if self.reader_name is not None:
+            config["reader"] = self.reader_name
         if include_unet:
             save_unet(self.unet, root / "unet", dtype=dtype)
         save_tensors(root / WEIGHTS_NAME, self.branch_state_dict(), dtype=dtype)
         save_config(root, config)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, unet: UNet2DConditionModel | None = None) -> Self:
+    def from_pretrained(
+        cls, folder: str | Path, *, unet: UNet2DConditionModel | None = None, reader: str | Path | None = None
+    ) -> Self:
         """Load what ``save_pretrained`` wrote, in the UNet's precision.
 
         Args:
             folder: A folder with ``config.json`` and ``model.safetensors``.
             unet: The frozen UNet it was trained on; default ``folder/unet``, then ``unet`` beside the folder.
+            reader: Folder of the light decoder that it listens to, if it does; by default the one beside the folder.
 
         Raises:
             ValueError: Files are missing, the weights do not fit, or no UNet is to be found.
@@ -303,6 +330,20 @@ class LADD(Denoiser):
             null_embeds=torch.zeros(cast(int, config["null_length"]), int(unet.config.cross_attention_dim)),
             lora=None if lora is None else LoraSettings.from_json(lora),
         )
+        if (name := cast("str | None", config.get("reader"))) is not None:
+            decoder.listen_to(read_codes(reader, beside=root, name=name), name=name)
         decoder.to(dtype=unet.dtype)
         decoder.load_branch_state_dict(state, source=root / WEIGHTS_NAME)
         return decoder.eval()
+
+
+def read_codes(folder: str | Path | None, *, beside: Path, name: str = READER) -> CodeReader:
+    """The reader of a decoder, from the light decoder's folder or the one of that name beside the decoder's own.
+
+    Raises:
+        ValueError: If it is not there.
+    """
+    place = Path(folder) if folder is not None else beside.parent / name
+    if not place.is_dir():
+        raise ValueError(f"{beside} listens to the decoder {name!r}: {place} is missing")
+    return CodeReader.from_pretrained(place)

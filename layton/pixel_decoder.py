@@ -94,3 +94,38 @@ class PixelDecoder(nn.Module):
             ValueError: If the folder holds something else.
         """
         return load_pretrained(cls, folder)
+
+
+class CodeReader(nn.Module):
+    """The frozen transformer of a trained pixel decoder, which has learnt what codes mean together.
+
+    A latent decoder that is told what it makes of the codes need not find that out anew (`layton.ladd.LADD`).
+
+    Args:
+        decoder: Its first half is kept, and frozen in place.
+    """
+
+    def __init__(self, decoder: PixelDecoder) -> None:
+        super().__init__()
+        self.embed, self.transformer = decoder.embed, decoder.transformer
+        self.width = decoder.expand.in_channels
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Code embeddings (B, d, h, w) -> features (B, width, h, w)."""
+        features: Tensor = self.transformer(self.embed(embeddings))
+        return features
+
+    def train(self, mode: bool = True) -> Self:
+        """Nothing: it stays in eval mode."""
+        return super().train(False)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Read a `PixelDecoder`'s folder.
+
+        Raises:
+            ValueError: If the folder holds something else.
+        """
+        return cls(PixelDecoder.from_pretrained(folder))

@@ -230,12 +230,12 @@ class LaytonTokenizer(ImageTokenizer):
             dtype: Floating-point type on disk (the codebook is always float32).
 
         Raises:
-            ValueError: If a decoder is kept as the difference from another one that is not there.
+            ValueError: If a decoder builds on another one that is not there.
         """
         for name in self.decoders:
-            base = self.decoder(name).base
-            if base is not None and base not in self.decoders:
-                raise ValueError(f"decoder {name!r} is saved as its difference from {base!r}, which was not loaded")
+            missing = [needed for needed in self.decoder(name).needs if needed not in self.decoders]
+            if missing:
+                raise ValueError(f"decoder {name!r} builds on the decoder {missing[0]!r}, which was not loaded")
         root = Path(folder)
         self.encoder.save_pretrained(root / "encoder", dtype=dtype)
         self.quantizer.save_pretrained(root / "quantizer")

@@ -35,6 +35,7 @@ class OneStepDecoderTask(ConsistencyDecoderTask):
         optimizer: Makes the optimizer.
         lr_scheduler: Makes the learning-rate schedule.
         adaptation: Which weights are trained; for HiPA, adaptors on attention.
+        reader: Folder of the light decoder, where the student listens to it; see `ConsistencyDecoderTask`.
         start: A finished export ``decoder/`` of the same adaptation to go on from: for InstaFlow's second half, the
             2-rectified flow, which then is the teacher, too.
         pixels: How one-step pictures are supervised; None without.
@@ -58,6 +59,7 @@ class OneStepDecoderTask(ConsistencyDecoderTask):
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None = None,
         adaptation: Adaptation,
+        reader: str | None = None,
         start: str | None = None,
         pixels: PixelSupervision | None = None,
         distillation_weight: float = 1.0,
@@ -76,6 +78,7 @@ class OneStepDecoderTask(ConsistencyDecoderTask):
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             adaptation=adaptation,
+            reader=reader,
             start=start,
             method=method,
             pixels=pixels,
@@ -91,8 +94,8 @@ class OneStepDecoderTask(ConsistencyDecoderTask):
         # reflow's steps are Euler's; the default puts fresh noise between them
         self.sampling = replace(self.sampling, kind=method.sampling)
 
-    def _build(self, ldm: str, decoder: str, adaptation: Adaptation, start: str | None, critic: CriticSettings) -> None:
-        super()._build(ldm, decoder, adaptation, start, critic)
+    def _build(self, start: str | None, critic: CriticSettings) -> None:
+        super()._build(start, critic)
         if start is not None:
             frozen = [parameter for parameter in self.ladd.parameters() if not parameter.requires_grad]
             self._teacher = [copy_sharing(self.ladd, frozen)]

@@ -16,7 +16,7 @@ from layton.decoders.difference import Difference, fold_adapters
 from layton.decoders.latent import LatentDecoder, check_times, read_network
 from layton.folder import WEIGHTS_NAME, JsonValue, class_name, load_config, save_config, save_tensors
 from layton.interface import Generators
-from layton.ladd import LADD
+from layton.ladd import LADD, READER, read_codes
 from layton.ldm.autoencoder import Autoencoder
 
 NETWORK_FOLDER = "network"
@@ -66,7 +66,7 @@ class ConsistencyDecoder(LatentDecoder):
         self.steps = tuple(sorted(self.sampling.step_counts))
         self.default_steps = self.check_steps(self.steps[-1] if default_steps is None else default_steps)
         self.difference = difference
-        self.base = None if difference is None else difference.base
+        self.needs = (*self.needs, *(() if difference is None else (difference.base,)))
 
     def sample(self, x_T: Tensor, embeddings: Tensor, *, num_steps: int, generator: Generators) -> Tensor:
         """Multistep consistency sampling at the trained times."""
@@ -96,7 +96,13 @@ class ConsistencyDecoder(LatentDecoder):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, ldm: str | Path | None = None, base: str | Path | None = None, fold: bool = True
+        cls,
+        folder: str | Path,
+        *,
+        ldm: str | Path | None = None,
+        base: str | Path | None = None,
+        reader: str | Path | None = None,
+        fold: bool = True,
     ) -> Self:
         """Read what `save_pretrained` wrote.
 
@@ -104,6 +110,7 @@ class ConsistencyDecoder(LatentDecoder):
             folder: The decoder.
             ldm: Folder of the diffusers pipeline (``unet/``, ``vae/``) that it was trained on.
             base: Folder of the stage-1 decoder that it came from; by default the one beside it of the saved name.
+            reader: Folder of the light decoder that it listens to, if it does; by default the one beside it.
             fold: Add adaptors to the weights, for speed; without it they can be trained further.
 
         Raises:
@@ -114,13 +121,14 @@ class ConsistencyDecoder(LatentDecoder):
         saved = cast("dict[str, JsonValue] | None", config["difference"])
         difference = None if saved is None else Difference.from_json(saved)
         if difference is None:
-            network, autoencoder = read_network(root / NETWORK_FOLDER, ldm)
+            network, autoencoder = read_network(root / NETWORK_FOLDER, ldm, reader=reader or root.parent / READER)
         else:
             place = Path(base) if base is not None else root.parent / difference.base
             if not place.is_dir():
                 raise ValueError(f"{root} holds what differs from the decoder {difference.base!r}: {place} is missing")
-            network, autoencoder = read_network(place, ldm)
-            difference.apply(network, root / WEIGHTS_NAME)
+            network, autoencoder = read_network(place, ldm, reader=reader)
+            told = None if difference.reader is None else read_codes(reader, beside=root, name=difference.reader)
+            difference.apply(network, root / WEIGHTS_NAME, reader=told)
             network.requires_grad_(False)
             if fold:
                 fold_adapters(network)

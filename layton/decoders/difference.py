@@ -19,9 +19,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from distill.adapters import LoraSettings, add_lora
-from layton.control import base_state_dict
+from layton.control import HEARD, base_state_dict
 from layton.folder import JsonValue, load_tensors, require_match
-from layton.ladd import LADD
+from layton.ladd import LADD, READER
+from layton.pixel_decoder import CodeReader
 
 Change = Literal["frozen", "lora", "full"]
 ADAPTER = "consistency"
@@ -69,13 +70,15 @@ class Difference:
 
     Attributes:
         base: Name of the decoder, beside this one, that it came from.
-        fingerprints: Of that decoder's UNet and branch, see `fingerprints`.
+        fingerprints: Of that decoder's UNet and branch, see `fingerprints`, and of the reader.
         adaptation: What was changed.
+        reader: Name of the light decoder, beside this one, that it listens to and its base does not.
     """
 
     base: str
     fingerprints: Mapping[str, tuple[str, ...]]
     adaptation: Adaptation
+    reader: str | None = None
 
     def tensors(self, network: LADD) -> dict[str, Tensor]:
         """The changed weights of an adapted network by name; LoRA keys look like ``unet.X.lora_A.weight``."""
@@ -83,7 +86,8 @@ class Difference:
         chosen: dict[str, Tensor] = {}
         for name, parameter in network.named_parameters():
             change = parts.get(name.partition(".")[0], "frozen")
-            if change == "full" or (change == "lora" and ".lora_" in name):
+            heard = self.reader is not None and name.startswith(HEARD)
+            if change == "full" or (change == "lora" and ".lora_" in name) or heard:
                 chosen[name.replace(f".{ADAPTER}.", ".")] = parameter
         return chosen
 
@@ -101,13 +105,14 @@ class Difference:
 
     def to_json(self) -> dict[str, JsonValue]:
         """The record as JSON values."""
-        return {
+        record: dict[str, JsonValue] = {
             "base": self.base,
             "fingerprints": {part: list(found) for part, found in self.fingerprints.items()},
             "unet": self.adaptation.unet,
             "branch": self.adaptation.branch,
             "lora": self.adaptation.adapters.to_json(),
         }
+        return record if self.reader is None else record | {"reader": self.reader}
 
     @classmethod
     def from_json(cls, values: Mapping[str, JsonValue]) -> Difference:
@@ -118,35 +123,56 @@ class Difference:
             lora=LoraSettings.from_json(cast("dict[str, JsonValue]", values["lora"])),
         )
         saved = cast("dict[str, list[str]]", values["fingerprints"])
-        return cls(str(values["base"]), {part: tuple(found) for part, found in saved.items()}, adaptation)
+        prints = {part: tuple(found) for part, found in saved.items()}
+        return cls(str(values["base"]), prints, adaptation, cast("str | None", values.get("reader")))
 
-    def apply(self, network: LADD, weights: Path) -> None:
+    def apply(self, network: LADD, weights: Path, *, reader: CodeReader | None = None) -> None:
         """Turn the base network into the changed one, in place, from a file of `tensors`.
 
+        Args:
+            network: The base.
+            weights: The file.
+            reader: What it listens to, if it does.
+
         Raises:
-            ValueError: If it is not the network that the weights were trained on, or they do not fit.
+            ValueError: If it is not the network, or reader, that the weights were trained on, or they do not fit.
         """
-        for part, found in fingerprints(network).items():
-            if not set(found) & set(self.fingerprints[part]):
+        for part, found in fingerprints(network, reader).items():
+            if not set(found) & set(self.fingerprints.get(part, ())):
                 raise ValueError(
                     f"{weights} was trained on another {self.base!r} decoder: the fingerprint of this one's {part} is "
-                    f"{found[0]}, not {' or '.join(self.fingerprints[part])}"
+                    f"{found[0]}, not {' or '.join(self.fingerprints.get(part, ('any',)))}"
                 )
-        adapt(network, self.adaptation, base=self.base)
+        adapt(network, self.adaptation, base=self.base, reader=reader)
         self.load(network, load_tensors(weights), source=weights)
 
 
-def adapt(network: LADD, adaptation: Adaptation, *, base: str = "diffusion", seed: int = 0) -> Difference:
+def adapt(
+    network: LADD,
+    adaptation: Adaptation,
+    *,
+    base: str = "diffusion",
+    reader: CodeReader | None = None,
+    seed: int = 0,
+) -> Difference:
     """Make the chosen weights of a stage-1 network trainable, all others frozen. Its predictions stay as they are.
 
     Args:
         network: Changed in place; a LoRA that it has already is folded into its weights.
         adaptation: What to train.
         base: Name of the decoder that the network is of.
+        reader: What the network is to listen to from now on (`LADD.listen_to`); what hears it is trained.
         seed: Of the adaptors' first halves (the second ones are zero).
+
+    Raises:
+        ValueError: If it listens to a reader already.
     """
-    record = Difference(base, fingerprints(network), adaptation)
+    if reader is not None and network.reader is not None:
+        raise ValueError(f"the decoder {base!r} listens to {network.reader_name!r} itself: leave the reader out")
+    record = Difference(base, fingerprints(network, reader), adaptation, None if reader is None else READER)
     network.merge_lora()
+    if reader is not None:
+        network.listen_to(reader)
     network.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -179,13 +205,16 @@ def fold_adapters(network: nn.Module, *, fold: bool = True) -> None:
                 module.unmerge()
 
 
-def fingerprints(network: LADD) -> dict[str, tuple[str, ...]]:
+def fingerprints(network: LADD, reader: CodeReader | None = None) -> dict[str, tuple[str, ...]]:
     """Hashes of a network's ``unet`` and ``branch``, each as it is when stored in fp16 and in bf16, 16 hex digits.
+
+    And of a ``reader``, if there is one.
 
     Weights that are read back from fp16 or from fp32 have the first one, from bf16 the second. Of each tensor its name,
     its shape and up to 1,024 of its numbers count.
     """
-    return {"unet": _hashes(base_state_dict(network.unet)), "branch": _hashes(network.branch_state_dict())}
+    found = {"unet": _hashes(base_state_dict(network.unet)), "branch": _hashes(network.branch_state_dict())}
+    return found if reader is None else found | {"reader": _hashes(reader.state_dict())}
 
 
 def _hashes(state: Mapping[str, Tensor]) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ class LatentDecoder(CodeDecoder):
         self.network = network
         self.autoencoder = autoencoder.requires_grad_(False).eval()
         self.latents_per_token = latents_per_token
+        self.needs = () if network.reader_name is None else (network.reader_name,)
 
     @property
     def default_scale(self) -> float:
@@ -100,12 +101,13 @@ class LatentDecoder(CodeDecoder):
             self.network.conditioning_scale = previous
 
 
-def read_network(folder: Path, ldm: str | Path | None) -> tuple[LADD, Autoencoder]:
+def read_network(folder: Path, ldm: str | Path | None, *, reader: str | Path | None = None) -> tuple[LADD, Autoencoder]:
     """The stage-1 network of a folder on its latent diffusion model, in float32, and the autoencoder.
 
     Args:
         folder: What `layton.ladd.LADD.save_pretrained` wrote.
         ldm: The diffusers pipeline (``unet/``, ``vae/``) that it was trained on.
+        reader: See `layton.ladd.LADD.from_pretrained`.
 
     Raises:
         ValueError: If ``ldm`` is missing or does not fit.
@@ -113,7 +115,7 @@ def read_network(folder: Path, ldm: str | Path | None) -> tuple[LADD, Autoencode
     if ldm is None:
         raise ValueError(f"{folder}: this decoder needs the latent diffusion model it was trained on")
     unet = load_unet(Path(ldm) / "unet").float()
-    return LADD.from_pretrained(folder, unet=unet), Autoencoder.from_pretrained(Path(ldm) / "vae")
+    return LADD.from_pretrained(folder, unet=unet, reader=reader), Autoencoder.from_pretrained(Path(ldm) / "vae")
 
 
 def check_times(times: Sequence[float], *, num_steps: int, last: float) -> tuple[float, ...]:

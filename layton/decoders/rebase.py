@@ -63,7 +63,7 @@ def rebase_decoder(folder: Path, adaptors: Path, *, rounding: torch.dtype | None
 def rename_base(folder: Path, network: LADD) -> None:
     """Tell a decoder that holds a difference which network it is from now on the difference from, in place."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["difference"]["fingerprints"] = {part: list(found) for part, found in fingerprints(network).items()}
+    config["difference"]["fingerprints"] |= {part: list(found) for part, found in fingerprints(network).items()}
     save_config(folder, config)
 
 

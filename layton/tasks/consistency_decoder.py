@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distill.denoiser import Condition
 from distill.method import DistillationMethod, DistillBatch, MethodOutput, Networks
+from layton.control import HEARD
 from layton.decoders.consistency import ConsistencyDecoder, sampling_at
 from layton.decoders.difference import Adaptation, adapt, copy_sharing
 from layton.decoders.latent import read_network
@@ -20,6 +21,7 @@ from layton.ldm.cache import load_code_parts, require_codes
 from layton.ldm.unet import use_fast_attention
 from layton.losses.pixel_supervision import PixelExample, PixelSupervision
 from layton.losses.reconstruction import psnr
+from layton.pixel_decoder import CodeReader
 from layton.tasks.base import LRSchedulerCallable, OptimizerCallable
 from layton.tasks.critics import CriticSettings, attach_networks
 from layton.tasks.manual import ManualTask
@@ -46,7 +48,9 @@ class ConsistencyDecoderTask(ManualTask):
         critic: What these networks are; by default heads on the features of the teacher. Distribution matching gets a
             copy of it.
         adaptation: Which weights are trained.
-        start: A finished stage-2 export ``decoder/`` to go on from, of the same adaptation.
+        reader: Folder of a light decoder, as stage 0 exports it, whose transformer the student is to listen to
+            (`layton.ladd.LADD.listen_to`); None trains as the paper does.
+        start: A finished stage-2 export ``decoder/`` to go on from, of the same adaptation; one without a reader, too.
         method: How it is distilled; None without.
         pixels: How it is supervised in pixels; None without.
         pixel_targets: ``image``: the originals, as in the paper; ``decoded``: what the autoencoder makes of them.
@@ -74,6 +78,7 @@ class ConsistencyDecoderTask(ManualTask):
         critic_optimizer: OptimizerCallable | None = None,
         critic: CriticSettings | None = None,
         adaptation: Adaptation | None = None,
+        reader: str | None = None,
         start: str | None = None,
         method: DistillationMethod | None = None,
         pixels: PixelSupervision | None = None,
@@ -98,25 +103,31 @@ class ConsistencyDecoderTask(ManualTask):
         self.default_steps, self.latents_per_token = default_steps, latents_per_token
         self.gradient_clip = gradient_clip
         # Heads on the teacher's features by default: these cost no second copy and need no checkpoint.
-        self._build(ldm, decoder, adaptation or Adaptation(), start, critic or CriticSettings(kind="heads"))
+        self._take(ldm, decoder, adaptation or Adaptation(), reader)
+        self._build(start, critic or CriticSettings(kind="heads"))
         self.sampling = sampling_at(_method_times(self.method) if times == "method" else times, self.ladd)
         self.times = {len(row): row for row in self.sampling.times}
         _check(self.method, self.pixels, self.times, diffusion=diffusion_weight)
         self._make_critic_optimizer = critic_optimizer
         self.automatic_optimization = not self.critic_parameters()
 
-    def _build(self, ldm: str, decoder: str, adaptation: Adaptation, start: str | None, critic: CriticSettings) -> None:
-        """Student, teacher and averaged target; what is not trained exists once."""
-        self.ladd, autoencoder = read_network(Path(decoder), ldm)
+    def _take(self, ldm: str, decoder: str, adaptation: Adaptation, reader: str | None) -> None:
+        """Student and teacher from stage 1; what is not trained exists once."""
+        self.ladd, autoencoder = read_network(Path(decoder), ldm, reader=reader)
         self._autoencoder = [autoencoder.requires_grad_(False).eval()]  # in a list: no part of this model
         # A LoRA of stage 1 is folded into the student's weights: a teacher that shared them would have it twice.
         parts = adaptation.parts().items() if self.ladd.lora is None else ()
         kept = [name for name, change in parts if change != "full"]
         self._teacher = [copy_sharing(self.ladd, [p for n in kept for p in self.ladd.get_submodule(n).parameters()])]
-        self.difference = adapt(self.ladd, adaptation)
+        told = CodeReader.from_pretrained(reader) if reader is not None and self.ladd.reader is None else None
+        self.difference = adapt(self.ladd, adaptation, reader=told)
+
+    def _build(self, start: str | None, critic: CriticSettings) -> None:
+        """What the student begins with, its averaged target, and what judges it."""
         if start is not None:
             weights = Path(start) / WEIGHTS_NAME
-            self.difference.load(self.ladd, load_tensors(weights), source=weights)
+            begun = {n: value for n, value in self.difference.tensors(self.ladd).items() if n.startswith(HEARD)}
+            self.difference.load(self.ladd, begun | load_tensors(weights), source=weights)
         self._target = [self.ladd]
         if self.method is not None and self.method.target_decay is not None:
             self._target = [copy_sharing(self.ladd, [p for p in self.ladd.parameters() if not p.requires_grad])]

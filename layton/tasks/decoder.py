@@ -18,6 +18,7 @@ from layton.ldm.autoencoder import Autoencoder
 from layton.ldm.cache import load_code_parts, require_codes
 from layton.ldm.unet import use_fast_attention
 from layton.losses.reconstruction import psnr
+from layton.pixel_decoder import CodeReader
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
 from layton.tasks.text_to_image import draw
 
@@ -40,8 +41,10 @@ class DecoderTask(LaytonTask):
         lora: Adaptors on the UNet that learn with the branch, as the released decoder has them; None for none.
         time_shift: Of the times trained at, see `layton.tasks.text_to_image.draw`. With little noise the UNet needs no
             codes, so what they say is learnt at noisy times.
+        reader: Folder of a light decoder, as stage 0 exports it, whose transformer the branch is to listen to
+            (`layton.ladd.LADD.listen_to`); None trains as the paper does.
         start: Finished ``decoder/`` to go on from, of equal shape; it may have learnt on an earlier state of the LDM,
-            and without adaptors.
+            without adaptors, and without the reader.
         preview_steps: Sampling steps of the pictures made while training.
     """
 
@@ -57,6 +60,7 @@ class DecoderTask(LaytonTask):
         conditioning_scale: float = 1.0,
         lora: LoraSettings | None = None,
         time_shift: float = 1.0,
+        reader: str | None = None,
         start: str | None = None,
         preview_steps: int = 25,
     ) -> None:
@@ -71,6 +75,8 @@ class DecoderTask(LaytonTask):
             null_embeds=encode_null_caption(ldm) if (Path(ldm) / "text_encoder").is_dir() else None,
             lora=lora,
         )
+        if reader is not None:
+            self.ladd.listen_to(CodeReader.from_pretrained(reader))
         if start is not None:
             weights = Path(start) / WEIGHTS_NAME
             # The null caption is this LDM's own: it may have learnt on since.

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from distill.denoiser import Condition
 from layton.decoders import ConsistencyDecoder, DiffusionDecoder, LightDecoder
 from layton.decoders.consistency import HYPER_TIMES, LAYTON_TIMES, sampling_at, time_table
 from layton.decoders.difference import Adaptation, adapt, fingerprints, fold_adapters
@@ -18,7 +19,7 @@ from layton.interface import CodeDecoder
 from layton.ladd import LADD
 from layton.ldm.autoencoder import Autoencoder, build_autoencoder
 from layton.ldm.unet import build_unet
-from layton.pixel_decoder import PixelDecoder
+from layton.pixel_decoder import CodeReader, PixelDecoder
 from layton.tokenizer import best_decoder, resolve_class
 
 CODE_DIM = 4
@@ -60,9 +61,13 @@ def make_network(ldm: Path, seed: int = 0) -> LADD:
     return network
 
 
-def make_light(_: Path) -> LightDecoder:
-    torch.manual_seed(0)
+def make_light(_: Path, seed: int = 0) -> LightDecoder:
+    torch.manual_seed(seed)
     return LightDecoder(PixelDecoder(CODE_DIM, 32, 1, 2, fine_width=8, num_fine_blocks=1, patch_size=4)).eval()
+
+
+def make_reader(ldm: Path) -> CodeReader:
+    return CodeReader(make_light(ldm).network)
 
 
 def make_diffusion(ldm: Path) -> DiffusionDecoder:
@@ -78,10 +83,29 @@ def make_consistency(ldm: Path, adaptation: Adaptation | None = None) -> Consist
     return ConsistencyDecoder(network, autoencoder, latents_per_token=2, difference=record).eval()
 
 
+def make_told_diffusion(ldm: Path) -> DiffusionDecoder:
+    """Stage 1 that listens to the light decoder."""
+    decoder = make_diffusion(ldm)
+    decoder.network.listen_to(make_reader(ldm))
+    scramble(list(decoder.network.controlnet.parameters()), seed=3)
+    return DiffusionDecoder(decoder.network, decoder.autoencoder, latents_per_token=2).eval()
+
+
+def make_told_consistency(ldm: Path) -> ConsistencyDecoder:
+    """Stage 2 that listens to it, while its stage 1 does not."""
+    network = make_network(ldm)
+    record = adapt(network, Adaptation(branch="lora"), reader=make_reader(ldm))
+    scramble(list(record.tensors(network).values()), seed=2, std=0.1)  # type: ignore[arg-type]
+    autoencoder = Autoencoder.from_pretrained(ldm / "vae")
+    return ConsistencyDecoder(network, autoencoder, latents_per_token=2, difference=record).eval()
+
+
 DECODERS: dict[str, Callable[[Path], CodeDecoder]] = {
     "light": make_light,
     "diffusion": make_diffusion,
     "consistency": make_consistency,
+    "told_diffusion": make_told_diffusion,
+    "told_consistency": make_told_consistency,
 }
 """Every decoder of the library; a new one joins the contract here."""
 
@@ -151,11 +175,11 @@ def test_only_known_numbers_of_steps(decoder: CodeDecoder) -> None:
 @torch.no_grad()
 def test_saved_and_loaded_it_gives_the_same_pictures(named: tuple[str, CodeDecoder], ldm: Path, tmp_path: Path) -> None:
     name, decoder = named
-    if decoder.base is not None:
-        DECODERS[decoder.base](ldm).save_pretrained(tmp_path / decoder.base)
+    for needed in decoder.needs:
+        DECODERS[needed](ldm).save_pretrained(tmp_path / needed)
     decoder.save_pretrained(tmp_path / name)
     again = resolve_class(class_name(type(decoder)), CodeDecoder).from_pretrained(tmp_path / name, ldm=ldm)
-    assert (again.steps, again.default_steps, again.base) == (decoder.steps, decoder.default_steps, decoder.base)
+    assert (again.steps, again.default_steps, again.needs) == (decoder.steps, decoder.default_steps, decoder.needs)
     for steps in steps_of(decoder):
         expected = decoder.decode(codes(), num_steps=steps)
         torch.testing.assert_close(again.decode(codes(), num_steps=steps), expected, rtol=1e-5, atol=1e-5)
@@ -270,13 +294,49 @@ def test_a_missing_base_is_named(ldm: Path, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_a_decoder_that_begins_to_listen_says_the_same_until_it_has_learnt(ldm: Path) -> None:
+    plain, told = make_network(ldm), make_network(ldm)
+    told.listen_to(make_reader(ldm))
+    x_t = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(2))
+    condition, t = Condition(spatial=codes()), torch.tensor(700.0)
+    before = plain(x_t, t, condition)
+    assert torch.equal(told(x_t, t, condition), before)
+    scramble(list(told.controlnet.parameters()), seed=3)
+    assert not torch.allclose(told(x_t, t, condition), before, atol=1e-3)
+    assert not any(name.startswith("reader") for name in told.branch_state_dict())
+    assert not any(parameter.requires_grad for parameter in told.reader.parameters())  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="listens to 'light' itself"):
+        adapt(told, Adaptation(), reader=make_reader(ldm))
+
+
+@torch.no_grad()
+def test_what_a_decoder_listens_to_must_be_there_and_be_the_same(ldm: Path, tmp_path: Path) -> None:
+    make_diffusion(ldm).save_pretrained(tmp_path / "diffusion")
+    decoder = make_told_consistency(ldm)
+    assert decoder.needs == ("light", "diffusion")
+    decoder.save_pretrained(tmp_path / "consistency")
+    with pytest.raises(ValueError, match="listens to the decoder 'light'"):
+        ConsistencyDecoder.from_pretrained(tmp_path / "consistency", ldm=ldm)
+    make_light(ldm, seed=5).save_pretrained(tmp_path / "light")
+    with pytest.raises(ValueError, match="this one's reader"):
+        ConsistencyDecoder.from_pretrained(tmp_path / "consistency", ldm=ldm)
+    make_light(ldm).save_pretrained(tmp_path / "elsewhere")
+    again = ConsistencyDecoder.from_pretrained(tmp_path / "consistency", ldm=ldm, reader=tmp_path / "elsewhere")
+    torch.testing.assert_close(again.decode(codes()), decoder.decode(codes()), rtol=1e-5, atol=1e-5)
+    whole = make_told_diffusion(ldm)
+    ConsistencyDecoder(whole.network, whole.autoencoder, latents_per_token=2).save_pretrained(tmp_path / "whole")
+    make_light(ldm).save_pretrained(tmp_path / "light")
+    ConsistencyDecoder.from_pretrained(tmp_path / "whole", ldm=ldm)
+
+
+@torch.no_grad()
 def test_without_a_base_everything_is_saved(ldm: Path, tmp_path: Path) -> None:
     network = make_network(ldm)
     autoencoder = Autoencoder.from_pretrained(ldm / "vae")
     whole = ConsistencyDecoder(network, autoencoder, sampling=sampling_at("hyper", network)).eval()
     whole.save_pretrained(tmp_path / "consistency")
     again = ConsistencyDecoder.from_pretrained(tmp_path / "consistency", ldm=ldm)
-    assert again.sampling.times == ((800.0,),) and again.base is None
+    assert again.sampling.times == ((800.0,),) and again.needs == ()
     assert torch.equal(again.decode(codes()), whole.decode(codes()))
 
 

@@ -32,6 +32,7 @@ from layton.ldm.crops import LatentCrop
 from layton.ldm.pipeline import build_scheduler
 from layton.ldm.unet import build_unet
 from layton.losses.pixel_supervision import PixelExample, PixelSupervision, last_step_sample
+from layton.pixel_decoder import PixelDecoder
 from layton.quantizer import CosineVQ
 from layton.tasks.consistency_decoder import ConsistencyDecoderTask
 
@@ -56,6 +57,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.3)
     DiffusionDecoder(ladd, Autoencoder(vae)).save_pretrained(root / "diffusion")
+    PixelDecoder(4, 16, 1, 2, fine_width=8, num_fine_blocks=1).save_pretrained(root / "light")
     return root
 
 
@@ -103,6 +105,32 @@ def test_gradients_flow_through_the_last_step_only_and_into_what_is_trained(worl
     ups = [value for name, value in gradients.items() if name.startswith("unet.") and name.endswith("lora_B.weight")]
     assert ups and sum(float(value.grad.abs().sum()) for value in ups if value.grad is not None) > 0
     assert all(parameter.grad is None for parameter in task._autoencoder[0].parameters())
+
+
+def test_a_student_begins_to_listen_where_an_earlier_one_left_off(world: Path, tmp_path: Path) -> None:
+    adaptation = Adaptation(unet="lora", branch="lora")
+    pixels = PixelSupervision(steps=[1], l1_weight=0, l2_weight=0, latent_weight=1)
+    earlier = make_task(world, adaptation=adaptation, pixels=pixels)
+    with torch.no_grad():
+        for parameter in earlier.trainable_parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    earlier.export(tmp_path)
+    start, reader = str(tmp_path / "decoder"), str(world / "light")
+    task = make_task(world, adaptation=adaptation, pixels=pixels, reader=reader, start=start)
+    batch = make_batch()
+    loss = task.training_step(batch, 0)
+    assert loss is not None and torch.equal(loss, earlier.training_step(batch, 0))  # type: ignore[arg-type]
+    loss.backward()
+    heard = {name: value for name, value in task.difference.tensors(task.ladd).items() if "features" in name}
+    assert len(heard) == 2 and all(value.grad is not None and value.grad.any() for value in heard.values())
+    assert all(parameter.grad is None for parameter in task.ladd.reader.parameters())  # type: ignore[union-attr]
+    assert task._teacher[0].reader is None  # stage 1 stays what it was
+    with torch.no_grad():
+        heard["controlnet.controlnet_cond_embedding.features.bias"].add_(0.5)
+    task.export(tmp_path / "told")
+    again = make_task(world, adaptation=adaptation, pixels=pixels, reader=reader, start=str(tmp_path / "told/decoder"))
+    for name, value in again.difference.tensors(again.ladd).items():
+        assert torch.equal(value, task.difference.tensors(task.ladd)[name])
 
 
 def test_training_samples_are_those_of_inference(world: Path) -> None:

@@ -13,9 +13,10 @@ import yaml
 from safetensors.torch import load_file
 
 from layton.cli import main
-from layton.control import LoraSettings
+from layton.control import LoraSettings, load_unet
 from layton.data.sources import ScenesSource
 from layton.encoder import ViTEncoder
+from layton.ladd import LADD
 from layton.ldm.autoencoder import Autoencoder, build_autoencoder
 from layton.ldm.cache import load_code_parts
 from layton.pixel_decoder import PixelDecoder
@@ -89,6 +90,7 @@ def save_tiny_tokenizer(folder: Path) -> None:
     torch.manual_seed(0)
     ViTEncoder(code_dim=4, width=16, depth=1, num_heads=2, stem_width=8).save_pretrained(folder / "tok/export/encoder")
     CosineVQ(vocab_size=32, code_dim=4, start_points=0).save_pretrained(folder / "tok/export/quantizer")
+    PixelDecoder(4, 16, 1, 2, fine_width=8, num_fine_blocks=1).save_pretrained(folder / "tok/export/decoder")
 
 
 def test_autoencoder_run_exports_a_diffusers_autoencoder(tmp_path: Path) -> None:
@@ -320,6 +322,11 @@ def test_text_to_image_run_then_stage_1_on_its_export(tmp_path: Path) -> None:
     state = following.ladd.branch_state_dict()
     assert all(torch.equal(state[name], saved[name]) for name in saved)
     assert {name.partition(".")[0] for name in state.keys() - saved.keys()} == {"lora"}
+    decoder["init_args"] |= {"reader": "tok/export/decoder", "start": str(export / "decoder")}
+    told = fit(tmp_path, "told", run) / "decoder"
+    assert any("features" in name for name in load_file(told / "model.safetensors").keys() - saved.keys())
+    assert LADD.from_pretrained(told, unet=load_unet(ldm / "unet"), reader="tok/export/decoder").reader is not None
+    del decoder["init_args"]["reader"], decoder["init_args"]["start"]
     decoder["init_args"]["train_tokenizer"] = True
     export = fit(tmp_path, "joint", run_file(decoder, source("train", 8), source("validation", 4)))
     learnt = (("encoder", "model.safetensors"), ("quantizer", "model.safetensors"))
