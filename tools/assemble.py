@@ -25,7 +25,6 @@ from layton.interface import CodeDecoder
 from layton.ladd import LADD
 from layton.ldm.autoencoder import Autoencoder
 from layton.ldm.cache import load_code_parts
-from layton.pixel_decoder import PixelDecoder
 from layton.tokenizer import LDM_FOLDER, LaytonTokenizer
 
 DISTILLED: dict[str, type[ConsistencyDecoder]] = {
@@ -56,14 +55,15 @@ def main() -> None:
     if arguments.planner is not None and arguments.laytongen is None:
         parser.error("--planner needs --laytongen, the generator that it plans for")
     encoder, quantizer = load_code_parts(arguments.tokenizer)
-    decoders: dict[str, CodeDecoder] = {"light": light_decoder(arguments.tokenizer)}
+    light = light_folder(arguments.tokenizer)
+    decoders: dict[str, CodeDecoder] = {"light": LightDecoder.from_pretrained(light)}
     if arguments.decoder is not None:
         if arguments.ldm is None:
             parser.error("--decoder needs --ldm")
         from diffusers import UNet2DConditionModel
 
         unet = UNet2DConditionModel.from_pretrained(arguments.ldm / "unet")
-        network = LADD.from_pretrained(arguments.decoder, unet=unet)
+        network = LADD.from_pretrained(arguments.decoder, unet=unet, reader=light)
         network.conditioning_scale = arguments.condition_scale
         autoencoder = Autoencoder.from_pretrained(arguments.ldm / "vae")
         decoders["diffusion"] = DiffusionDecoder(
@@ -75,7 +75,7 @@ def main() -> None:
             continue
         if arguments.decoder is None:
             parser.error(f"--{name} needs --decoder, the stage-1 decoder that it was trained on")
-        decoders[name] = kind.from_pretrained(folder, ldm=arguments.ldm, base=arguments.decoder)
+        decoders[name] = kind.from_pretrained(folder, ldm=arguments.ldm, base=arguments.decoder, reader=light)
     tokenizer = LaytonTokenizer(encoder, quantizer, decoders)
     generator = None if arguments.laytongen is None else load_generator(arguments.laytongen)
     if generator is not None:
@@ -90,12 +90,10 @@ def main() -> None:
         clean_configs(arguments.out / PART)
 
 
-def light_decoder(folder: Path) -> LightDecoder:
-    """The light decoder of an export of stage 0, or of a tokenizer folder."""
+def light_folder(folder: Path) -> Path:
+    """Where the light decoder of an export of stage 0, or of a tokenizer folder, lies."""
     beside = folder / "decoders" / "light"
-    if beside.is_dir():
-        return LightDecoder.from_pretrained(beside)
-    return LightDecoder(PixelDecoder.from_pretrained(folder / "decoder"))
+    return beside if beside.is_dir() else folder / "decoder"
 
 
 def copy_pipeline(source: Path, target: Path) -> None:
