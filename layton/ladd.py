@@ -99,6 +99,7 @@ class LADD(Denoiser):
         self.controlnet = copy_encoder(unet, code_dim=code_dim, hidden_channels=self.embedding_channels)
         self.reader: CodeReader | None = None
         self.reader_name: str | None = None
+        self._read: tuple[Tensor, Tensor] | None = None  # the last codes and what was told of them
         if lora is not None:
             self.unet.add_adapter(lora.to_peft())
 
@@ -114,7 +115,7 @@ class LADD(Denoiser):
             name: Of the decoder, beside this one in a tokenizer's folder, whose transformer it is.
         """
         cast(CodeEmbedding, self.controlnet.controlnet_cond_embedding).hear(reader.width)
-        self.reader, self.reader_name = reader.to(self.unet.device), name
+        self.reader, self.reader_name, self._read = reader.to(self.unet.device), name, None
 
     @classmethod
     def from_pipeline(
@@ -180,14 +181,12 @@ class LADD(Denoiser):
             given = None if codes is None else tuple(codes.shape)
             raise ValueError(f"condition.spatial must be code embeddings (B, {self.code_dim}, h, w), got {given}")
         embeds, added = self._text(x_t, condition)
-        told = codes.to(x_t.dtype)
-        if self.reader is not None:
-            told = torch.cat([told, self.reader(told)], dim=1)
+        told = self._told(codes)
         down, mid = self.controlnet(
             x_t,
             t,
             encoder_hidden_states=embeds,
-            controlnet_cond=resize_codes(told, size=(x_t.shape[-2], x_t.shape[-1]), mode=self.resize),
+            controlnet_cond=resize_codes(told.to(x_t.dtype), size=(x_t.shape[-2], x_t.shape[-1]), mode=self.resize),
             conditioning_scale=self.conditioning_scale if conditioning_scale is None else conditioning_scale,
             added_cond_kwargs=added,
             return_dict=False,
@@ -202,6 +201,16 @@ class LADD(Denoiser):
             return_dict=False,
         )
         return cast(Tensor, prediction)
+
+    def _told(self, codes: Tensor) -> Tensor:
+        """What the branch is told: the codes (B, d, h, w), and after them what the reader makes of them."""
+        if self.reader is None:
+            return codes
+        if torch.is_grad_enabled():
+            return torch.cat([codes, self.reader(codes.to(self.unet.dtype)).to(codes)], dim=1)
+        if self._read is None or self._read[0] is not codes:  # else it is the next step of the same pictures
+            self._read = codes, torch.cat([codes, self.reader(codes.to(self.unet.dtype)).to(codes)], dim=1)
+        return self._read[1]
 
     def _text(self, x_t: Tensor, condition: Condition) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Null caption (B, L, D) and, for SDXL-shaped UNets, zero pooled text and the size in pixels."""

@@ -310,6 +310,25 @@ def test_a_decoder_that_begins_to_listen_says_the_same_until_it_has_learnt(ldm: 
 
 
 @torch.no_grad()
+def test_codes_are_read_once_for_all_steps_of_a_picture(ldm: Path) -> None:
+    decoder = make_told_diffusion(ldm)
+    calls: list[int] = []
+    decoder.network.reader.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
+    one, other = codes(), codes().flip(0)
+    quick = [decoder.decode(each, num_steps=3) for each in (one, other)]
+    assert len(calls) == 2
+    for each, wanted in zip((one, other), quick, strict=True):
+        slow = [decoder.decode(each[row][None].clone(), num_steps=3, generator=seeds(row)) for row in range(3)]
+        torch.testing.assert_close(torch.cat(slow), decoder.decode(each, num_steps=3, generator=seeds(0, 1, 2)))
+        assert torch.equal(decoder.decode(each, num_steps=3), wanted)
+    with torch.enable_grad():
+        decoder.network(torch.randn(3, 4, 4, 4), torch.tensor(9.0), Condition(spatial=other))
+        before = len(calls)
+        decoder.network(torch.randn(3, 4, 4, 4), torch.tensor(9.0), Condition(spatial=other))
+    assert len(calls) == before + 1
+
+
+@torch.no_grad()
 def test_what_a_decoder_listens_to_must_be_there_and_be_the_same(ldm: Path, tmp_path: Path) -> None:
     make_diffusion(ldm).save_pretrained(tmp_path / "diffusion")
     decoder = make_told_consistency(ldm)
