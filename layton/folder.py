@@ -6,6 +6,7 @@ killed process leaves the old file or none.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 
+_SAMPLED = 1024
 M = TypeVar("M", bound=nn.Module)
 JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
 
@@ -134,6 +136,26 @@ def require_match(
     problems = mismatches(expected, given)
     if problems:
         raise ValueError(f"{source} does not fit {target}:\n  " + "\n  ".join(problems))
+
+
+def weights_hashes(state: Mapping[str, Tensor]) -> tuple[str, str]:
+    """Hashes of weights, as they are when stored in fp16 and in bf16, 16 hex digits each.
+
+    Weights that are read back from fp16 or from fp32 have the first one, from bf16 the second. Of each tensor its name,
+    its shape and up to 1,024 of its numbers count: quick also for SDXL.
+    """
+    samples = {
+        f"{name} {tuple(tensor.shape)}": tensor.detach().flatten()[:: max(1, tensor.numel() // _SAMPLED)][:_SAMPLED]
+        for name, tensor in sorted(state.items())
+    }
+    found = []
+    for dtype in (torch.float16, torch.bfloat16):
+        total = hashlib.sha256()
+        for name, values in samples.items():
+            total.update(name.encode())
+            total.update(values.cpu().to(dtype).to(torch.float16).contiguous().numpy().tobytes())
+        found.append(total.hexdigest()[:16])
+    return found[0], found[1]
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, source: Path | str) -> None:

@@ -113,9 +113,14 @@ class LADD(Denoiser):
         Args:
             reader: Is kept frozen, and not saved with this decoder.
             name: Of the decoder, beside this one in a tokenizer's folder, whose transformer it is.
+
+        Raises:
+            ValueError: It reads codes of another width.
         """
+        if reader.code_dim != self.code_dim:
+            raise ValueError(f"the reader {name!r} reads codes of {reader.code_dim} dimensions, not {self.code_dim}")
         cast(CodeEmbedding, self.controlnet.controlnet_cond_embedding).hear(reader.width)
-        self.reader, self.reader_name, self._read = reader.to(self.unet.device), name, None
+        self.reader, self.reader_name, self._read = reader.to(self.unet.device, self.unet.dtype), name, None
 
     @classmethod
     def from_pipeline(
@@ -206,11 +211,12 @@ class LADD(Denoiser):
         """What the branch is told: the codes (B, d, h, w), and after them what the reader makes of them."""
         if self.reader is None:
             return codes
-        if torch.is_grad_enabled():
-            return torch.cat([codes, self.reader(codes.to(self.unet.dtype)).to(codes)], dim=1)
-        if self._read is None or self._read[0] is not codes:  # else it is the next step of the same pictures
-            self._read = codes, torch.cat([codes, self.reader(codes.to(self.unet.dtype)).to(codes)], dim=1)
-        return self._read[1]
+        last = None if torch.is_grad_enabled() else self._read
+        if last is not None and last[0] is codes:  # the next step of the same pictures
+            return last[1]
+        told = torch.cat([codes, self.reader(codes.to(self.unet.dtype)).to(codes)], dim=1)
+        self._read = None if torch.is_grad_enabled() else (codes, told)
+        return told
 
     def _text(self, x_t: Tensor, condition: Condition) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Null caption (B, L, D) and, for SDXL-shaped UNets, zero pooled text and the size in pixels."""
@@ -298,8 +304,8 @@ class LADD(Denoiser):
             "scheduler": dict(self.scheduler_config),
             "lora": None if self.lora is None else self.lora.to_json(),
         }
-        if self.reader_name is not None:
-            config["reader"] = self.reader_name
+        if self.reader is not None:
+            config["reader"], config["reader_fingerprints"] = self.reader_name, list(self.reader.fingerprints())
         if include_unet:
             save_unet(self.unet, root / "unet", dtype=dtype)
         save_tensors(root / WEIGHTS_NAME, self.branch_state_dict(), dtype=dtype)
@@ -317,7 +323,7 @@ class LADD(Denoiser):
             reader: Folder of the light decoder that it listens to, if it does; by default the one beside the folder.
 
         Raises:
-            ValueError: Files are missing, the weights do not fit, or no UNet is to be found.
+            ValueError: Files are missing, the weights do not fit, no UNet is to be found, or the reader is another.
         """
         root = Path(folder)
         config = load_config(root, expected_class=CLASS_NAME)
@@ -341,6 +347,7 @@ class LADD(Denoiser):
         )
         if (name := cast("str | None", config.get("reader"))) is not None:
             decoder.listen_to(read_codes(reader, beside=root, name=name), name=name)
+            require_reader(decoder, cast("list[str]", config.get("reader_fingerprints")), source=root)
         decoder.to(dtype=unet.dtype)
         decoder.load_branch_state_dict(state, source=root / WEIGHTS_NAME)
         return decoder.eval()
@@ -356,3 +363,22 @@ def read_codes(folder: str | Path | None, *, beside: Path, name: str = READER) -
     if not place.is_dir():
         raise ValueError(f"{beside} listens to the decoder {name!r}: {place} is missing")
     return CodeReader.from_pretrained(place)
+
+
+def require_reader(network: LADD, wanted: Sequence[str] | None, *, source: Path | str) -> None:
+    """Refuse weights that learnt by another reader than a network has.
+
+    Args:
+        network: The network.
+        wanted: Fingerprints of the reader that the weights learnt by; None if they know none.
+        source: Of the weights, for the message.
+
+    Raises:
+        ValueError: With both fingerprints.
+    """
+    own = None if network.reader is None else network.reader.fingerprints()
+    if own is not None and wanted and not set(own) & set(wanted):
+        raise ValueError(
+            f"{source} learnt by another {network.reader_name!r} decoder: the fingerprint of this one's reader is "
+            f"{own[0]}, not {' or '.join(wanted)}"
+        )

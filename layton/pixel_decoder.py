@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from layton.folder import JsonValue, load_pretrained, save_pretrained
+from layton.folder import JsonValue, load_pretrained, save_pretrained, weights_hashes
 from layton.modules import Transformer
 
 
@@ -108,7 +108,7 @@ class CodeReader(nn.Module):
     def __init__(self, decoder: PixelDecoder) -> None:
         super().__init__()
         self.embed, self.transformer = decoder.embed, decoder.transformer
-        self.width = decoder.expand.in_channels
+        self.code_dim, self.width = decoder.embed.in_channels, decoder.expand.in_channels
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -116,6 +116,10 @@ class CodeReader(nn.Module):
         """Code embeddings (B, d, h, w) -> features (B, width, h, w)."""
         features: Tensor = self.transformer(self.embed(embeddings))
         return features
+
+    def fingerprints(self) -> tuple[str, str]:
+        """See `layton.folder.weights_hashes`: what has learnt by one reader cannot listen to another."""
+        return weights_hashes(self.state_dict())
 
     def train(self, mode: bool = True) -> Self:
         """Nothing: it stays in eval mode."""

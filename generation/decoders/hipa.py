@@ -51,14 +51,14 @@ class HiPADecoder(ConsistencyDecoder):
         )
         if self.sampling.step_counts != (1,):
             raise ValueError(f"HiPA decodes in one step, got times for {list(self.sampling.step_counts)}")
-        require_attention(difference.adaptation)
+        require_attention(difference.adaptation, reader=difference.reader)
 
 
-def require_attention(adaptation: Adaptation) -> None:
+def require_attention(adaptation: Adaptation, *, reader: str | None = None) -> None:
     """Refuse to call HiPA what trains more than adaptors on attention.
 
     Raises:
-        ValueError: A part is trained as a whole, or a layer outside attention is adapted.
+        ValueError: A part is trained as a whole, a layer outside attention is adapted, or the student has a reader.
     """
     outside = sorted(set(adaptation.adapters.targets) - set(ATTENTION_LORA_TARGETS))
     if "full" in adaptation.parts().values() or outside:
@@ -66,3 +66,5 @@ def require_attention(adaptation: Adaptation) -> None:
             f"HiPA trains adaptors on attention ({', '.join(ATTENTION_LORA_TARGETS)}) and nothing else, got unet "
             f"{adaptation.unet!r}, branch {adaptation.branch!r}, other layers {outside}"
         )
+    if reader is not None:
+        raise ValueError(f"HiPA trains nothing but adaptors on attention: stage 1 has to listen to {reader!r} itself")

@@ -38,6 +38,7 @@ class DecoderPairs(SampleSource):
         decoder: The teacher: stage 1's export, or one of what was distilled from it, such as a 2-rectified flow.
         folder: Where the pairs lie.
         base: Stage 1's export, for a teacher that was distilled from it.
+        reader: Folder of the light decoder, for a teacher that listens to it.
         solver: How the teacher turns noise into latents; without guidance, for codes have no null.
         num_pairs: How many; more than there are samples gives each several noises. None: one for each sample.
         seed: Of all noises.
@@ -59,6 +60,7 @@ class DecoderPairs(SampleSource):
         decoder: str,
         folder: str,
         base: str | None = None,
+        reader: str | None = None,
         solver: TeacherSolver = DEFAULT_SOLVER,
         num_pairs: int | None = None,
         seed: int = 0,
@@ -75,7 +77,7 @@ class DecoderPairs(SampleSource):
         channels, height, width = first["latent"].shape
         count = len(source) if num_pairs is None else num_pairs
         plan = PairPlan(count, (channels, height, width), solver, seed, part_size, batch_size, ("codes",))
-        networks = [f"{ldm}/unet", f"{tokenizer}/quantizer", decoder, *([] if base is None else [base])]
+        networks = [f"{ldm}/unet", f"{tokenizer}/quantizer", decoder, *(part for part in (base, reader) if part)]
         teacher_id = "-".join(digest(Path(place)) for place in networks)
         if (Path(folder) / "cache.json").is_file():
             self._pairs = PairSource(folder)
@@ -91,7 +93,7 @@ class DecoderPairs(SampleSource):
             side = int(codes.shape[1] ** 0.5)
             return Condition(spatial=quantizer.codes_to_embeddings(codes, (side, side)))
 
-        teacher = read_teacher(Path(decoder), ldm, base).to(place)
+        teacher = read_teacher(Path(decoder), ldm, base, reader).to(place)
         for network in (teacher.unet, teacher.controlnet):
             use_fast_attention(network, place)
         with torch.no_grad():
@@ -112,7 +114,7 @@ class DecoderPairs(SampleSource):
         return pair | {name: original[name] for name in ("image",) if name in original}
 
 
-def read_teacher(decoder: Path, ldm: str, base: str | None) -> LADD:
+def read_teacher(decoder: Path, ldm: str, base: str | None, reader: str | None = None) -> LADD:
     """The network of stage 1's export, or of a decoder that was distilled from it, frozen.
 
     Raises:
@@ -120,7 +122,8 @@ def read_teacher(decoder: Path, ldm: str, base: str | None) -> LADD:
     """
     found = read_class(decoder)
     if found == STAGE_1:
-        network, _ = read_network(decoder, ldm)
+        network, _ = read_network(decoder, ldm, reader=reader)
     else:
-        network = resolve_class(found, ConsistencyDecoder).from_pretrained(decoder, ldm=ldm, base=base).network
+        kind = resolve_class(found, ConsistencyDecoder)
+        network = kind.from_pretrained(decoder, ldm=ldm, base=base, reader=reader).network
     return network.requires_grad_(False).eval()

@@ -69,8 +69,6 @@ class OneStepDecoderTask(ConsistencyDecoderTask):
     ) -> None:
         if name not in get_args(DecoderName):
             raise ValueError(f"name must be one of {get_args(DecoderName)}, got {name!r}")
-        if name == "hipa":
-            require_attention(adaptation)
         super().__init__(
             ldm,
             tokenizer,
@@ -87,6 +85,8 @@ class OneStepDecoderTask(ConsistencyDecoderTask):
             times="method",
             latents_per_token=latents_per_token,
         )
+        if name == "hipa":
+            require_attention(adaptation, reader=self.difference.reader)
         trained = sum(parameter.numel() for parameter in self.trainable_parameters())
         if trained > max_parameters:
             raise ValueError(f"{trained:,} parameters would be trained, at most {max_parameters:,} may be")

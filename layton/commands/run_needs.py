@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from distill.budget import flop_counter
 from distill.methods.image_space import Frozen
 from layton.tasks.base import LaytonTask
+from layton.tasks.manual import ManualTask
 from layton.training import build_run
 
 
@@ -42,7 +43,8 @@ def run_needs(config: Sequence[str], *, data: str | None = None, allow: Sequence
         for name, module in task.named_children()
     ]
     every = sum(p.numel() for p in task.parameters())
-    trained = sum(p.numel() for p in task.trainable_parameters())
+    critic = task.critic_parameters() if isinstance(task, ManualTask) else []
+    trained = sum(p.numel() for p in (*task.trainable_parameters(), *critic))
     step = None if run.data is None else step_needs(task, run.data, batches=run.batches_per_step)
     return {
         "task": f"{type(task).__module__}.{type(task).__qualname__}",

@@ -8,7 +8,6 @@ knows by a fingerprint the one network that they belong to.
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,20 @@ from torch import Tensor, nn
 
 from distill.adapters import LoraSettings, add_lora
 from layton.control import HEARD, base_state_dict
-from layton.folder import JsonValue, load_tensors, require_match
-from layton.ladd import LADD, READER
+from layton.folder import (
+    WEIGHTS_NAME,
+    JsonValue,
+    load_config,
+    load_tensors,
+    read_class,
+    require_match,
+    weights_hashes,
+)
+from layton.ladd import LADD, READER, require_reader
 from layton.pixel_decoder import CodeReader
 
 Change = Literal["frozen", "lora", "full"]
 ADAPTER = "consistency"
-_SAMPLED = 1024  # numbers of each tensor that go into the fingerprint: quick also for SDXL
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +132,20 @@ class Difference:
         prints = {part: tuple(found) for part, found in saved.items()}
         return cls(str(values["base"]), prints, adaptation, cast("str | None", values.get("reader")))
 
+    def resume(self, network: LADD, folder: Path) -> None:
+        """Go on from the finished weights of a decoder that was adapted alike, and may have had no reader yet.
+
+        Raises:
+            ValueError: They do not fit, or learnt by another reader.
+        """
+        weights = folder / WEIGHTS_NAME
+        config = load_config(folder, expected_class=read_class(folder))
+        saved = cast("dict[str, JsonValue] | None", config.get("difference"))
+        learnt = {} if saved is None else self.from_json(saved).fingerprints
+        require_reader(network, learnt.get("reader"), source=weights)
+        begun = {name: value for name, value in self.tensors(network).items() if name.startswith(HEARD)}
+        self.load(network, begun | load_tensors(weights), source=weights)
+
     def apply(self, network: LADD, weights: Path, *, reader: CodeReader | None = None) -> None:
         """Turn the base network into the changed one, in place, from a file of `tensors`.
 
@@ -206,27 +226,11 @@ def fold_adapters(network: nn.Module, *, fold: bool = True) -> None:
 
 
 def fingerprints(network: LADD, reader: CodeReader | None = None) -> dict[str, tuple[str, ...]]:
-    """Hashes of a network's ``unet`` and ``branch``, each as it is when stored in fp16 and in bf16, 16 hex digits.
-
-    And of a ``reader``, if there is one.
-
-    Weights that are read back from fp16 or from fp32 have the first one, from bf16 the second. Of each tensor its name,
-    its shape and up to 1,024 of its numbers count.
-    """
-    found = {"unet": _hashes(base_state_dict(network.unet)), "branch": _hashes(network.branch_state_dict())}
-    return found if reader is None else found | {"reader": _hashes(reader.state_dict())}
-
-
-def _hashes(state: Mapping[str, Tensor]) -> tuple[str, ...]:
-    samples = {
-        f"{name} {tuple(tensor.shape)}": tensor.detach().flatten()[:: max(1, tensor.numel() // _SAMPLED)][:_SAMPLED]
-        for name, tensor in sorted(state.items())
+    """`layton.folder.weights_hashes` of a network's ``unet`` and ``branch``, and of a ``reader``, if there is one."""
+    found: dict[str, tuple[str, ...]] = {
+        "unet": weights_hashes(base_state_dict(network.unet)),
+        "branch": weights_hashes(network.branch_state_dict()),
     }
-    found = []
-    for dtype in (torch.float16, torch.bfloat16):
-        total = hashlib.sha256()
-        for name, values in samples.items():
-            total.update(name.encode())
-            total.update(values.cpu().to(dtype).to(torch.float16).contiguous().numpy().tobytes())
-        found.append(total.hexdigest()[:16])
-    return tuple(found)
+    if reader is not None:
+        found["reader"] = reader.fingerprints()
+    return found

@@ -12,11 +12,9 @@ from torch import Tensor, nn
 
 from distill.denoiser import Condition
 from distill.method import DistillationMethod, DistillBatch, MethodOutput, Networks
-from layton.control import HEARD
 from layton.decoders.consistency import ConsistencyDecoder, sampling_at
 from layton.decoders.difference import Adaptation, adapt, copy_sharing
 from layton.decoders.latent import read_network
-from layton.folder import WEIGHTS_NAME, load_tensors
 from layton.ldm.cache import load_code_parts, require_codes
 from layton.ldm.unet import use_fast_attention
 from layton.losses.pixel_supervision import PixelExample, PixelSupervision
@@ -125,9 +123,7 @@ class ConsistencyDecoderTask(ManualTask):
     def _build(self, start: str | None, critic: CriticSettings) -> None:
         """What the student begins with, its averaged target, and what judges it."""
         if start is not None:
-            weights = Path(start) / WEIGHTS_NAME
-            begun = {n: value for n, value in self.difference.tensors(self.ladd).items() if n.startswith(HEARD)}
-            self.difference.load(self.ladd, begun | load_tensors(weights), source=weights)
+            self.difference.resume(self.ladd, Path(start))
         self._target = [self.ladd]
         if self.method is not None and self.method.target_decay is not None:
             self._target = [copy_sharing(self.ladd, [p for p in self.ladd.parameters() if not p.requires_grad])]

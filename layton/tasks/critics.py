@@ -12,6 +12,7 @@ from distill.method import DistillationMethod, Networks
 from distill.methods.discriminator import STAGES, Discriminator, DiscriminatorKind, Stage, make_discriminator
 from distill.methods.distribution_matching import DistributionMatching
 from distill.methods.mlcm import MLCM
+from layton.ladd import LADD
 
 FAKE = "fake"
 
@@ -75,7 +76,10 @@ def _distribution_matching(method: DistillationMethod) -> DistributionMatching |
 
 def _attach_fake(matching: DistributionMatching, teacher: Denoiser, settings: LoraSettings) -> None:
     if not isinstance(teacher, AdapterView):  # full fine-tuning: the copies are there to be adapted
-        matching.attach(copy.deepcopy(teacher).requires_grad_(True))
+        fake = copy.deepcopy(teacher).requires_grad_(True)
+        if isinstance(fake, LADD) and fake.reader is not None:
+            fake.reader.requires_grad_(False)
+        matching.attach(fake)
         return
     add_lora(teacher.denoiser, settings, FAKE, active=False)
     fake = AdapterView(teacher.denoiser, (*teacher.names, FAKE))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,8 @@ from torch import Tensor
 from distill.denoiser import Condition
 from layton.control import SMALL_CHANNELS, LoraSettings, encode_null_caption
 from layton.decoders import DiffusionDecoder
-from layton.folder import WEIGHTS_NAME, load_tensors
-from layton.ladd import LADD
+from layton.folder import WEIGHTS_NAME, load_config, load_tensors
+from layton.ladd import CLASS_NAME, LADD, require_reader
 from layton.ldm.autoencoder import Autoencoder
 from layton.ldm.cache import load_code_parts, require_codes
 from layton.ldm.unet import use_fast_attention
@@ -46,6 +46,9 @@ class DecoderTask(LaytonTask):
         start: Finished ``decoder/`` to go on from, of equal shape; it may have learnt on an earlier state of the LDM,
             without adaptors, and without the reader.
         preview_steps: Sampling steps of the pictures made while training.
+
+    Raises:
+        ValueError: A reader with ``train_tokenizer``, or parts that do not fit.
     """
 
     def __init__(
@@ -65,6 +68,8 @@ class DecoderTask(LaytonTask):
         preview_steps: int = 25,
     ) -> None:
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
+        if train_tokenizer and reader is not None:
+            raise ValueError("the reader knows the codes as they are: with train_tokenizer leave it out")
         self.encoder, self.quantizer = load_code_parts(tokenizer, frozen=not train_tokenizer)
         self.train_tokenizer = train_tokenizer
         self.ladd = LADD.from_pipeline(
@@ -79,6 +84,8 @@ class DecoderTask(LaytonTask):
             self.ladd.listen_to(CodeReader.from_pretrained(reader))
         if start is not None:
             weights = Path(start) / WEIGHTS_NAME
+            learnt = load_config(Path(start), expected_class=CLASS_NAME).get("reader_fingerprints")
+            require_reader(self.ladd, cast("list[str] | None", learnt), source=weights)
             # The null caption is this LDM's own: it may have learnt on since.
             state = self.ladd.branch_state_dict() | load_tensors(weights) | {"null_embeds": self.ladd.null_embeds}
             self.ladd.load_branch_state_dict(state, source=weights)

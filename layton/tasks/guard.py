@@ -41,7 +41,9 @@ class StepGuard(Callback):
         self.skipped = 0
         self.in_a_row = 0
         self.skipped_now = False
-        self._rejected: str | None = None
+        self.judged: Optimizer | None = None  # whose loss goes backward, where there are several
+        self._rejected: dict[Optimizer | None, str] = {}
+        self._amid_step = False
         self._reasons: deque[str] = deque(maxlen=max_in_a_row)
         self._buffers: list[tuple[Tensor, Tensor]] = []
 
@@ -57,6 +59,8 @@ class StepGuard(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember the buffers that a forward pass may change."""
         self.skipped_now = False
+        if self._amid_step:
+            return
         live = _changing_buffers(pl_module)
         if [id(buffer) for buffer, _ in self._buffers] != [id(buffer) for buffer in live]:
             self._buffers = [(buffer, buffer.detach().clone()) for buffer in live]
@@ -75,13 +79,13 @@ class StepGuard(Callback):
         Args:
             reason: For the message of a run that stops.
         """
-        self._rejected = reason
+        self._rejected[self.judged] = reason
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Take the gradients away when loss or gradients are bad: an optimizer skips parameters without gradient."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        reason = self._rejected or _bad_gradient(pl_module, parameters)
-        self._rejected = None
+        reason = self._rejected.pop(optimizer if self.judged is not None else None, None)
+        reason = reason or _bad_gradient(pl_module, parameters)
         if trainer.strategy.reduce_boolean_decision(reason is None, all=True):
             return
         for parameter in parameters:
@@ -99,11 +103,12 @@ class StepGuard(Callback):
         Raises:
             NonFiniteError: max_in_a_row bad steps in a row.
         """
+        self._amid_step = trainer.fit_loop._should_accumulate()
         if self.skipped_now:
             self.skipped += 1
             self.in_a_row += 1
             self._reasons[-1] += f", batch keys {batch_keys(batch)}"
-        elif not trainer.fit_loop._should_accumulate():
+        elif not self._amid_step:
             self.in_a_row = 0
         pl_module.log("train/skipped_steps", float(self.skipped))
         if self.in_a_row >= self.max_in_a_row:

@@ -9,6 +9,7 @@ from typing import Any, cast
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import ReduceLROnPlateau as MonitoredPlateau
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -63,7 +64,8 @@ class ManualTask(LaytonTask):
 
     def configure_callbacks(self) -> list[Callback]:
         """As in the base; the trainer asks for them before it judges its own options."""
-        if not self.automatic_optimization and self._trainer is not None:
+        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if not self.automatic_optimization and fitting:
             self._accumulated, self.trainer.accumulate_grad_batches = self.trainer.accumulate_grad_batches, 1
         return super().configure_callbacks()
 
@@ -72,6 +74,13 @@ class ManualTask(LaytonTask):
         super().on_fit_start()
         if not self.automatic_optimization:
             self.trainer.accumulate_grad_batches = self._accumulated
+
+    def on_train_start(self) -> None:
+        """Forget the gradients of an earlier fit that ended amid a step."""
+        super().on_train_start()
+        if not self.automatic_optimization:
+            for optimizer in self.all_optimizers():
+                optimizer.zero_grad()
 
     @property
     def amid_step(self) -> bool:
@@ -105,6 +114,7 @@ class ManualTask(LaytonTask):
         """
         if not counted:
             optimizer._on_before_step = optimizer._on_after_step = _nothing
+        self._guard.judged = optimizer.optimizer
         self.manual_backward(loss / self.trainer.accumulate_grad_batches)
         if self.amid_step:
             return

@@ -44,6 +44,7 @@ from layton.ldm.pipeline import build_scheduler
 from layton.ldm.unet import build_unet
 from layton.losses.pixel_supervision import PixelSupervision
 from layton.metrics.image import psnr, round_to_uint8
+from layton.pixel_decoder import PixelDecoder
 from layton.quantizer import CosineVQ
 from layton.scenes import render, sample_scene, split_seeds
 from layton.tokenizer import LaytonTokenizer
@@ -250,6 +251,26 @@ def test_training_reduces_its_loss_and_exports_its_decoder(kind: str, world: Pat
         assert task.decoder().sampling.times == ((999.0,),)
 
 
+def test_a_student_that_listens_is_a_teacher_and_is_not_hipas(world: Path, tmp_path: Path) -> None:
+    PixelDecoder(4, 16, 1, 2, fine_width=8, num_fine_blocks=1).save_pretrained(tmp_path / "light")
+    reader = str(tmp_path / "light")
+    task = make_task(world, "instaflow", method=METHODS["instaflow"](), reader=reader)
+    contract.scramble(task.trainable_parameters(), seed=5, std=0.1)
+    task.export(tmp_path / "export")
+    places = {"decoder": str(tmp_path / "export/decoder"), "base": str(world / "decoders/diffusion")}
+    told = make_pairs(world, tmp_path / "pairs", reader=reader, **places)
+    with torch.no_grad():
+        sample = told.sample(0, seed=0)
+        batch = {name: sample[name][None] for name in ("codes", "latent", "noise")}
+        embeddings = task._inputs(batch)[1].spatial
+        assert embeddings is not None
+        sampler = DiffusionDecoder(task.ladd, task._autoencoder[0])
+        expected = sampler.sample(batch["noise"], embeddings, num_steps=4, generator=[])
+    torch.testing.assert_close(batch["latent"].float(), expected, rtol=2e-3, atol=2e-3)
+    with pytest.raises(ValueError, match="stage 1 has to listen to 'light' itself"):
+        make_task(world, "hipa", method=METHODS["hipa"](), reader=reader)
+
+
 def _loss(task: OneStepDecoderTask, batch: dict[str, Any]) -> torch.Tensor:
     """The method's loss with the same random numbers each time."""
     from distill.method import DistillBatch, Networks
@@ -299,7 +320,6 @@ def test_pixels_are_compared_with_the_originals(world: Path) -> None:
     terms: dict[str, float] = {}
     task.log_losses = lambda found, **_: terms.update(found) or torch.stack(list(found.values())).sum()  # type: ignore[method-assign,assignment,func-returns-value]
     task.step_generator = lambda *_, **__: torch.Generator().manual_seed(0)  # type: ignore[method-assign,assignment]
-    task._step_number = lambda: 0  # type: ignore[method-assign]
     loss = task.training_step(batch, 0)
     assert loss is not None
     assert set(terms) == {"spatial", "frequency", "edges", "l2", "pixel_l1", "pixel_l2"}
@@ -358,7 +378,7 @@ def test_a_tokenizer_with_all_of_them_saves_and_loads(tokenizer: Path, tmp_path:
         torch.testing.assert_close(
             again.decode(codes, decoder=name), model.decode(codes, decoder=name), rtol=1e-2, atol=1e-2
         )
-    with pytest.raises(ValueError, match="difference from 'diffusion'"):
+    with pytest.raises(ValueError, match="builds on the decoder 'diffusion'"):
         LaytonTokenizer.from_pretrained(tokenizer, decoders=["hipa"]).save_pretrained(tmp_path / "other")
 
 

@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from distill.denoiser import Condition
+from layton.control import load_unet
 from layton.decoders import ConsistencyDecoder, DiffusionDecoder, LightDecoder
 from layton.decoders.consistency import HYPER_TIMES, LAYTON_TIMES, sampling_at, time_table
 from layton.decoders.difference import Adaptation, adapt, fingerprints, fold_adapters
@@ -64,6 +65,11 @@ def make_network(ldm: Path, seed: int = 0) -> LADD:
 def make_light(_: Path, seed: int = 0) -> LightDecoder:
     torch.manual_seed(seed)
     return LightDecoder(PixelDecoder(CODE_DIM, 32, 1, 2, fine_width=8, num_fine_blocks=1, patch_size=4)).eval()
+
+
+def make_other(folder: Path, ldm: Path) -> Path:
+    make_light(ldm, seed=5).save_pretrained(folder / "other")
+    return folder / "other"
 
 
 def make_reader(ldm: Path) -> CodeReader:
@@ -344,8 +350,16 @@ def test_what_a_decoder_listens_to_must_be_there_and_be_the_same(ldm: Path, tmp_
     torch.testing.assert_close(again.decode(codes()), decoder.decode(codes()), rtol=1e-5, atol=1e-5)
     whole = make_told_diffusion(ldm)
     ConsistencyDecoder(whole.network, whole.autoencoder, latents_per_token=2).save_pretrained(tmp_path / "whole")
+    with pytest.raises(ValueError, match="learnt by another 'light' decoder"):
+        ConsistencyDecoder.from_pretrained(tmp_path / "whole", ldm=ldm)
     make_light(ldm).save_pretrained(tmp_path / "light")
     ConsistencyDecoder.from_pretrained(tmp_path / "whole", ldm=ldm)
+    whole.save_pretrained(tmp_path / "stage1")
+    with pytest.raises(ValueError, match="learnt by another 'light' decoder"):
+        LADD.from_pretrained(tmp_path / "stage1", unet=load_unet(ldm / "unet"), reader=make_other(tmp_path, ldm))
+    wide = PixelDecoder(CODE_DIM + 1, 32, 1, 2, fine_width=8, num_fine_blocks=1, patch_size=4)
+    with pytest.raises(ValueError, match="reads codes of 5 dimensions, not 4"):
+        make_network(ldm).listen_to(CodeReader(wide))
 
 
 @torch.no_grad()

@@ -131,6 +131,15 @@ def test_a_student_begins_to_listen_where_an_earlier_one_left_off(world: Path, t
     again = make_task(world, adaptation=adaptation, pixels=pixels, reader=reader, start=str(tmp_path / "told/decoder"))
     for name, value in again.difference.tensors(again.ladd).items():
         assert torch.equal(value, task.difference.tensors(task.ladd)[name])
+    PixelDecoder(4, 16, 1, 2, fine_width=8, num_fine_blocks=1).save_pretrained(tmp_path / "light")
+    with pytest.raises(ValueError, match="learnt by another 'light' decoder"):
+        make_task(
+            world,
+            adaptation=adaptation,
+            pixels=pixels,
+            reader=str(tmp_path / "light"),
+            start=str(tmp_path / "told/decoder"),
+        )
 
 
 def test_training_samples_are_those_of_inference(world: Path) -> None:
