@@ -139,10 +139,8 @@ class ConsistencyDecoderTask(ManualTask):
         return list(self.difference.tensors(self.ladd).values())  # type: ignore[arg-type]
 
     def setup(self, stage: str) -> None:
-        """Refuse codes of another tokenizer, and a critic without an optimizer."""
+        """Refuse codes of another tokenizer."""
         require_codes(self.sources(), self.quantizer.fingerprint())
-        if self.critic_parameters() and self._make_critic_optimizer is None:
-            raise ValueError(f"{type(self.method).__name__} trains networks of its own: give a critic_optimizer")
 
     def on_fit_start(self) -> None:
         """Bring what is no part of this model to its device, and pick the attention that is quick there."""

@@ -61,6 +61,7 @@ class StepGuard(Callback):
         self.skipped_now = False
         if self._amid_step:
             return
+        self._rejected.clear()  # of an optimizer that made no step: its gradients are gone
         live = _changing_buffers(pl_module)
         if [id(buffer) for buffer, _ in self._buffers] != [id(buffer) for buffer in live]:
             self._buffers = [(buffer, buffer.detach().clone()) for buffer in live]

@@ -53,7 +53,7 @@ class ManualTask(LaytonTask):
         optimizers = [self._make_optimizer(parameters)]
         if critic:
             if self._make_critic_optimizer is None:
-                raise ValueError(f"{type(self).__name__} trains a critic, which needs an optimizer")
+                raise ValueError(f"{type(self).__name__} trains networks of the method's own: give a critic_optimizer")
             optimizers.append(self._make_critic_optimizer(critic))
         if self._make_lr_scheduler is None:
             return optimizers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,24 @@ class BadLCM(LCM):
         return MethodOutput({name: term * factor for name, term in output.terms.items()})
 
 
+class BadOnce(SCott):
+    """Student's and critic's losses of the first batch are NaN."""
+
+    calls = 0
+
+    def losses(self, networks: Any, batch: Any, *, step: int, generator: torch.Generator) -> MethodOutput:
+        output = super().losses(networks, batch, step=step, generator=generator)
+        self.calls += 1
+        return replace(output, terms={name: self._spoilt(term) for name, term in output.terms.items()})
+
+    def critic_losses(self, networks: Any, batch: Any, output: Any, *, step: int, generator: Any) -> dict[str, Any]:
+        terms = super().critic_losses(networks, batch, output, step=step, generator=generator)
+        return {name: self._spoilt(term) for name, term in terms.items()}
+
+    def _spoilt(self, term: torch.Tensor) -> torch.Tensor:
+        return term * (float("nan") if self.calls == 1 else 1.0)
+
+
 class BadCritic(SCott):
     def critic_losses(self, networks: Any, batch: Any, output: Any, *, step: int, generator: Any) -> dict[str, Any]:
         terms = super().critic_losses(networks, batch, output, step=step, generator=generator)
@@ -261,12 +280,12 @@ def test_accumulated_batches_make_one_step_of_student_target_and_critic(folder: 
 
 
 def test_one_bad_batch_of_those_accumulated_spoils_no_later_step(folder: Path, tmp_path: Path) -> None:
-    method, watch = BadLCM(target_decay=0.9), Watch()
-    method.bad = (0,)  # both batches of the first step
-    task = make(folder, method)
-    start = weights(task)
+    watch = Watch()
+    task = make(folder, scott(BadOnce), critic_optimizer=partial(torch.optim.SGD, lr=1e-3))
+    start, critic = weights(task), [parameter.detach().clone() for parameter in task.critic_parameters()]
     fit(task, 2, tmp_path, watch, limit_val_batches=0, accumulate_grad_batches=2)
     assert task.skipped_steps == 1 and same(watch.student[1], start) and not same(watch.student[2], start)
+    assert all(map(torch.equal, critic, watch.critic[1])) and not all(map(torch.equal, critic, watch.critic[2]))
     method = BadLCM()
     method.bad = tuple(range(9))
     with pytest.raises(NonFiniteError, match="2 steps in a row"):

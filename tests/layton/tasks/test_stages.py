@@ -234,6 +234,7 @@ def test_adversarial_stage_0_trains_the_judge_before_it_counts(tmp_path: Path) -
     fit(tmp_path, "adversarial", run)
     newest = torch.load(tmp_path / "adversarial/checkpoints/step=00000005.ckpt", weights_only=True)
     assert newest["lr_schedulers"][0]["last_epoch"] == 5  # it follows steps of the tokenizer
+    assert newest["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] == 10  # of two batches each
     saved = {int(path.stem.removeprefix("step=")) for path in (tmp_path / "adversarial" / "checkpoints").glob("*.ckpt")}
     assert saved == {2, 4, 5}  # steps of the tokenizer: the judge's are not counted
 
