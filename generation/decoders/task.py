@@ -12,7 +12,7 @@ from layton.decoders.consistency import ConsistencyDecoder
 from layton.decoders.difference import Adaptation, copy_sharing
 from layton.losses.pixel_supervision import PixelSupervision
 from layton.tasks.base import LRSchedulerCallable, OptimizerCallable
-from layton.tasks.consistency_decoder import ConsistencyDecoderTask
+from layton.tasks.consistency_decoder import ConsistencyDecoderTask, PixelTargets
 from layton.tasks.critics import CriticSettings
 
 DecoderName = Literal["instaflow", "hipa"]
@@ -39,6 +39,7 @@ class OneStepDecoderTask(ConsistencyDecoderTask):
         start: A finished export ``decoder/`` of the same adaptation to go on from: for InstaFlow's second half, the
             2-rectified flow, which then is the teacher, too.
         pixels: How one-step pictures are supervised; None without.
+        pixel_targets: By what; see `ConsistencyDecoderTask`.
         distillation_weight: Factor of the method's terms.
         pixel_weight: Factor of the terms in pixels.
         latents_per_token: Latent positions per token along one side.
@@ -62,6 +63,7 @@ class OneStepDecoderTask(ConsistencyDecoderTask):
         reader: str | None = None,
         start: str | None = None,
         pixels: PixelSupervision | None = None,
+        pixel_targets: PixelTargets = "image",
         distillation_weight: float = 1.0,
         pixel_weight: float = 1.0,
         latents_per_token: float = 1,
@@ -80,6 +82,7 @@ class OneStepDecoderTask(ConsistencyDecoderTask):
             start=start,
             method=method,
             pixels=pixels,
+            pixel_targets=pixel_targets,
             distillation_weight=distillation_weight,
             pixel_weight=pixel_weight,
             times="method",

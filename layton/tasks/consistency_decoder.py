@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +19,14 @@ from layton.ldm.cache import load_code_parts, require_codes
 from layton.ldm.unet import use_fast_attention
 from layton.losses.pixel_supervision import PixelExample, PixelSupervision
 from layton.losses.reconstruction import psnr
-from layton.pixel_decoder import CodeReader
+from layton.pixel_decoder import CodeReader, PixelDecoder
 from layton.tasks.base import LRSchedulerCallable, OptimizerCallable
 from layton.tasks.critics import CriticSettings, attach_networks
 from layton.tasks.manual import ManualTask
 from layton.tasks.text_to_image import draw
 
 _TARGET_KEY = "consistency_target"
+PixelTargets = Literal["image", "decoded", "light"]
 
 
 class ConsistencyDecoderTask(ManualTask):
@@ -51,7 +52,10 @@ class ConsistencyDecoderTask(ManualTask):
         start: A finished stage-2 export ``decoder/`` to go on from, of the same adaptation; one without a reader, too.
         method: How it is distilled; None without.
         pixels: How it is supervised in pixels; None without.
-        pixel_targets: ``image``: the originals, as in the paper; ``decoded``: what the autoencoder makes of them.
+        pixel_targets: ``image``: the originals, as in the paper; ``decoded``: what the autoencoder makes of them;
+            ``light``: the pictures that the reader's light decoder makes of the same codes. Codes leave open what an
+            original looks like, which is noise to a student; the light decoder, trained in pixels throughout, has
+            settled it, so that far fewer steps teach as much.
         distillation_weight: Factor of the method's terms.
         pixel_weight: Factor of the terms in pixels.
         diffusion_weight: Factor of stage 1's loss on the student.
@@ -80,7 +84,7 @@ class ConsistencyDecoderTask(ManualTask):
         start: str | None = None,
         method: DistillationMethod | None = None,
         pixels: PixelSupervision | None = None,
-        pixel_targets: str = "image",
+        pixel_targets: PixelTargets = "image",
         distillation_weight: float = 1.0,
         pixel_weight: float = 1.0,
         diffusion_weight: float = 0.0,
@@ -90,8 +94,10 @@ class ConsistencyDecoderTask(ManualTask):
         gradient_clip: float = 1.0,
     ) -> None:
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
-        if pixel_targets not in ("image", "decoded"):
-            raise ValueError(f"pixel_targets must be 'image' or 'decoded', got {pixel_targets!r}")
+        if pixel_targets not in get_args(PixelTargets):
+            raise ValueError(f"pixel_targets must be one of {get_args(PixelTargets)}, got {pixel_targets!r}")
+        if pixel_targets == "light" and reader is None:
+            raise ValueError("pixel_targets 'light' are a light decoder's pictures: give its folder as reader")
         _, self.quantizer = load_code_parts(tokenizer)
         self.method = method if distillation_weight else None
         self.pixels = pixels if pixel_weight else None
@@ -102,6 +108,9 @@ class ConsistencyDecoderTask(ManualTask):
         self.gradient_clip = gradient_clip
         # Heads on the teacher's features by default: these cost no second copy and need no checkpoint.
         self._take(ldm, decoder, adaptation or Adaptation(), reader)
+        self._light: list[nn.Module] = []  # in a list: no part of this model
+        if pixel_targets == "light" and reader is not None:
+            self._light = [PixelDecoder.from_pretrained(reader).requires_grad_(False)]
         self._build(start, critic or CriticSettings(kind="heads"))
         self.sampling = sampling_at(_method_times(self.method) if times == "method" else times, self.ladd)
         self.times = {len(row): row for row in self.sampling.times}
@@ -153,7 +162,8 @@ class ConsistencyDecoderTask(ManualTask):
             network.to(self.device)
             use_fast_attention(network.unet, self.device)
             use_fast_attention(network.controlnet, self.device)
-        self._autoencoder[0].to(self.device)
+        for module in (self._autoencoder[0], *self._light):
+            module.to(self.device)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         """Loss of one batch, (); None where a critic is trained in turn."""
@@ -171,7 +181,7 @@ class ConsistencyDecoderTask(ManualTask):
             terms |= output.terms
             weights |= {n: self.distillation_weight * self.method.weights.get(n, 1.0) for n in output.terms}
         if self.pixels is not None:
-            example = PixelExample(x_0, condition, self._images(batch))
+            example = self._example(batch, x_0, condition)
             generator = self.step_generator("pixels", device="cpu")
             terms |= self.pixels(self.ladd, self._autoencoder[0], example, times=self.times, generator=generator)
             weights |= {n: self.pixel_weight * weight for n, weight in self.pixels.weights.items()}
@@ -232,12 +242,17 @@ class ConsistencyDecoderTask(ManualTask):
             )
         return x_0, Condition(spatial=self.quantizer.codes_to_embeddings(codes, (side, side)))
 
-    def _images(self, batch: dict[str, Any]) -> Tensor | None:
+    @torch.no_grad()
+    def _example(self, batch: dict[str, Any], x_0: Tensor, condition: Condition) -> PixelExample:
+        """What pictures are compared with, see ``pixel_targets``."""
         if self.pixel_targets == "decoded":
-            return None
+            return PixelExample(x_0, condition)
+        if self.pixel_targets == "light":
+            images = self._light[0](condition.spatial).float().clamp(-1, 1)
+            return PixelExample(self._autoencoder[0].encode(images).float(), condition, images)
         if "image" not in batch:
             raise ValueError("pixel_targets 'image' needs batches with images: set `images: read` in CachedLatents")
-        return cast(Tensor, batch["image"]).float()
+        return PixelExample(x_0, condition, batch["image"].float())
 
     @torch.no_grad()
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

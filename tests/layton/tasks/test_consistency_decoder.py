@@ -142,6 +142,25 @@ def test_a_student_begins_to_listen_where_an_earlier_one_left_off(world: Path, t
         )
 
 
+def test_the_light_decoders_pictures_stand_for_the_originals(world: Path) -> None:
+    pixels = PixelSupervision(steps=[1], crop=None, latent_weight=1)
+    task = make_task(world, pixels=pixels, pixel_targets="light", reader=str(world / "light"))
+    batch = make_batch()
+    del batch["image"]  # codes are enough
+    _, condition = task._inputs(batch)
+    example = task._example(batch, batch["latent"].float(), condition)
+    pictures = PixelDecoder.from_pretrained(world / "light")(condition.spatial).detach().clamp(-1, 1)
+    assert example.images is not None and torch.equal(example.images, pictures)
+    assert torch.equal(example.latents, task._autoencoder[0].encode(pictures).detach())
+    loss, other = (
+        task.training_step({**batch, "latent": latent}, 0) for latent in (batch["latent"], batch["latent"] * 2)
+    )
+    assert loss is not None and other is not None and torch.equal(loss, other)
+    assert not any(name.startswith("_light") for name in task.state_dict())
+    with pytest.raises(ValueError, match="give its folder as reader"):
+        make_task(world, pixels=pixels, pixel_targets="light")
+
+
 def test_training_samples_are_those_of_inference(world: Path) -> None:
     task = make_task(world, pixels=PixelSupervision(steps=[1]))
     x_T = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -311,6 +330,8 @@ def test_what_cannot_be_trained(world: Path) -> None:
         task.training_step(batch, 0)
     decoded = make_task(world, pixels=PixelSupervision(crop=2), pixel_targets="decoded")
     assert decoded.training_step(batch, 0) is not None
+    with pytest.raises(ValueError, match="must be one of"):
+        make_task(world, pixels=PixelSupervision(crop=2), pixel_targets="originals")
     with pytest.raises(ValueError, match="latents_per_token"):
         make_task(world, diffusion_weight=1.0, latents_per_token=2).training_step(make_batch(), 0)
 
