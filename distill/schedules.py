@@ -215,7 +215,8 @@ class FlowSchedule(NoiseSchedule):
     def shift_t(self, t: Tensor | float) -> Tensor:
         """Apply the shift to times: ``sigma -> shift sigma / (1 + (shift - 1) sigma)``; shape unchanged, float64."""
         sigma = self._checked(t) / self.num_train_timesteps
-        return self.num_train_timesteps * self.shift * sigma / (1.0 + (self.shift - 1.0) * sigma)
+        shifted = self.num_train_timesteps * self.shift * sigma / (1.0 + (self.shift - 1.0) * sigma)
+        return shifted.clamp(max=self.num_train_timesteps)  # by rounding it can be a hair beyond
 
     def lambda_t(self, t: Tensor | float) -> Tensor:
         """See ``NoiseSchedule.lambda_t``."""

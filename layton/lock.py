@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +24,7 @@ class FolderInUseError(ValueError):
 
 
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold ``folder`` for this process while the context lasts.
 
     The system's record lock ends with the process, however that dies, so nothing is left to clean up; unlike a lock of
@@ -30,6 +32,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
     Args:
         folder: Made if it does not exist. The file ``.lock`` in it says who holds it, and stays.
+        wait: For another process to be done with it, instead of refusing. On file systems without locks nobody is kept
+            out, which is said.
 
     Raises:
         FolderInUseError: Another process, or another part of this one, holds it; names host and pid.
@@ -42,8 +46,14 @@ def lock_folder(folder: Path) -> Iterator[None]:
     try:
         if fcntl is not None:
             try:
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                fcntl.lockf(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    warnings.warn(
+                        f"{folder} cannot be locked ({error}): see that nobody else writes to it", stacklevel=3
+                    )
+                    yield
+                    return
                 owner = os.read(handle, 200).decode(errors="replace").strip() or "another process"
                 raise FolderInUseError(f"{folder} is in use by {owner}") from None
         os.ftruncate(handle, 0)
@@ -59,7 +69,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 def is_main_process() -> bool:
     """Whether this is rank 0, judged before any process group exists, from what launchers set."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return all(
+        os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    )
 
 
 def _me() -> str:

@@ -95,6 +95,10 @@ class MLCM(DistillationMethod):
             raise ValueError(f"unknown states {states!r}, distance {distance!r} or grouping {grouping!r}")
         if not skip > 0 or teacher_steps < 1 or not huber_c > 0:
             raise ValueError(f"need skip > 0, teacher_steps >= 1, huber_c > 0; got {skip}, {teacher_steps}, {huber_c}")
+        starts = () if progression is None else progression.starts
+        late = [start for start in starts if refinement is not None and 0 < refinement.start <= start]
+        if late:
+            raise ValueError(f"phases of the progression begin at steps {late}, where the second stage is under way")
         names = [extra.name for extra in extras]
         if len(set(names)) < len(names):
             raise ValueError(f"extras must differ in name, got {names}")

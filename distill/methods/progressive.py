@@ -23,7 +23,7 @@ from distill.method import DistillationMethod, DistillBatch, MethodOutput, Netwo
 from distill.methods.pairs import guided
 from distill.noise import gaussian_like
 from distill.parameterization import Coefficients, like
-from distill.schedules import NoiseSchedule, VPSchedule
+from distill.schedules import NoiseSchedule, VPSchedule, as_times
 from distill.solvers import ddim_step
 from distill.timesteps import timesteps
 
@@ -188,7 +188,7 @@ class ProgressiveDistillation(DistillationMethod):
         grid = torch.cat([grid, grid.new_tensor([schedule.clean_t])])
         place = generator.device
         index = 2 * torch.randint(num_steps, (batch_size,), generator=generator, device=place).cpu()
-        t, middle, s = (grid[index + offset].to(device) for offset in range(3))
+        t, middle, s = (as_times(grid[index + offset], device) for offset in range(3))
         return t, middle, s
 
     def inference_times(self, num_steps: int) -> Tensor:

@@ -25,7 +25,7 @@ from distill.denoiser import Denoiser
 from distill.method import DistillationMethod, DistillBatch, MethodOutput, Networks
 from distill.methods.pairs import DEFAULT_SOLVER, Pair, TeacherSolver, pair_of
 from distill.parameterization import like
-from distill.schedules import FlowSchedule, NoiseSchedule, VPSchedule
+from distill.schedules import FlowSchedule, NoiseSchedule, VPSchedule, as_times
 from distill.timesteps import timesteps
 
 Reading = Literal["exact", "reinterpret"]
@@ -174,7 +174,7 @@ def interpolate(schedule: NoiseSchedule, pair: Pair, s: Tensor) -> tuple[Tensor,
     Returns:
         State (B, C, h, w) and times (B,) float64.
     """
-    s = s.to(pair.x_0.device)
+    s = as_times(s, pair.x_0.device)
     lam = (1.0 - s) / s
     t = schedule.t_from_lambda(lam)
     x_t = schedule.add_noise(pair.x_0, pair.noise, t)

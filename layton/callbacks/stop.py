@@ -23,7 +23,8 @@ class GracefulStop(Callback):
     """SIGTERM and SIGINT end training after the current step, where `SafeCheckpoint` saves; a second one ends at once.
 
     No validation follows. During validation the checkpoint is that of the last training step, and the run ends after
-    the current validation batch. The command line exits with 128 + the signal's number (143 SIGTERM, 130 SIGINT).
+    the current validation batch; on several ranks after the validation, as some may have a batch less than others and
+    would wait for an answer. The command line exits with 128 + the signal's number (143 SIGTERM, 130 SIGINT).
 
     Attributes:
         signal_number: the signal that came, None while none did.
@@ -61,11 +62,23 @@ class GracefulStop(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Save the last training step and end.
+        """Save the last training step and end, where nobody else is to be asked.
 
         Raises:
             InterruptedRun: a signal came.
         """
+        if trainer.world_size == 1:
+            self._leave(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last training step and end.
+
+        Raises:
+            InterruptedRun: a signal came, to any rank.
+        """
+        self._leave(trainer)
+
+    def _leave(self, trainer: Trainer) -> None:
         if trainer.state.fn == TrainerFn.FITTING and self._came(trainer):
             for callback in trainer.checkpoint_callbacks:
                 if isinstance(callback, SafeCheckpoint) and callback.periodic:

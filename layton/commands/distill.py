@@ -34,6 +34,7 @@ _LATENT_SIZE = "--model.init_args.latent_size"
 _FLUX_SIZE = 128  # h = w; its configuration names none (diffusers: FluxPipeline.default_sample_size)
 _TEACHER = ("latent_size", "network_guidance", "negative_prompt")  # of the task and of pairs alike
 _SOLVER, _RULE = "--model.init_args.method.init_args.solver", ("name", "num_steps", "guidance_scale")
+_RANK, _SHARE = "--model.init_args.adapter.rank", "--model.init_args.adapter_share"
 _SHORT = ("--pipeline", "--prompts", "--max_steps")
 
 
@@ -52,7 +53,7 @@ def fit_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
     arguments = ["--config", str(run_file)]
     parts = ("model",) if _has_data(rest) or "--prompts" in short else ("model", "data")
     if "--pipeline" in short:
-        folder = _pipeline_folder(short["--pipeline"])
+        folder = pipeline_folder(short["--pipeline"])
         size = picture_size(folder, latent_size=_value_of(_LATENT_SIZE, rest)) if needs_pictures else None
         arguments += _moved_arguments(run_file, folder, parts=parts, size=size, words=rest)
     elif "data" in parts:
@@ -63,6 +64,8 @@ def fit_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
                 f"{run_file.stem} learns from pictures, not from prompts alone: give --data in their place"
             )
         arguments += _prompt_arguments(short["--prompts"], run_file, folder=short.get("--pipeline"), words=rest)
+    if _value_of(_RANK, rest) is not None and _value_of(_SHARE, rest) is None:
+        arguments += [f"{_SHARE}=null"]  # a rank that is asked for is the rank, whatever its share of the parameters
     if "--max_steps" in short:
         arguments.append(f"--trainer.max_steps={short['--max_steps']}")
     return arguments + rest
@@ -82,7 +85,7 @@ def _moved_arguments(
     if hears:
         sys.stderr.write("layton: this network hears its guidance: no classifier-free guidance goes on top of it\n")
     arguments = ["--model.init_args.reference_guidance=1.0"] if hears else []
-    told = "data" in parts and _hears_places(folder)
+    told = "data" in parts and hears_places(folder)
     for part in parts:
         for name, value in run.get(part, {}).get("init_args", {}).items():
             found = moved(value, places)
@@ -121,11 +124,12 @@ def _told(sources: Any, words: Sequence[str]) -> Any:
     return [changed(source) for source in sources]
 
 
-def _hears_places(folder: Path) -> bool:
-    from layton.ldm.text import hears_places
+def hears_places(folder: Path) -> bool:
+    """Whether a pipeline folder's text encoder has learnt where objects stand; said on stderr if so."""
+    from layton.ldm import text
 
     try:
-        found = hears_places(folder)
+        found = text.hears_places(folder)
     except (OSError, ValueError):
         return False  # whoever loads the pipeline will tell why
     if found:
@@ -195,7 +199,12 @@ def _take_short(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return short, rest
 
 
-def _pipeline_folder(name: str) -> Path:
+def pipeline_folder(name: str) -> Path:
+    """The folder of a pipeline, or of an embedded model's.
+
+    Raises:
+        UsageError: There is none.
+    """
     folder = Path(name).expanduser()
     if (folder / INDEX_FILES[1]).is_file():
         return folder
@@ -221,7 +230,9 @@ def _prompt_arguments(file: str, run_file: Path, *, folder: str | None, words: S
     first = (run.get("data", {}).get("init_args", {}).get("train") or [{}])[0]
     if first.get("class_path") == PAIRS:  # pairs are still made once, of these prompts
         if folder is not None:
-            first = moved(first, {run["model"]["init_args"]["pipeline"]: _pipeline_folder(folder)})
+            teacher = pipeline_folder(folder)
+            first = moved(first, {run["model"]["init_args"]["pipeline"]: teacher})
+            first = _unguided(first) if hears_guidance(teacher) else first
         own = {"prompts": train, "folder": f"{first['init_args']['folder']}_{path.stem}"}
         (train,) = _told([{**first, "init_args": {**first["init_args"], **own}}], words)
     return [

@@ -22,7 +22,8 @@ def pairs(
     num_pairs: int = 1024,
     solver: SolverName = "dpmpp_2m",
     steps: int = 25,
-    guidance_scale: float = 5.0,
+    guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
     split: Literal["train", "all"] = "train",
     chinese: float = 0.12,
     reworded: float = 0.6,
@@ -38,11 +39,14 @@ def pairs(
     Args:
         pipeline: Folder of the pipeline, or the name of an embedded model.
         out: Folder of the pairs.
-        prompts: Text file with one prompt on each line; by default captions of training Scenes.
+        prompts: Text file with one prompt on each line; by default captions of training Scenes, with places for a
+            pipeline that hears them.
         num_pairs: How many; more than there are prompts gives each several noises.
         solver: What integrates from noise to latent.
         steps: Its steps.
-        guidance_scale: Guidance of the teacher; 1 is none.
+        guidance_scale: Guidance of the teacher; 1 is none. By default 5, as in the run files, or 1 where the network
+            hears its guidance (FLUX), as `layton distill` has it.
+        negative_prompt: What a guided teacher is led away from; the pipeline's own default by default.
         split: Of the prompts file, the lines that train, as `layton distill --prompts` takes them, or all.
         chinese: Share of captions of Scenes in Chinese; by default as in the run files, which then find these pairs.
         reworded: Share of captions of Scenes said in another way than the canonical one; likewise.
@@ -53,15 +57,20 @@ def pairs(
         batch_size: Pairs made at once.
         device: Where the teacher runs; the accelerator if there is one.
     """
+    from layton.commands.distill import hears_guidance, hears_places, pipeline_folder
     from layton.distillation.pair_data import open_or_make  # diffusers only when the command runs
     from layton.ldm.conditions import NETWORK_GUIDANCE
 
     require_least(1, {"num_pairs": num_pairs, "steps": steps, "part_size": part_size, "batch_size": batch_size})
     require_least(1, {"latent_size": latent_size})
     require_shares({"chinese": chinese, "reworded": reworded})
+    folder = pipeline_folder(pipeline)
+    if guidance_scale is None:
+        guidance_scale = 1.0 if hears_guidance(folder) else 5.0
     texts: SampleSource
     if prompts is None:
-        texts = SceneCaptions(length=num_pairs, chinese=chinese, reworded=reworded)
+        places = 1.0 if hears_places(folder) else 0.0
+        texts = SceneCaptions(length=num_pairs, chinese=chinese, reworded=reworded, places=places)
     else:
         texts = PromptFile(str(prompts), split="train" if split == "train" else None)
     rule = TeacherSolver(solver, steps, guidance_scale)
@@ -73,6 +82,7 @@ def pairs(
             lambda shape: PairPlan(num_pairs, shape, rule, seed, part_size, batch_size),
             latent_size=latent_size,
             network_guidance=NETWORK_GUIDANCE if network_guidance is None else network_guidance,
+            negative_prompt=negative_prompt,
             device=device,
             progress=lambda done, _: bar.update(done - bar.n),
         )

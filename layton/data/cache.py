@@ -1,7 +1,8 @@
 """Tensors computed once (latents, codes, text features) and read many times, with a fingerprint of what made them.
 
 On disk a cache is a folder: parts of a few thousand samples as safetensors, and `cache.json`, written last, which lists
-them. A folder without it is no cache: an interrupted build leaves nothing that could be taken for a finished one.
+them. A folder without it is no cache: an interrupted build leaves nothing that could be taken for a finished one, and
+goes on after its last whole part.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import bisect
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from torch import Tensor
 from layton.data.bad import BadImages
 from layton.data.sources import SampleSource
 from layton.folder import write_atomically
+from layton.lock import lock_folder
 
 Fingerprint = Mapping[str, str | int | float | bool]
 ComputeFn = Callable[[dict[str, Any]], Mapping[str, Tensor]]
 
 _MANIFEST = "cache.json"
+_BEGUN = "begun.json"  # what an unfinished cache's parts are made by
 _FORMAT = 1
 
 
@@ -74,6 +77,7 @@ class CachedTensors(SampleSource):
         fingerprint: Fingerprint,
         part_size: int = 2048,
         in_memory: bool = True,
+        parts: Sequence[Path] = (),
     ) -> CachedTensors:
         """Compute the tensors of all batches and write them; memory is bounded by one part.
 
@@ -84,6 +88,7 @@ class CachedTensors(SampleSource):
             fingerprint: What makes these tensors: weights' digest, size, crop, source, seed and so on.
             part_size: Samples in a file.
             in_memory: As for the constructor.
+            parts: Files of the folder, from the first on, that hold the samples before these batches.
 
         Returns:
             The cache, opened.
@@ -97,9 +102,9 @@ class CachedTensors(SampleSource):
         if (target / _MANIFEST).exists():
             raise ValueError(f"{folder}: holds a finished cache already")
         target.mkdir(parents=True, exist_ok=True)
-        writer = _PartWriter(target, part_size)
+        writer = _PartWriter(target, part_size, parts)
         broken = BadImages(tell=lambda reason, _: print(f"layton: passed over: {reason}", file=sys.stderr))
-        sys.stderr.write(f"layton: computing {target}, once\n")
+        sys.stderr.write(f"layton: computing {target}, once{f', from part {len(parts)} on' if parts else ''}\n")
         for batch in batches:
             known = len(writer.parts)
             broken.record_all(batch.get("bad", ()))
@@ -121,12 +126,13 @@ class CachedTensors(SampleSource):
         }
         text = json.dumps(manifest, indent=1, sort_keys=True)
         write_atomically(target / _MANIFEST, lambda part: part.write_text(text, encoding="utf-8"))
+        (target / _BEGUN).unlink(missing_ok=True)
         return cls(folder, fingerprint=fingerprint, in_memory=in_memory)
 
     @classmethod
     def open_or_build(
         cls,
-        batches: Callable[[], Iterable[dict[str, Any]]],
+        batches: Callable[[int], Iterable[dict[str, Any]]],
         compute: ComputeFn,
         folder: str,
         *,
@@ -134,10 +140,12 @@ class CachedTensors(SampleSource):
         part_size: int = 2048,
         in_memory: bool = True,
     ) -> CachedTensors:
-        """Open the cache of a folder, or build it when there is none.
+        """Open the cache of a folder, or build it when there is none; where a build was interrupted, go on with it.
+
+        Of several processes one builds, and the others wait for it.
 
         Args:
-            batches: Gives the batches if they are needed.
+            batches: Gives the batches from a sample's number on, if they are needed.
             compute: As for `build`.
             folder: As for `build`.
             fingerprint: As for `build`; a finished cache with another one is refused, never overwritten.
@@ -147,9 +155,22 @@ class CachedTensors(SampleSource):
         Raises:
             CacheMismatchError: If the folder holds a cache made by something else.
         """
-        if (Path(folder) / _MANIFEST).exists():
-            return cls(folder, fingerprint=fingerprint, in_memory=in_memory)
-        return cls.build(batches(), compute, folder, fingerprint=fingerprint, part_size=part_size, in_memory=in_memory)
+        target = Path(folder)
+        if not (target / _MANIFEST).exists():
+            with lock_folder(target, wait=True):
+                if not (target / _MANIFEST).exists():
+                    parts = _parts_of(target, fingerprint)
+                    rest = batches(sum(len(_read_texts(part)["key"]) for part in parts))
+                    cls.build(
+                        rest,
+                        compute,
+                        folder,
+                        fingerprint=fingerprint,
+                        part_size=part_size,
+                        in_memory=False,
+                        parts=parts,
+                    )
+        return cls(folder, fingerprint=fingerprint, in_memory=in_memory)
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -197,9 +218,9 @@ class CachedTensors(SampleSource):
 class _PartWriter:
     """Collects batches and writes a part whenever enough samples are there."""
 
-    def __init__(self, folder: Path, part_size: int) -> None:
-        self.parts: list[dict[str, Any]] = []
-        self.names: list[str] = []
+    def __init__(self, folder: Path, part_size: int, parts: Sequence[Path]) -> None:
+        self.parts = [{"file": part.name, "samples": len(_read_texts(part)["key"])} for part in parts]
+        self.names: list[str] = _names_in(parts[0]) if parts else []
         self._folder = folder
         self._part_size = part_size
         self._tensors: dict[str, list[Tensor]] = {}
@@ -226,12 +247,36 @@ class _PartWriter:
         count = len(self._texts["key"])
         if count == 0:
             return
-        name = f"part-{len(self.parts):05d}.safetensors"
+        name = _part_name(len(self.parts))
         tensors = {key: torch.cat(values).contiguous() for key, values in self._tensors.items()}
         metadata = {"texts": json.dumps(self._texts, ensure_ascii=False)}
         write_atomically(self._folder / name, lambda part: save_file(tensors, part, metadata=metadata))
         self.parts.append({"file": name, "samples": count})
         self._tensors, self._texts = {}, {"key": [], "caption": []}
+
+
+def _parts_of(folder: Path, fingerprint: Fingerprint) -> list[Path]:
+    """The whole parts of an interrupted build by the same maker; writes down who builds."""
+    begun = folder / _BEGUN
+    found: list[Path] = []
+    if begun.is_file() and json.loads(begun.read_text(encoding="utf-8")) == dict(fingerprint):
+        for path in sorted(folder.glob("part-*.safetensors")):
+            if path.name != _part_name(len(found)):
+                break
+            found.append(path)
+        return found
+    text = json.dumps(dict(fingerprint), indent=1, sort_keys=True)
+    write_atomically(begun, lambda part: part.write_text(text, encoding="utf-8"))
+    return []
+
+
+def _part_name(number: int) -> str:
+    return f"part-{number:05d}.safetensors"
+
+
+def _names_in(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        return sorted(file.keys())
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

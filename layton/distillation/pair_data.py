@@ -14,7 +14,7 @@ from distill.models import denoiser_from_pipeline
 from layton.assets import resolve
 from layton.data.sources import SampleSource
 from layton.devices import choose_device
-from layton.distillation.pair_files import require_same
+from layton.distillation.pair_files import CACHE_NAME, folder_for, require_same
 from layton.distillation.pairs import PairPlan, PairSource, captions_digest, generate_pairs
 from layton.ldm.cache import digest
 from layton.ldm.conditions import NETWORK_GUIDANCE, PromptEncoder, latent_shape_of
@@ -31,7 +31,8 @@ class TeacherPairs(SampleSource):
     Args:
         prompts: Gives captions; pictures are ignored.
         pipeline: Folder of the teacher. For k-rectified flow, the export of the run before.
-        folder: Where the pairs lie.
+        folder: Where the pairs lie; if other ones lie there, of another teacher or solver for instance, beside it, in a
+            folder named by what makes these.
         solver: How the teacher turns noise into latents.
         num_pairs: How many; more than there are prompts gives each several noises. None: one for each prompt.
         seed: Of all noises.
@@ -42,9 +43,6 @@ class TeacherPairs(SampleSource):
         negative_prompt: What a guided teacher is led away from; None is the pipeline's own default.
         device: Where the teacher runs while pairs are made; the accelerator if there is one. Of several ranks each
             would make them: make them first, with ``layton pairs``.
-
-    Raises:
-        CacheMismatchError: The folder holds pairs made by something else.
     """
 
     def __init__(
@@ -74,6 +72,7 @@ class TeacherPairs(SampleSource):
             network_guidance=network_guidance,
             negative_prompt=negative_prompt,
             device=device,
+            beside=True,
         )
 
     def __len__(self) -> int:
@@ -100,6 +99,7 @@ def open_or_make(
     negative_prompt: str | None = None,
     device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    beside: bool = False,
 ) -> PairSource:
     """Open a set of pairs, or make what is missing of it.
 
@@ -113,6 +113,7 @@ def open_or_make(
         negative_prompt: See `TeacherPairs`.
         device: Where the teacher runs; the accelerator if there is one.
         progress: See `layton.distillation.pairs.generate_pairs`.
+        beside: Take another folder beside where this one holds pairs made by something else.
 
     Raises:
         CacheMismatchError: The folder holds pairs made by something else.
@@ -126,9 +127,10 @@ def open_or_make(
         teacher_id += f"-told-{network_guidance:g}"
     if negative_prompt is not None and plan.solver.is_guided:
         teacher_id += f"-away-{hashlib.sha256(negative_prompt.encode()).hexdigest()[:8]}"
-    if (Path(folder) / "cache.json").is_file():
+    wanted = plan.fingerprint(teacher=teacher_id, captions=captions_digest(prompts, plan))
+    folder = str(folder_for(Path(folder), wanted)) if beside else folder
+    if (Path(folder) / CACHE_NAME).is_file():
         source = PairSource(folder)
-        wanted = plan.fingerprint(teacher=teacher_id, captions=captions_digest(prompts, plan))
         require_same(Path(folder), source.cache.fingerprint, wanted)
         return source
     place = choose_device(device)

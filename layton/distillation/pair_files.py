@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from layton.data.cache import CacheMismatchError, Fingerprint
 from layton.folder import write_atomically
 
-PLAN_NAME = "plan.json"
+PLAN_NAME, CACHE_NAME = "plan.json", "cache.json"
 
 
 def write_part(path: Path, made: tuple[dict[str, Tensor], dict[str, list[str]]]) -> None:
@@ -41,6 +42,18 @@ def claim_folder(root: Path, fingerprint: Fingerprint) -> None:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error})") from error
     require_same(root, stored, fingerprint)
+
+
+def folder_for(root: Path, fingerprint: Fingerprint) -> Path:
+    """``root``, unless it holds something else than is wanted: then the folder beside it that is named by what is."""
+    for name in (CACHE_NAME, PLAN_NAME):
+        if (root / name).is_file():
+            found = json.loads((root / name).read_text(encoding="utf-8"))
+            if found.get("fingerprint", found) == dict(fingerprint):
+                return root
+            text = json.dumps(dict(fingerprint), sort_keys=True)
+            return root.with_name(f"{root.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
+    return root
 
 
 def require_same(folder: Path, stored: Fingerprint, wanted: Fingerprint) -> None:

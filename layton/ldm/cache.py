@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from layton.data.cache import CachedTensors
 from layton.data.loader import collate
 from layton.data.randomness import mix
 from layton.data.sources import ImageSource, SampleSource, StoredSource, walk
+from layton.devices import choose_device
 from layton.folder import CONFIG_NAME
 from layton.ldm.autoencoder import Autoencoder
 from layton.precision import quick_dtype
@@ -38,6 +42,7 @@ class CachedLatents(SampleSource):
         batch_size: Images encoded at once.
         images: Samples also hold ``image`` (3, H, W) in [-1, 1], the very one that the latent was made of. ``"read"``
             takes it from the source once more, which costs no space; ``"stored"`` keeps it in the cache as uint8.
+        in_memory: All of it in memory, in every process; otherwise samples are read from disk one by one.
         fresh_captions: Captions are said anew by the source with each sample's own seed (other wordings, languages and
             relations every epoch, where the source knows them); otherwise they are those of the cache.
 
@@ -55,6 +60,7 @@ class CachedLatents(SampleSource):
         num_samples: int | None = None,
         batch_size: int = 16,
         images: Images = "none",
+        in_memory: bool = True,
         fresh_captions: bool = False,
     ) -> None:
         if images not in get_args(Images):
@@ -73,10 +79,11 @@ class CachedLatents(SampleSource):
             fingerprint["images"] = True
         fingerprint |= _precision_of(Path(folder))
         self._cache = CachedTensors.open_or_build(
-            lambda: _batches(source, count, batch_size),
+            partial(_batches, source, count, batch_size),
             _Encode(autoencoder, tokenizer, keep_images=images == "stored"),
             folder,
             fingerprint=fingerprint,
+            in_memory=in_memory,
         )
 
     def __len__(self) -> int:
@@ -159,11 +166,13 @@ class _Encode:
         self.parts: tuple[Autoencoder, Any] | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        device = choose_device(None)
         if self.parts is None:
             autoencoder = Autoencoder.from_pretrained(self.folders[0]).eval().to(memory_format=torch.channels_last)
-            self.parts = (autoencoder, None if self.folders[1] is None else load_code_parts(self.folders[1]))
+            codes_of = None if self.folders[1] is None else load_code_parts(self.folders[1])
+            self.parts = (autoencoder.to(device), codes_of and tuple(part.to(device) for part in codes_of))
         autoencoder, codes_of = self.parts
-        images = batch["image"]
+        images = batch["image"].to(device)
         # What bfloat16 rounds away is less than the autoencoder's own noise, and latents are kept in half precision
         # anyway: caches made in either are one.
         dtype = quick_dtype(images.device)
@@ -201,10 +210,23 @@ def load_code_parts(folder: str | Path, *, frozen: bool = True) -> tuple[Any, An
     return encoder.requires_grad_(False).eval(), quantizer.freeze().eval()
 
 
-def _batches(source: ImageSource, count: int, batch_size: int) -> Iterator[dict[str, Any]]:
-    for start in range(0, count, batch_size):
-        indices = range(start, min(start + batch_size, count))
-        yield dict(collate([_original(source, i) for i in indices]))
+def _batches(source: ImageSource, count: int, batch_size: int, start: int = 0) -> Iterator[dict[str, Any]]:
+    """The images from number ``start`` on, read by processes of their own where an accelerator waits for them."""
+    workers = 0 if choose_device(None).type == "cpu" else min(8, os.cpu_count() or 1)
+    originals = _Originals(source, range(start, count))
+    loader = DataLoader(originals, batch_size, num_workers=workers, collate_fn=collate, generator=torch.Generator())
+    return map(dict, loader)
+
+
+class _Originals(Dataset[Any]):
+    def __init__(self, source: ImageSource, indices: range) -> None:
+        self.source, self.indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> Any:
+        return _original(self.source, self.indices[place])
 
 
 def _original(source: ImageSource, index: int) -> Any:

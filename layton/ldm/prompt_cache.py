@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from distill.condition import Condition
 from layton.data.cache import CachedTensors
 from layton.data.randomness import mix
 from layton.data.sources import SampleSource
+from layton.devices import choose_device
 from layton.ldm.cache import digest
 from layton.ldm.conditions import PromptEncoder, latent_shape_of
 from layton.ldm.teacher import find_teacher, open_pipeline
@@ -62,7 +64,7 @@ class CachedPrompts(SampleSource):
             "half": half,
         }
         self._cache = CachedTensors.open_or_build(
-            lambda: _batches(source, count, batch_size),
+            partial(_batches, source, count, batch_size),
             _Encode(pipeline, latent_size, half),
             folder,
             fingerprint=fingerprint,
@@ -89,7 +91,7 @@ class _Encode:
             pipe = open_pipeline(self.pipeline)
             _, h, w = latent_shape_of(pipe, self.latent_size)
             self.encoder = PromptEncoder(pipe, latent_size=(h, w))
-        condition = self.encoder(batch["caption"])
+        condition = self.encoder(batch["caption"], device=choose_device(None))
         fields = {name: getattr(condition, name) for name in CONDITION_FIELDS}
         tensors = {name: value for name, value in fields.items() if value is not None}
         return {name: value.half() if self.half else value for name, value in tensors.items()}
@@ -112,8 +114,8 @@ def _captions_digest(source: SampleSource, count: int) -> str:
     return total.hexdigest()[:16]
 
 
-def _batches(source: SampleSource, count: int, batch_size: int) -> Iterator[dict[str, Any]]:
-    for start in range(0, count, batch_size):
-        places = range(start, min(start + batch_size, count))
+def _batches(source: SampleSource, count: int, batch_size: int, start: int = 0) -> Iterator[dict[str, Any]]:
+    for first in range(start, count, batch_size):
+        places = range(first, min(first + batch_size, count))
         samples = [source.sample(place % len(source), seed=mix(place)) for place in places]
         yield {"caption": [s["caption"] for s in samples], "key": [s["key"] for s in samples]}

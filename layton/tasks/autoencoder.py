@@ -89,7 +89,7 @@ class AutoencoderTask(LaytonTask):
         terms = {"l1": error.abs().mean(), "l2": error.square().mean(), "kl": kl}
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(decoded, images)
-        self.log(f"{self.stage}/psnr", psnr(decoded.detach(), images).mean(), prog_bar=True, batch_size=len(images))
+        self.log_measure("psnr", psnr(decoded.detach(), images), prog_bar=True)
         return self.log_losses(terms, weights=self.weights, batch_size=len(images))
 
     def picture_grid(self, batch: ImageBatch) -> dict[str, Tensor]:

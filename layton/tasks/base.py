@@ -15,6 +15,7 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
 
 from distill.methods.image_space import Frozen
 from layton.data.sources import SampleSource
@@ -56,6 +57,8 @@ class LaytonTask(LightningModule, ABC):
         self._make_lr_scheduler = lr_scheduler
         self._guard = StepGuard(max_bad_steps)
         self._randomness = Randomness()
+        self._sums: dict[str, tuple[Tensor, int]] = {}
+        self._cycles: list[tuple[OneCycleLR, dict[str, Any]]] = []
         if _given_hyperparameters.get() is not None:
             # Built by the command line: the parsed run file (plain data) goes into the checkpoint and
             # load_from_checkpoint rebuilds all parts. Built by hand: parts are modules, which must not be pickled.
@@ -174,14 +177,62 @@ class LaytonTask(LightningModule, ABC):
             )
         return total
 
+    def log_measure(self, name: str, values: Tensor, *, prog_bar: bool = False) -> None:
+        """Log the mean of a measure over samples as ``<stage>/<name>``; without a trainer, nothing.
+
+        Over an evaluation it is the mean of all samples of all ranks, also where some ranks see none of a kind.
+
+        Args:
+            name: of the measure.
+            values: (n,), one for each sample.
+            prog_bar: show it while training.
+        """
+        if self._trainer is None or not len(values):
+            return
+        values = values.detach().float()
+        if self.stage == "train":
+            self.log(f"train/{name}", values.mean(), prog_bar=prog_bar)
+            return
+        total, count = self._sums.get(name, (0.0, 0))
+        self._sums[name] = (values.sum() + total, count + len(values))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what `log_measure` was given."""
+        super().on_validation_epoch_end()
+        own = {name: (float(total), count) for name, (total, count) in self._sums.items()}
+        ranks: list[dict[str, tuple[float, int]]] = [own]
+        self._sums = {}
+        if self.trainer.world_size > 1:
+            ranks = [{} for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(ranks, own)
+        for name in sorted({name for found in ranks for name in found}):
+            totals, counts = zip(*(found[name] for found in ranks if name in found), strict=True)
+            self.log(f"{self.stage}/{name}", sum(totals) / sum(counts))
+
+    def on_test_epoch_end(self) -> None:
+        """As `on_validation_epoch_end`."""
+        super().on_test_epoch_end()
+        LaytonTask.on_validation_epoch_end(self)
+
     def measures(self) -> list[str]:
         """The perceptual measures in the losses that depend on what lies on disk (`PublishedPerceptualLoss`)."""
         held = [part.module if isinstance(part, Frozen) else part for part in self.modules()]
         return sorted({part.measure for part in held if isinstance(part, PublishedPerceptualLoss)})
 
     def on_fit_start(self) -> None:
-        """Say which perceptual measures were found, and warn of training in half precision."""
+        """Say which perceptual measures were found, and warn of training in half precision.
+
+        Raises:
+            ValueError: The learning rate's cycle ends before the run does.
+        """
         super().on_fit_start()
+        self._cycles = [(cycle, _extent(cycle)) for cycle in self._one_cycles()]
+        for _, extent in self._cycles:
+            if self.trainer.max_steps > extent["total_steps"]:
+                raise ValueError(
+                    f"lr_scheduler: OneCycleLR is made for {extent['total_steps']} steps, the run has "
+                    f"{self.trainer.max_steps}: set total_steps"
+                )
         low = {str(p.dtype) for p in self.trainable_parameters() if p.dtype in (torch.float16, torch.bfloat16)}
         if low:
             rank_zero_warn(
@@ -190,6 +241,16 @@ class LaytonTask(LightningModule, ABC):
             )
         if self.measures():
             rank_zero_info(f"perceptual loss: {', '.join(self.measures())}")
+
+    def on_train_start(self) -> None:
+        """A resumed run's cycle of the learning rate is as long as its run file says now."""
+        super().on_train_start()
+        for cycle, extent in self._cycles:
+            vars(cycle).update(extent)
+
+    def _one_cycles(self) -> list[OneCycleLR]:
+        schedulers = (config.scheduler for config in self.trainer.lr_scheduler_configs)
+        return [scheduler for scheduler in schedulers if isinstance(scheduler, OneCycleLR)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record the perceptual measures."""
@@ -227,3 +288,8 @@ class LaytonTask(LightningModule, ABC):
         if isinstance(scheduler, MonitoredPlateau):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _extent(cycle: OneCycleLR) -> dict[str, Any]:
+    """What of a cycle's state says how long it is."""
+    return {name: value for name, value in vars(cycle).items() if name in ("total_steps", "_schedule_phases")}

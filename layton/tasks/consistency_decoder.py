@@ -138,6 +138,9 @@ class ConsistencyDecoderTask(ManualTask):
             self._target = [copy_sharing(self.ladd, [p for p in self.ladd.parameters() if not p.requires_grad])]
         if self.method is not None:
             attach_networks(self.method, Networks(self.ladd, self._teacher[0], self._target[0]), critic)
+        # A judge's adaptors lie in the teacher, which is no part of this model, yet belong into checkpoints.
+        known = {id(parameter) for parameter in self.parameters()}
+        self.judge = nn.ParameterList(p for p in self.critic_parameters() if id(p) not in known)
 
     def critic_parameters(self) -> list[nn.Parameter]:
         """Of the method's own networks."""
@@ -263,7 +266,7 @@ class ConsistencyDecoderTask(ManualTask):
         loss = x_0.new_zeros(())
         for steps in self.times:
             decoded = decoder.decode(cast(Tensor, condition.spatial), num_steps=steps)
-            self.log(f"{self.stage}/psnr_{steps}", psnr(decoded, target).mean(), batch_size=len(x_0), on_epoch=True)
+            self.log_measure(f"psnr_{steps}", psnr(decoded, target))
             if steps == decoder.default_steps:
                 loss = F.mse_loss(decoded, target)
         return self.log_losses({"pixels": loss}, batch_size=len(x_0))

@@ -27,6 +27,7 @@ from distill.few_step import FewStepSampling
 from distill.method import DistillationMethod, DistillBatch, MethodOutput, Networks
 from distill.methods.consistency import ConsistencyMethod
 from distill.methods.hipa import rank_for_share
+from distill.methods.pairs import TeacherSolver
 from distill.methods.reflow import Reading, read_as
 from distill.models import FlowTransformerDenoiser, UNetDenoiser, denoiser_from_pipeline, hear_guidance
 from distill.recompute import Recompute, set_recompute
@@ -197,7 +198,11 @@ class DistillTask(ManualTask):
                 use_fast_attention(inner.unet, self.device)
 
     def _require_pairs(self, source: TeacherPairs) -> None:
-        asked = {"solver": getattr(self.method, "solver", source.solver), "negative_prompt": self.negative_prompt}
+        solver = getattr(self.method, "solver", None)  # of LCM a rule for one step, which pairs know nothing of
+        asked = {
+            "solver": solver if isinstance(solver, TeacherSolver) else source.solver,
+            "negative_prompt": self.negative_prompt,
+        }
         for name, wanted in asked.items():
             stored = getattr(source, name)
             guided = name == "solver" or source.solver.is_guided
@@ -304,6 +309,7 @@ class DistillTask(ManualTask):
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/score_N`` for N steps and their mean ``val/score``, smaller is better (`sliced_wasserstein`)."""
+        super().on_validation_epoch_end()
         for name, score in self.previews.scores().items():
             self.log(f"val/{name}", score, prog_bar=name == "score", sync_dist=True)
 

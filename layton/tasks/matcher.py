@@ -105,7 +105,7 @@ class MatcherTask(LaytonTask):
             "image_to_text": F.cross_entropy(torch.cat([logits, table], dim=1), target),
             "text_to_image": F.cross_entropy(logits.T, target),
         }
-        self._log_accuracy(logits.diagonal(), table, len(said))
+        self._log_accuracy(logits.diagonal(), table)
         return self.log_losses(terms, batch_size=len(said))
 
     def _captions(self, keys: list[str], generator: torch.Generator) -> list[Captions]:
@@ -132,12 +132,8 @@ class MatcherTask(LaytonTask):
         vectors = self.matcher.encode_text(condition)
         return vectors[: len(said)], vectors[len(said) :], torch.tensor(owner, device=vectors.device)
 
-    def _log_accuracy(self, own: Tensor, table: Tensor, size: int) -> None:
+    def _log_accuracy(self, own: Tensor, table: Tensor) -> None:
         """Share of wrong captions that score below the true one, by what is wrong in them."""
-        if self._trainer is None:
-            return
         for number, change in enumerate(CHANGES):
             known = torch.isfinite(table[:, number])
-            if bool(known.any()):
-                accuracy = (own[known] > table[known, number]).float().mean()
-                self.log(f"{self.stage}/{change}_accuracy", accuracy, batch_size=size, on_epoch=self.stage != "train")
+            self.log_measure(f"{change}_accuracy", own[known] > table[known, number])

@@ -132,7 +132,7 @@ class PerceptualTask(LaytonTask):
             "strength": ((self.strength(pooled)[:, 0].sigmoid() - strengths).square() * (kinds > 0)).mean(),
             "words": (word_loss * known).sum() / known.sum().clamp(min=1),
         }
-        self.log(f"{self.stage}/kind_accuracy", (logits.argmax(1) == kinds).float().mean(), batch_size=len(kinds))
+        self.log_measure("kind_accuracy", logits.argmax(1) == kinds)
         return self.log_losses(terms, batch_size=len(kinds))
 
     def _damage(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

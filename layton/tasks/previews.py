@@ -25,7 +25,8 @@ class Previews:
     Args:
         networks: Of the run.
         sampling: How the student is sampled.
-        steps: Numbers of steps to show; those that the student is not trained for are left out.
+        steps: Numbers of steps to show; those that the student is not trained for are left out, and if none is left
+            all that it is trained for are shown.
         reference_steps: Steps of the teacher, at least 1.
         reference_guidance: Its guidance scale; 1 or less is the plain teacher.
 
@@ -45,7 +46,8 @@ class Previews:
         if reference_steps < 1:
             raise ValueError(f"reference_steps must be >= 1, got {reference_steps}")
         self.networks, self.sampling = networks, sampling
-        self.steps = tuple(count for count in steps if count in sampling.step_counts)
+        known = tuple(count for count in steps if count in sampling.step_counts)
+        self.steps = known or tuple(sampling.step_counts)
         self.reference_steps, self.reference_guidance = reference_steps, reference_guidance
         self._references: dict[int, Tensor] = {}
         self._samples: dict[int, list[Tensor]] = {}

@@ -80,8 +80,7 @@ class TokenizerTask(LaytonTask):
         decoded = self.reconstruct(batch["image"])
         loss = self._losses(batch["image"], decoded, decoded.new_zeros(()))
         for name, mask in source_masks(batch["key"]).items():
-            value = psnr(decoded[mask], batch["image"][mask]).mean()
-            self.log(f"val/psnr_{name}", value, batch_size=int(mask.sum()), on_epoch=True)
+            self.log_measure(f"psnr_{name}", psnr(decoded[mask], batch["image"][mask]))
         return loss
 
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -106,7 +105,7 @@ class TokenizerTask(LaytonTask):
         if self.perceptual is not None:
             generator = self.step_generator("perceptual") if self.stage == "train" else None
             terms["perceptual"] = self.perceptual(decoded, images, generator=generator)
-        self.log(f"{self.stage}/psnr", psnr(decoded.detach(), images).mean(), prog_bar=True, batch_size=len(images))
+        self.log_measure("psnr", psnr(decoded.detach(), images), prog_bar=True)
         return self.log_losses(terms, weights=self.weights, batch_size=len(images))
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from distill.schedules import FlowSchedule, NoiseSchedule, VPSchedule, schedule_from_config
+from distill.schedules import FlowSchedule, NoiseSchedule, VPSchedule, dynamic_shift, schedule_from_config
 
 SD = VPSchedule()
 SCHEDULES = {
@@ -137,6 +137,13 @@ def test_shift_equals_that_of_diffusers():
     theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     ours = FlowSchedule(shift=3.0).shift_t(torch.arange(1000, 0, -1))
     assert_close(ours.float(), theirs.timesteps, rtol=1e-6, atol=0)
+
+
+def test_shifted_times_stay_on_the_clock_whatever_the_size():
+    for side in range(16, 258, 2):
+        schedule = FlowSchedule(shift=dynamic_shift({}, (side // 2) ** 2))
+        assert float(schedule.shift_t(schedule.terminal_t)) <= 1000.0
+        schedule.coefficients(schedule.shift_t(schedule.terminal_t))
 
 
 def test_add_noise_equals_that_of_diffusers(rand64):

@@ -156,6 +156,8 @@ def test_progression_and_stages_switch_at_their_steps() -> None:
     assert not method.in_refinement(29) and method.in_refinement(30)
     teacher = gaussian(VPSchedule(), "eps")
     exact = Networks(ExactJump(teacher, 4), teacher, ExactJump(teacher, 4))
+    with pytest.raises(ValueError, match=r"begin at steps \[10, 20\], where the second stage"):
+        MLCM(progression=Progression((8, 4, 2), (0, 10, 20)), refinement=Refinement(start=10))
     method = MLCM(progression=Progression((8, 4), (0, 10)), guidance_scale=1.0, teacher_steps=8)
     early, late = (
         method.losses(exact, batch_of(64), step=step, generator=gen()).terms["consistency"] for step in (9, 10)

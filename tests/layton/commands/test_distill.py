@@ -148,6 +148,9 @@ def test_networks_that_hear_their_guidance_are_not_guided_once_more(
     assert '"guidance_range": [1.0, 1.0]' in found[0] and '"guidance_range": [1.0, 1.0]' in found[2]
     assert '"guidance_scale": 1.0' in found[1] and all("reference_guidance=1.0" in words for words in found)
     assert found[3].count('"guidance_scale": 1.0') == 2  # of the method and of the pairs
+    (tmp_path / "p.txt").write_text("a red star\n")
+    told = " ".join(fit_arguments(runs[3], ["--pipeline", str(folder), "--prompts", str(tmp_path / "p.txt")]))
+    assert told.count('"guidance_scale": 1.0') == 2 and '"guidance_scale": 5.0' not in told
     plain = tiny.build("sd")
     plain.save_pretrained(tmp_path / "sd")
     assert not any("guidance" in word for word in fit_arguments(runs[0], ["--pipeline", str(tmp_path / "sd")]))
@@ -158,6 +161,14 @@ def test_flux_is_distilled_at_the_times_of_its_pipeline() -> None:
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     times = timesteps(denoiser_from_pipeline(pipe, latent_size=(128, 128)).schedule, 4, "trailing")
     assert times.round().tolist() == [1000.0, 905.0, 760.0, 513.0]
+
+
+def test_a_rank_that_is_asked_for_is_the_rank() -> None:
+    hipa = CONFIGS / "distill" / "hipa.yaml"
+    share, rank = "--model.init_args.adapter_share", "--model.init_args.adapter.rank=16"
+    assert f"{share}=null" in fit_arguments(hipa, [rank])
+    assert not any(word.startswith(share) for word in fit_arguments(hipa, []))
+    assert f"{share}=null" not in fit_arguments(hipa, [rank, f"{share}=0.1"])
 
 
 def test_sizes_of_the_real_shapes(tmp_path: Path) -> None:

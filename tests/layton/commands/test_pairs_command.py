@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 from command_tools import Run
 
@@ -39,6 +41,25 @@ def test_pairs_are_made_rebuilt_from_their_seeds_and_not_made_twice(
     assert {path.name: path.read_bytes() for path in sorted(out.iterdir())} == first
     assert "at least 1" in run("pairs", pipeline, "--out", out, "--steps", 0, status=2)
     fails("pairs", pipeline, "--out", out, *options[:-6], "--steps", 3)  # pairs of another rule lie there
+
+
+def test_pairs_are_made_as_distillation_wants_them(
+    run: Run, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[tuple[SceneCaptions, TeacherSolver, str | None]] = []
+
+    def made(texts: SceneCaptions, *args: Any, negative_prompt: str | None, **options: Any) -> list[int]:
+        said.append((texts, args[2]((4, 2, 2)).solver, negative_prompt))
+        return [0]
+
+    monkeypatch.setattr("layton.distillation.pair_data.open_or_make", made)
+    run("pairs", pipeline, "--out", tmp_path, "--negative-prompt", "grey")
+    monkeypatch.setattr("layton.commands.distill.hears_places", lambda _: True)
+    monkeypatch.setattr("layton.commands.distill.hears_guidance", lambda _: True)
+    run("pairs", pipeline, "--out", tmp_path)
+    (plain, rule, away), (placed, unguided, _) = said
+    assert (rule.guidance_scale, unguided.guidance_scale, away) == (5.0, 1.0, "grey")
+    assert "<" in placed.sample(0, seed=0)["caption"] and "<" not in plain.sample(0, seed=0)["caption"]
 
 
 def test_a_run_file_finds_the_pairs_that_the_command_made(run: Run, pipeline: Path, tmp_path: Path) -> None:

@@ -52,12 +52,12 @@ def test_another_maker_is_refused_and_every_difference_named(tmp_path):
         with pytest.raises(CacheMismatchError, match=r"size|new"):
             CachedTensors(str(tmp_path), fingerprint=wrong)
         with pytest.raises(CacheMismatchError):
-            CachedTensors.open_or_build(batches, compute, str(tmp_path), fingerprint=wrong)
+            CachedTensors.open_or_build(lambda _: batches(), compute, str(tmp_path), fingerprint=wrong)
 
 
 def test_open_or_build_builds_once(tmp_path):
     made = [
-        CachedTensors.open_or_build(lambda n=n: batches(n), compute, str(tmp_path), fingerprint=MADE_BY)
+        CachedTensors.open_or_build(lambda _, n=n: batches(n), compute, str(tmp_path), fingerprint=MADE_BY)
         for n in (6, 10)
     ]
     assert [len(cache) for cache in made] == [6, 6]
@@ -77,6 +77,40 @@ def test_an_interrupted_build_is_no_cache_and_can_be_done_again(tmp_path):
     with pytest.raises(ValueError, match="no finished cache"):
         CachedTensors(str(tmp_path))
     assert len(CachedTensors.build(batches(), compute, str(tmp_path), fingerprint=MADE_BY)) == 10
+
+
+def test_an_interrupted_build_goes_on_after_its_last_whole_part(tmp_path):
+    source, computed, started = ScenesSource(length=10, size=16), [], []
+
+    def from_sample(start):
+        started.append(start)
+        return ({"image": source[i]["image"][None], "key": [source[i]["key"]]} for i in range(start, len(source)))
+
+    def until(stop):
+        def compute_some(batch):
+            computed.append(batch["key"][0])
+            if len(computed) == stop:
+                raise KeyboardInterrupt
+            return compute(batch)
+
+        return compute_some
+
+    def build(compute_, maker=MADE_BY, folder="c"):
+        return CachedTensors.open_or_build(
+            from_sample, compute_, str(tmp_path / folder), fingerprint=maker, part_size=4
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        build(until(7))
+    whole, again = build(until(100), folder="whole"), build(until(100))
+    assert started == [0, 0, 4] and computed[-6:] == [f"scenes/{i}" for i in range(4, 10)]
+    assert again.keys == whole.keys and torch.equal(again.tensor("latents"), whole.tensor("latents"))
+    assert not (tmp_path / "c" / "begun.json").exists()
+    computed.clear()
+    with pytest.raises(KeyboardInterrupt):
+        build(until(7), folder="d")
+    build(until(100), {**MADE_BY, "size": 17}, folder="d")  # what another maker left is no beginning of this one
+    assert started[-2:] == [0, 0]
 
 
 @pytest.mark.parametrize("in_memory", [True, False])

@@ -35,6 +35,7 @@ from layton.losses.pixel_supervision import PixelExample, PixelSupervision, last
 from layton.pixel_decoder import PixelDecoder
 from layton.quantizer import CosineVQ
 from layton.tasks.consistency_decoder import ConsistencyDecoderTask
+from layton.tasks.critics import CriticSettings
 
 SIZE = 64  # pixels; 4 tokens and 4 latents along a side
 FACTOR = 16
@@ -286,13 +287,16 @@ def test_the_target_follows_steps_and_not_batches(world: Path, tmp_path: Path) -
 
 
 @pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
-@pytest.mark.parametrize("kind", ["scott", "distribution matching"])
+@pytest.mark.parametrize("kind", ["scott", "lora", "distribution matching"])
 def test_a_critic_learns_in_turn(world: Path, tmp_path: Path, kind: str) -> None:
     method: SCott | MLCM = SCott(guidance_range=(1.0, 1.0), target_decay=None)
-    if kind != "scott":
+    if kind == "distribution matching":
         extra = DistributionMatching(guidance_scale=1.0, fake_updates=1)
         method = MLCM(guidance_scale=1.0, target_decay=None, extras=[extra])
-    task = make_task(world, method=method, critic_optimizer=partial(torch.optim.SGD, lr=0.1))
+    judge = CriticSettings(kind="lora") if kind == "lora" else None
+    task = make_task(world, method=method, critic=judge, critic_optimizer=partial(torch.optim.SGD, lr=0.1))
+    kept = {value.data_ptr() for value in task.state_dict().values()}
+    assert all(parameter.data_ptr() in kept for parameter in method.critic_parameters())  # checkpoints have them
     before = [parameter.detach().clone() for parameter in (*task.trainable_parameters(), *method.critic_parameters())]
     trainer = Trainer(
         max_steps=2,  # of the student

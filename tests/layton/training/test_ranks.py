@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import subprocess
 import sys
@@ -9,19 +10,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import write_run
+from toy import ToySource, write_run
 
 LENGTH, BATCH = 24, 2
 DRIVER = "import sys; from layton.cli import main; sys.exit(main(sys.argv[1:], allow=['toy']))"
 
 
-def fit(run: Path, *, ranks: int, workers: int, steps: int) -> None:
-    """Go on until `steps`, in processes of their own, over gloo where there are two ranks."""
+def fit(run: Path, *, ranks: int, workers: int = 0, steps: int, validation: int | None = None) -> None:
+    """Go on until `steps`, in processes of their own, over gloo where there are two ranks.
+
+    Validation follows every step, on so many samples; none without.
+    """
     record = f"{{'class_path': 'toy.RecordKeys', 'init_args': {{'folder': '{run.parent}'}}}}"
     driver = run.parent / "driver.py"
     driver.write_text(DRIVER)
     command = [sys.executable, str(driver), "fit", "--config", str(run), "--run_dir", str(run.parent / "run")]
-    command += ["--resume", "auto", f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0"]
+    command += ["--resume", "auto", f"--trainer.max_steps={steps}"]
+    if validation is None:
+        command += ["--trainer.limit_val_batches=0"]
+    else:
+        command += [f"--data.init_args.validation.init_args.length={validation}", "--trainer.val_check_interval=1"]
     command += [f"--trainer.callbacks+={record}", f"--data.init_args.num_workers={workers}"]
     command += [f"--data.init_args.train.init_args.length={LENGTH}"]
     if ranks > 1:
@@ -64,3 +72,17 @@ def test_the_rest_of_an_epoch_is_each_sample_once(
     assert sorted(seen) == sorted(f"train/{index}" for index in range(LENGTH))
     saved = torch.load(tmp_path / "run" / "checkpoints" / f"step={last:08d}.ckpt", weights_only=True)
     assert saved["global_step"] == last
+
+
+def test_validation_is_of_all_samples_whatever_a_rank_has_of_them(tmp_path: Path) -> None:
+    """Of 5 samples in batches of 2 one rank has a batch more, and each sees one kind only: nobody waits for nobody."""
+    run = write_run(tmp_path)
+    fit(run, ranks=2, steps=2, validation=5)
+    (table,) = (tmp_path / "run").rglob("metrics.csv")
+    rows = [row for row in csv.DictReader(table.read_text().splitlines()) if row["val/even"]]
+    source = ToySource("validation", 5)
+    means = [float(source.sample(index, seed=0)["image"].mean()) for index in range(5)]
+    assert len(rows) == 2
+    for row in rows:
+        assert float(row["val/even"]) == pytest.approx(sum(means[::2]) / 3, abs=1e-6)
+        assert float(row["val/odd"]) == pytest.approx(sum(means[1::2]) / 2, abs=1e-6)

@@ -40,19 +40,23 @@ def train(
     workers: int = 0,
     resume: bool = False,
     saving: SafeCheckpoint | None = None,
+    steps: int = STEPS,
+    cycle: int | None = None,
     **settings: Any,
 ) -> Outcome:
     torch.manual_seed(0)
     task = ToyTask(
         part=ToyPart(),
         optimizer=partial(torch.optim.AdamW, lr=1e-2),
-        lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.7),
+        lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.7)
+        if cycle is None
+        else partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=1e-2, total_steps=cycle),
     )
     checkpoints = folder / "checkpoints"
     trainer = Trainer(
         default_root_dir=folder,
         accelerator="cpu",
-        max_steps=STEPS,
+        max_steps=steps,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -116,6 +120,16 @@ def test_no_file_is_saved_amid_the_batches_of_a_step(tmp_path: Path) -> None:
         for later in files()[step:]:
             later.unlink()
         assert_same(whole.checkpoint["state_dict"], run(resume=True).checkpoint["state_dict"], "state_dict")
+
+
+def test_a_run_goes_on_with_a_longer_cycle_of_the_learning_rate(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="made for 3 steps, the run has 5"):
+        train(tmp_path / "short", steps=5, cycle=3)
+    first = train(tmp_path / "a", stop=3, steps=3, cycle=3)
+    again = train(tmp_path / "a", steps=5, cycle=5, resume=True)
+    rate = again.checkpoint["lr_schedulers"][0]["_last_lr"]
+    assert first.checkpoint["lr_schedulers"][0]["_last_lr"] != rate
+    assert rate == train(tmp_path / "b", steps=5, cycle=5).checkpoint["lr_schedulers"][0]["_last_lr"]
 
 
 def test_the_run_really_uses_all_sources_of_chance(whole: Outcome, tmp_path: Path) -> None:
