@@ -4,14 +4,16 @@ A product with one to sixteen rows costs what reading its weights costs, and the
 an order made for many rows. Brought once into an order of their own, a product with two rows takes here about what the
 ordinary one takes, with four to eight about half, and a second row (guidance) is nearly free. MKL's order is the
 quicker one for small layers, oneDNN's for those with many outputs. In both, rows do not influence one another's
-rounding, so that an image decodes to the same logits in any batch. The operators are those that torch.compile uses;
-where they are missing, models stay as they are.
+rounding, from a fewest number of rows on that depends on the processor and is found out here, so that an image decodes
+to the same logits in any batch. The operators are those that torch.compile uses; where they are missing, models stay as
+they are.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from functools import cache
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +38,9 @@ class PackedLinear(nn.Module):
         self._bias: Tensor | None = None if bias is None else bias.detach()
         weight = linear.weight.detach()
         self._plain: Tensor | None = None  # MKL's product takes it as well, for shapes that it is not given here
-        if _quicker_by_mkl(linear):
+        self._fewest = _ROWS
+        if _quicker_by_mkl(linear) and (fewest := _fewest_rows_of_mkl()) is not None:
+            self._fewest = fewest
             self._plain = weight
             self._weight: Tensor = torch.ops.mkl._mkl_reorder_linear_weight(weight, _ROWS)
         else:
@@ -44,11 +48,12 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features); a row's result does not depend on how many rows there are."""
-        if x.numel() == self.in_features:  # one row goes another way and rounds differently; two do not
-            row = x.reshape(1, -1)
-            twice = torch.cat([row, row])  # a seventh of the time of repeat
-            return self._product(twice)[0].view(*x.shape[:-1], self.out_features)
-        return self._product(x)
+        rows = x.numel() // self.in_features
+        if not 0 < rows < self._fewest:  # fewer go another way and round differently
+            return self._product(x)
+        few = x.reshape(rows, -1)
+        more = torch.cat([few] * -(-self._fewest // rows))  # a seventh of the time of repeat
+        return self._product(more)[:rows].view(*x.shape[:-1], self.out_features)
 
     def _product(self, x: Tensor) -> Tensor:
         result: Tensor
@@ -64,6 +69,22 @@ def _quicker_by_mkl(linear: nn.Linear) -> bool:
     """Measured with 2 to 16 rows on the layers of models of 38M and 111M parameters."""
     few = linear.out_features <= linear.in_features or linear.weight.numel() < _SMALL
     return few and torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
+
+
+@cache
+def _fewest_rows_of_mkl() -> int | None:
+    """From how many rows on MKL rounds a row as it does among many on this processor: 2, on AMD's 4; None if never."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(rows, 512, generator=generator) for rows in (64, 130))
+    laid_out = torch.ops.mkl._mkl_reorder_linear_weight(weight, _ROWS)
+
+    def product(rows: int) -> Tensor:
+        found: Tensor = torch.ops.mkl._mkl_linear.default(x[:rows], laid_out, weight, None, rows)
+        return found
+
+    many = product(len(x))
+    alike = [bool(torch.equal(product(rows), many[:rows])) for rows in range(1, 33)]
+    return next((rows for rows in (2, 4, 8) if all(alike[rows - 1 :])), None)
 
 
 class PackedRMSNorm(nn.Module):
@@ -107,6 +128,24 @@ def packed(module: M) -> M:
     children = module._modules.items()
     twin._modules = {name: None if child is None else packed_child(child) for name, child in children}
     return twin
+
+
+class PackedCopy(Generic[M]):
+    """One packed copy of a module for many batches, made anew when the module's weights have changed."""
+
+    def __init__(self) -> None:
+        self._stamp: list[tuple[int, int, int]] | None = None
+        self._twin: M | None = None
+
+    def of(self, module: M) -> M:
+        """`packed`, of the module as it is now."""
+        weights = [*module.parameters(), *module.buffers()]
+        stamp = [(id(each), each.data_ptr(), 0 if each.is_inference() else each._version) for each in weights]
+        if self._twin is None or stamp != self._stamp:
+            self._stamp, self._twin = stamp, packed(module)
+        # What is not weights, such as a compiled step or the training mode, is the module's own.
+        vars(self._twin).update({name: value for name, value in vars(module).items() if name != "_modules"})
+        return self._twin
 
 
 def packed_child(child: nn.Module) -> nn.Module:

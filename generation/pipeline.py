@@ -32,10 +32,12 @@ from generation.generator import (
 )
 from generation.guidance import Guidance
 from generation.layout import PlacedObject
+from generation.packing import PackedCopy
 from generation.pictures import OUTPUT_TYPES, OutputType, Pictures, finish, join
 from generation.sampling import SamplingOptions
 from generation.seeding import child_generator, image_generators
 from generation.text_encoders import TextCut, TextEncoder, TextFeatures
+from generation.transformer import LaytonGenTransformer
 from layton import assets
 from layton.interface import Generators
 from layton.tokenizer import LDM_FOLDER, LaytonTokenizer
@@ -93,6 +95,7 @@ class LaytonGenPipeline:
         self.planner = None if generator.planner is None else generator.planner.eval()
         self.tokenizer = tokenizer.eval()
         self._ldm: Path | None = None
+        self._packed: PackedCopy[LaytonGenTransformer] = PackedCopy()
 
     @classmethod
     def from_pretrained(
@@ -395,7 +398,7 @@ class LaytonGenPipeline:
                 callback(self, index, index, {"codes": codes})
 
         drawn = generate_codes(
-            self.transformer,
+            self._packed.of(self.transformer),
             text.features.to(next(self.transformer.parameters()).dtype),
             text.mask,
             generators=generators,

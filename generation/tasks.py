@@ -103,6 +103,7 @@ class LaytonGenTask(LaytonTask):
                 block.compile()  # in place: names of weights stay
         if text_encoder.trainable:
             self.learning_text_encoder = text_encoder
+        self._frozen_print: str | None = None
         self._text_encoder = [text_encoder]  # in a list: a frozen one is no part of checkpoints
         self._tokenizer = [_with_quickest_decoder(tokenizer)]
         self.facts = TokenizerFacts.of(self._tokenizer[0])
@@ -299,7 +300,11 @@ class LaytonGenTask(LaytonTask):
     def _frozen_text(self) -> str | None:
         """Fingerprint of a text encoder that is no part of checkpoints; None if it learns, and so is."""
         encoder = self._text_encoder[0]
-        return None if encoder.trainable else encoder.fingerprint()
+        if encoder.trainable:
+            return None
+        if self._frozen_print is None:  # once: of a large one it reads gigabytes
+            self._frozen_print = encoder.fingerprint()
+        return self._frozen_print
 
     def _foresight(self, hidden: Tensor, batch: dict[str, Any], silent: Tensor) -> Tensor:
         """Cross-entropy of what the transformer knows to be ahead, of images with captions, ()."""

@@ -28,12 +28,13 @@ def verify(folder: Path) -> int:
     return 0
 
 
-def check(sources: list[str], *, split: SplitOrAll = "all") -> int:
+def check(sources: list[str], *, split: SplitOrAll = "all", repeated_keys: bool = False) -> int:
     """Decode every image of a dataset; every broken one is named, exit status 1 if there is one.
 
     Args:
         sources: tar shards (files or patterns), or one folder of shards or of images.
         split: train, validation, test, or all.
+        repeated_keys: accept shards that use the same keys.
     """
     from layton.data.images import ImageError
     from layton.data.sources import StoredSource
@@ -41,7 +42,9 @@ def check(sources: list[str], *, split: SplitOrAll = "all") -> int:
 
     if list(sources) == [SCENES]:
         raise UsageError("scenes are rendered, there is nothing to check: name shards or a folder of images")
-    source, name = open_source(sources, split=split, count=None, offset=0, size=256, chinese=0.0, reworded=0.0)
+    source, name = open_source(
+        sources, split=split, count=None, offset=0, size=256, chinese=0.0, reworded=0.0, repeated_keys=repeated_keys
+    )
     if not isinstance(source, StoredSource):
         raise UsageError(f"{name} holds no stored images")
     faults, found = list(source.bad.reasons), Counter[str]()

@@ -15,6 +15,7 @@ from generation.commands.options import require_least, require_shares
 from layton.commands.calling import progress
 from layton.commands.reports import write_json
 from layton.data.geometry import FitPolicy
+from layton.data.shards import absolute_pattern
 from layton.data.types import Split, check_split
 from layton.errors import UsageError
 from layton.scenes import Texture
@@ -40,6 +41,7 @@ def tokenize(
     chinese: float = 0.0,
     reworded: float = 0.0,
     textures: list[Texture] | None = None,
+    repeated_keys: bool = False,
     shard_size: int = 4096,
     batch_size: int = 16,
     max_bad: int = 0,
@@ -67,6 +69,7 @@ def tokenize(
         chinese: share of scene captions in Chinese.
         reworded: share of scene captions said in another way than the canonical one.
         textures: only scenes with one of these backgrounds; all by default.
+        repeated_keys: accept shards that use the same keys; images are told apart by the shard's name as well.
         shard_size: images in a shard.
         batch_size: images encoded at once.
         max_bad: broken images that are accepted.
@@ -93,7 +96,7 @@ def tokenize(
     started = time.perf_counter()
     make_job = partial(
         build_job,
-        sources=list(sources) if sources == [SCENES] else [os.path.abspath(source) for source in sources],
+        sources=list(sources) if sources == [SCENES] else [absolute_pattern(source) for source in sources],
         tokenizer=_absolute(tokenizer),
         policy=policy,
         split=split,
@@ -102,6 +105,7 @@ def tokenize(
         chinese=chinese,
         reworded=reworded,
         textures=textures,
+        repeated_keys=repeated_keys,
         shard_size=shard_size,
         batch_size=batch_size,
         precision=precision,
@@ -143,6 +147,7 @@ def build_job(
     chinese: float,
     reworded: float,
     textures: list[Texture] | None,
+    repeated_keys: bool,
     shard_size: int,
     batch_size: int,
     precision: Literal["fp32", "bf16"],
@@ -167,6 +172,7 @@ def build_job(
         chinese=chinese,
         reworded=reworded,
         textures=textures,
+        repeated_keys=repeated_keys,
     )
     encoder = None
     if text_encoder is not None:
@@ -189,6 +195,7 @@ def open_source(
     chinese: float,
     reworded: float,
     textures: list[Texture] | None = None,
+    repeated_keys: bool = False,
 ) -> tuple[ImageSource, str]:
     """The images that are meant, and a name for them.
 
@@ -224,4 +231,5 @@ def open_source(
     if folder is not None and not any(folder.glob("*.tar")):
         return ImageFolderSource(str(folder), split=known, max_bad=None), name
     shards = [str(folder / "*.tar")] if folder is not None else list(sources)
-    return ShardSource(shards, split=known, captions="optional", max_bad=None), name
+    images = ShardSource(shards, split=known, captions="optional", repeated_keys=repeated_keys, max_bad=None)
+    return images, name

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 from layton.callbacks.checkpoint_io import SafeCheckpointIO, sweep_orphans
 
@@ -68,8 +67,7 @@ class SafeCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Install the safe writer, choose the folder, sweep what a killed run left."""
-        if not isinstance(trainer.strategy, ModelParallelStrategy):
-            trainer.strategy.checkpoint_io = SafeCheckpointIO()
+        trainer.strategy.checkpoint_io = SafeCheckpointIO()
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir).absolute() / CHECKPOINT_FOLDER)
         if trainer.is_global_zero and stage == "fit":

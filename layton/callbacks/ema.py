@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from layton.tasks.base import LaytonTask
@@ -63,11 +62,6 @@ class EMA(Callback):
         self._names: list[str] = []
         self._pending: dict[str, Any] | None = None
         self._last_step = 0
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse strategies whose ranks hold only a part of each parameter."""
-        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
-            raise ValueError(f"EMA averages whole parameters; {type(trainer.strategy).__name__} shards them")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the average, or take up the one of the checkpoint."""

@@ -17,6 +17,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from webdataset.shardlists import expand_urls
+
 from layton.data.images import DEFAULT_LIMITS, ImageError, ImageLimits, load_image
 from layton.data.sources import StoredImage, StoredSource
 from layton.data.tar import Captions, ShardError, ShardIndex, Span, index_shard
@@ -160,10 +162,11 @@ def caption_of(metadata: object) -> str:
 
 
 def expand_shards(shards: list[str] | str) -> list[Path]:
-    """Files behind paths and glob patterns, sorted, each once.
+    """Files behind paths and patterns, sorted, each once.
 
     Args:
-        shards: Local paths or glob patterns. URLs are refused: "pipe:" and its kin run commands.
+        shards: Local paths or patterns, of a shell (``*``, ``**``) or with webdataset's ranges (``{0000..0099}``).
+            URLs are refused: "pipe:" and its kin run commands.
 
     Raises:
         ValueError: If a pattern is a URL, or nothing matches it.
@@ -173,13 +176,19 @@ def expand_shards(shards: list[str] | str) -> list[Path]:
     for pattern in patterns:
         if _SCHEME.match(pattern):
             raise ValueError(f"shards must be local files, got {pattern!r}")
-        matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
-        if not matches:
-            raise ValueError(f"no shard matches {pattern!r}")
-        paths.update(Path(match) for match in matches)
+        for part in [pattern] if os.path.exists(pattern) else expand_urls(pattern):
+            matches = [part] if os.path.exists(part) else glob.glob(part, recursive=True)
+            if not matches:
+                raise ValueError(f"no shard matches {part!r}")
+            paths.update(Path(match) for match in matches)
     if not paths:
         raise ValueError("no shards were given")
     return sorted(paths)
+
+
+def absolute_pattern(pattern: str) -> str:
+    """A path or pattern as processes with another working folder find it; a URL stays, to be refused as one."""
+    return pattern if _SCHEME.match(pattern) else os.path.abspath(pattern)
 
 
 def _check_unique(indexes: list[ShardIndex]) -> None:
@@ -187,9 +196,7 @@ def _check_unique(indexes: list[ShardIndex]) -> None:
     for index in indexes:
         for key in index.keys:
             if key in owner:
-                raise ShardError(
-                    f"key {key!r} is in both {owner[key]} and {index.path} (repeated_keys=True accepts that)"
-                )
+                raise ShardError(f"key {key!r} is in both {owner[key]} and {index.path} (repeated_keys accepts that)")
             owner[key] = index.path
 
 

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.cli import ReduceLROnPlateau as MonitoredPlateau
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -249,8 +250,8 @@ class LaytonTask(LightningModule, ABC):
             vars(cycle).update(extent)
 
     def _one_cycles(self) -> list[OneCycleLR]:
-        schedulers = (config.scheduler for config in self.trainer.lr_scheduler_configs)
-        return [scheduler for scheduler in schedulers if isinstance(scheduler, OneCycleLR)]
+        configs = [] if self._trainer is None else self.trainer.lr_scheduler_configs
+        return [config.scheduler for config in configs if isinstance(config.scheduler, OneCycleLR)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record the perceptual measures."""
@@ -269,7 +270,17 @@ class LaytonTask(LightningModule, ABC):
             raise ValueError(f"the run learnt by the perceptual measures {before}, here are {self.measures()}")
 
     def configure_callbacks(self) -> list[Callback]:
-        """The two callbacks that no run goes without: `StepGuard` and `Randomness`."""
+        """The two callbacks that no run goes without: `StepGuard` and `Randomness`.
+
+        Raises:
+            ValueError: The strategy gives each rank a part of every parameter only.
+        """
+        if self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise ValueError(
+                "averages, exports and gradient norms here are of whole parameters, which "
+                f"{type(self.trainer.strategy).__name__} shards: take ddp, with --trainer.precision bf16-mixed and "
+                "accumulated batches where memory is short"
+            )
         return [self._randomness, self._guard]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

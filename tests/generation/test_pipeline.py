@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from laytongen_parts import CODES, SIZE, TOKENS, tiny_generator, tiny_tokenizer,
 
 from generation.demonstration import has_generator
 from generation.generator import find_generator, find_tokenizer, is_interim, load_generator, save_generator
+from generation.packing import packed
 from generation.pipeline import LaytonGenPipeline, PromptCutWarning
 from generation.quantization import set_weights
 from generation.weight_types import Weights
@@ -197,3 +199,18 @@ def test_a_finished_generator_wins_over_an_interim_one(tmp_path: Path, monkeypat
         find_generator("small")
     with pytest.raises(ValueError, match="neither a folder nor an embedded model"):
         find_generator("another")
+
+
+def test_weights_are_packed_once_and_anew_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_tokenizer()
+    own = LaytonGenPipeline(tiny_generator(tokenizer), tokenizer)
+    made: list[object] = []
+    monkeypatch.setattr("generation.packing.packed", lambda module: made.append(module) or packed(module))
+    first, again = (own("a star", generator=seeds(1), output_type="pt").codes for _ in range(2))
+    assert torch.equal(first, again) and sum(module is own.transformer for module in made) == 1
+    with torch.no_grad():
+        own.transformer.blocks[0].attention.out.weight.normal_(generator=torch.Generator().manual_seed(3))
+    changed = own("a star", generator=seeds(1), output_type="pt").codes
+    fresh = LaytonGenPipeline(replace(tiny_generator(tokenizer), transformer=own.transformer), tokenizer)
+    assert torch.equal(changed, fresh("a star", generator=seeds(1), output_type="pt").codes)
+    assert not torch.equal(changed, first)

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from layton.lock import FolderInUseError, lock_folder
+from layton.lock import FolderInUseError, is_main_process, lock_folder
 
 HOLD = """
 import os, sys, time
@@ -56,3 +58,27 @@ def test_one_process_locks_a_folder_once(tmp_path: Path) -> None:
             pass
     with lock_folder(tmp_path):
         pass
+
+
+def test_a_second_writer_may_wait(tmp_path: Path) -> None:
+    first = hold(tmp_path)
+    threading.Timer(0.5, first.kill).start()
+    with lock_folder(tmp_path, wait=True):
+        assert first.wait(5) is not None
+    assert first.stdout is not None
+    first.stdout.close()
+
+
+def test_where_nothing_can_be_locked_nobody_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lockf(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("layton.lock.fcntl.lockf", lockf)
+    with pytest.warns(UserWarning, match="cannot be locked.*No locks available"), lock_folder(tmp_path):
+        pass
+
+
+def test_the_main_process_is_the_first_of_the_first_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_main_process()
+    monkeypatch.setenv("NODE_RANK", "1")
+    assert not is_main_process()

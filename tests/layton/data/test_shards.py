@@ -12,7 +12,7 @@ import torch
 
 from layton.data.bad import TooManyBadImagesError
 from layton.data.images import ImageError, load_image, to_image
-from layton.data.shards import ShardSource
+from layton.data.shards import ShardSource, expand_shards
 from layton.data.tar import ShardError, index_shard
 from layton.data.transforms import Fit
 
@@ -108,6 +108,14 @@ def test_a_key_in_two_shards_names_both(kit, tmp_path):
     with pytest.raises(ShardError, match=r"'000001' is in both .*a\.tar and .*b\.tar"):
         source(str(tmp_path / "*.tar"))
     assert source(str(tmp_path / "*.tar"), repeated_keys=True).keys == ["a/000001", "b/000001"]
+
+
+def test_ranges_of_shards_as_webdataset_writes_them(kit, tmp_path):
+    for number in range(3):
+        kit.shard(tmp_path / f"s-{number:03d}.tar", [f"{number + 1:06d}"])
+    assert expand_shards(str(tmp_path / "s-{000..001}.tar")) == [tmp_path / f"s-{number:03d}.tar" for number in (0, 1)]
+    with pytest.raises(ValueError, match=r"no shard matches .*s-003\.tar"):
+        expand_shards(str(tmp_path / "s-{002..003}.tar"))
 
 
 def test_a_caption_without_its_image_is_counted_and_named(kit, tmp_path):

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ReduceLROnPlateau
+from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 from toy import ToyPart, ToyTask, toy_data
 
@@ -191,6 +192,12 @@ def test_best_by_a_metric_is_kept(tmp_path: Path) -> None:
 def test_training_in_half_precision_is_warned_of() -> None:
     with pytest.warns(UserWarning, match=r"weights in training are torch.bfloat16"):
         toy_task().to(torch.bfloat16).on_fit_start()
+
+
+def test_strategies_that_shard_parameters_are_refused() -> None:
+    trainer = Trainer(accelerator="cpu", strategy=ModelParallelStrategy(), max_steps=1, logger=False)
+    with pytest.raises(ValueError, match="of whole parameters, which ModelParallelStrategy shards: take ddp"):
+        trainer.fit(toy_task(), toy_data())
 
 
 def test_weights_that_are_not_finite_are_not_exported(tmp_path: Path) -> None:
