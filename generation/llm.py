@@ -1,0 +1,205 @@
+"""Image codes as words of a language model: from an image tokenizer to any causal model of ``transformers``.
+
+An image is N + 2 ids in a row: a mark where it begins, its codes, each ``offset`` above its own number, and a mark
+where it ends. Text and images can then follow one another in any order, are learnt by the model's own cross-entropy,
+and what the model writes is taken apart again. `WholeImages` keeps it from writing anything in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+from transformers import AddedToken, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+from layton.interface import ImageTokenizer
+
+BEGIN, END = "<image>", "</image>"
+Part = str | Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ImageVocabulary:
+    """Where images lie among a language model's ids.
+
+    Attributes:
+        begin: Id of the mark in front of an image.
+        end: Id of the mark behind it.
+        offset: Id of code 0; the others follow.
+        vocab_size: V.
+        num_tokens: N codes for an image.
+    """
+
+    begin: int
+    end: int
+    offset: int
+    vocab_size: int
+    num_tokens: int
+
+    @classmethod
+    def add_to(cls, words: PreTrainedTokenizerBase, images: ImageTokenizer) -> Self:
+        """Add the two marks and the V codes to a text tokenizer, in place; asked again, find them there.
+
+        Args:
+            words: The language model's tokenizer. Its ``save_pretrained`` saves what was added.
+            images: Whose codes they are.
+
+        Raises:
+            ValueError: Codes of another number were added before.
+        """
+        texts = [BEGIN, END, *(f"<code_{code}>" for code in range(images.vocab_size))]
+        words.add_tokens([AddedToken(text, normalized=False, special=True) for text in texts], special_tokens=True)
+        begin, end, *codes = words.convert_tokens_to_ids(texts)
+        beyond = f"<code_{images.vocab_size}>"
+        if codes != list(range(codes[0], codes[0] + len(codes))) or beyond in words.get_added_vocab():
+            raise ValueError(f"the text tokenizer has codes of its own that are not these {images.vocab_size}")
+        return cls(begin, end, codes[0], images.vocab_size, images.num_tokens)
+
+    @property
+    def size(self) -> int:
+        """How many ids a model needs, its own included, if images' come last."""
+        return max(self.begin, self.end, self.offset + self.vocab_size - 1) + 1
+
+    def ids(self, codes: Tensor) -> Tensor:
+        """Codes (B, N) int64 -> ids (B, N + 2) int64, marks included.
+
+        Raises:
+            ValueError: They are no images' codes.
+        """
+        if codes.ndim != 2 or codes.shape[1] != self.num_tokens:
+            raise ValueError(f"codes must be (B, {self.num_tokens}), got {tuple(codes.shape)}")
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.vocab_size:
+            raise ValueError(f"codes must lie in [0, {self.vocab_size}), got {int(codes.min())}..{int(codes.max())}")
+        marks = codes.new_tensor([self.begin, self.end], dtype=torch.int64).expand(len(codes), 2)
+        return torch.cat([marks[:, :1], codes.long() + self.offset, marks[:, 1:]], dim=1)
+
+    def join(self, parts: Sequence[Part], words: PreTrainedTokenizerBase) -> list[int]:
+        """Ids of texts and images in their order, with nothing between them.
+
+        A text that reads like an image's token stays text, so that nobody can write an image into it.
+
+        Args:
+            parts: Texts, and codes (N,) of images.
+            words: The text tokenizer.
+        """
+        found: list[int] = []
+        for part in parts:
+            if isinstance(part, Tensor):
+                found += self.ids(part[None])[0].tolist()
+            else:
+                found += words(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return found
+
+    def split(self, ids: Sequence[int] | Tensor, words: PreTrainedTokenizerBase) -> list[Part]:
+        """Texts and codes (N,) of images of what `join` gave or a model wrote; special tokens of its own are left out.
+
+        Raises:
+            ValueError: An image is not whole, or a code stands outside one.
+        """
+        given = torch.as_tensor(ids, dtype=torch.int64).tolist()
+        parts: list[Part] = []
+        text: list[int] = []
+        place = 0
+        while place < len(given):
+            if given[place] == self.begin:
+                parts += self._said(text, words)
+                text = []
+                parts.append(self._codes(given[place : place + self.num_tokens + 2], place))
+                place += self.num_tokens + 2
+                continue
+            if given[place] == self.end or self._is_code(given[place]):
+                raise ValueError(f"id {given[place]} at place {place} is of an image, and none has begun")
+            text.append(given[place])
+            place += 1
+        return parts + self._said(text, words)
+
+    def _said(self, ids: list[int], words: PreTrainedTokenizerBase) -> list[Part]:
+        said = str(words.decode(ids, skip_special_tokens=True)) if ids else ""
+        return [said] if said else []
+
+    def _codes(self, ids: list[int], place: int) -> Tensor:
+        codes = [each - self.offset for each in ids[1:-1]]
+        if len(ids) < self.num_tokens + 2 or ids[-1] != self.end or not all(map(self._is_code, ids[1:-1])):
+            raise ValueError(f"the image that begins at place {place} is not {self.num_tokens} codes and a mark")
+        return torch.tensor(codes, dtype=torch.int64)
+
+    def _is_code(self, each: int) -> bool:
+        return self.offset <= each < self.offset + self.vocab_size
+
+
+def make_room(
+    model: PreTrainedModel, vocabulary: ImageVocabulary, *, generator: torch.Generator, codebook: Tensor | None = None
+) -> None:
+    """Give a language model rows for an image's ids, in place; rows that it has are left as they are.
+
+    New rows are drawn with the mean and the spread of the model's own, in its embedding and its head. With a codebook
+    the rows of codes are a random projection of it instead, so that codes that look alike begin alike.
+
+    Args:
+        model: Any causal model of ``transformers``; tied weights stay tied.
+        vocabulary: Of its tokenizer.
+        generator: On the CPU, the only randomness.
+        codebook: (V, d), for instance a quantizer's `Quantizer.codes_to_embeddings` of all codes.
+
+    Raises:
+        ValueError: A codebook of another size.
+    """
+    if codebook is not None and (codebook.ndim != 2 or len(codebook) != vocabulary.vocab_size):
+        raise ValueError(f"the codebook must be ({vocabulary.vocab_size}, d), got {tuple(codebook.shape)}")
+    known = min(vocabulary.begin, vocabulary.end, vocabulary.offset)
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if tables[0].weight.shape[0] < vocabulary.size:  # some models have spare rows
+        model.resize_token_embeddings(vocabulary.size, mean_resizing=False)
+        tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    weights = {id(table.weight): table.weight for table in tables if table is not None}
+    for weight in weights.values():
+        _fill(weight, known, vocabulary, codebook, generator)
+
+
+@torch.no_grad()
+def _fill(
+    weight: Tensor, known: int, vocabulary: ImageVocabulary, codebook: Tensor | None, generator: torch.Generator
+) -> None:
+    own = weight[:known].float()
+    rows = torch.randn(vocabulary.size - known, weight.shape[1], generator=generator)
+    if codebook is not None:
+        table = codebook.detach().float().cpu()
+        table = (table - table.mean(0)) / table.std(0).clamp(min=1e-6)
+        mixing = torch.randn(table.shape[1], weight.shape[1], generator=generator) / table.shape[1] ** 0.5
+        first = vocabulary.offset - known
+        rows[first : first + vocabulary.vocab_size] = table @ mixing
+    weight[known : vocabulary.size] = (own.mean(0) + own.std(0) * rows.to(own.device)).to(weight.dtype)
+
+
+class WholeImages(LogitsProcessor):
+    """Lets a model write whole images only: after the mark N codes, then the end; no code anywhere else.
+
+    For ``model.generate(..., logits_processor=[WholeImages(vocabulary)])``.
+
+    Args:
+        vocabulary: Of the model's tokenizer.
+    """
+
+    def __init__(self, vocabulary: ImageVocabulary) -> None:
+        self.vocabulary = vocabulary
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Ids (B, L) so far and scores (B, vocabulary) of the next one -> scores, -inf where nothing may follow."""
+        known = self.vocabulary
+        recent = input_ids[:, -(known.num_tokens + 1) :]
+        begun = recent == known.begin
+        since = begun.flip(1).long().argmax(1)  # ids after the last mark
+        inside = begun.any(1)
+        code = torch.zeros(scores.shape[1], dtype=torch.bool, device=scores.device)
+        code[known.offset : known.offset + known.vocab_size] = True
+        end = torch.zeros_like(code)
+        end[known.end] = True
+        asks_code, asks_end = (
+            (inside & (since < known.num_tokens))[:, None],
+            (inside & (since == known.num_tokens))[:, None],
+        )
+        allowed = torch.where(asks_code, code, torch.where(asks_end, end, ~(code | end)))
+        return scores.masked_fill(~allowed, -torch.inf)
