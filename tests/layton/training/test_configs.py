@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from toy import write_run
 
 from layton.cli import main
@@ -49,3 +52,27 @@ def test_embedded_runs_parse(path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_data_files_parse(path: Path) -> None:
     run = CONFIGS / "mini" / "tokenizer.yaml"
     assert main(["fit", "--config", str(run), "--data", str(path), "--print_config"]) == 0
+
+
+def test_run_files_that_share_a_cache_agree_on_what_is_in_it() -> None:
+    """The commands of the README are given one after another in one folder: none may meet another's cache."""
+    caches: dict[str, dict[str, list[str]]] = {}
+
+    def look(part: Any, name: str) -> None:
+        if isinstance(part, list):
+            for item in part:
+                look(item, name)
+        elif isinstance(part, dict):
+            if str(part.get("class_path", "")).endswith(".CachedLatents"):
+                free = ("images", "fresh_captions", "in_memory", "batch_size", "folder")
+                made_by = {key: value for key, value in part["init_args"].items() if key not in free}
+                said = json.dumps(made_by, sort_keys=True)
+                caches.setdefault(part["init_args"]["folder"], {}).setdefault(said, []).append(name)
+            for item in part.values():
+                look(item, name)
+
+    for path in sorted((CONFIGS / "data").glob("*.yaml")):
+        look(yaml.safe_load(path.read_text()), path.name)
+    assert len(caches) > 3
+    for folder, makers in caches.items():
+        assert len(makers) == 1, (folder, makers)
