@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 from generation.layout import LayoutControl, scenes_layout
-from generation.stored_text import StoredText
+from generation.stored_text import MappedShards, StoredText
 from generation.token_shards import DRAWN_WRONG, TokenHeader, differences, read_shard, require_whole, shard_files
 from layton.data.sources import SampleSource, say, say_contrary
+from layton.data.texts import PackedTexts
 from layton.data.types import Split, check_split, split_of_key
 from layton.scenes import (
     SHOWN_SIZES,
@@ -64,7 +66,10 @@ class TokenShards(SampleSource):
         untrue: Whether the captions are false, as those of drawn images that are wrong (`generation.rollouts`): samples
             then hold them as ``contrary``, and an empty ``caption``.
         use_text: Whether cached text features are given out, where there are any.
-        verify: Compare the shards' digests with the manifest's first.
+        in_memory: Keep the codes in memory, in every process; otherwise they are read from disk one by one, and memory
+            holds keys, captions and some 24 bytes a sample.
+        verify: Compare the shards' digests with the manifest's first, which reads all of them, cached text included;
+            once, as long as their sizes and times of change stay the same.
 
     Raises:
         ValueError: If the folder is no finished token dataset, is damaged, or holds nothing of the split.
@@ -87,6 +92,7 @@ class TokenShards(SampleSource):
         shown: int = 0,
         untrue: bool = False,
         use_text: bool = True,
+        in_memory: bool = True,
         verify: bool = True,
     ) -> None:
         shares = {"chinese": chinese, "reworded": reworded, "related": related}
@@ -108,7 +114,7 @@ class TokenShards(SampleSource):
         paths = shard_files(self.folder)
         if verify:
             require_whole(self.folder)
-        kept = _read_all(paths, partial(_is_wanted, split=self.split, textures=textures), length)
+        kept = _read_all(paths, partial(_is_wanted, split=self.split, textures=textures), length, with_codes=in_memory)
         if not kept.keys:
             raise ValueError(f"split {split!r} of {folder} holds no samples" + (f" on {textures}" if textures else ""))
         other = next((key for key in kept.keys if (ahead or placed) and seed_of_key(key) is None), None)
@@ -120,31 +126,40 @@ class TokenShards(SampleSource):
             raise ValueError(f"{folder} holds images that do not show what their captions say: pass untrue=True")
         self._ahead, self._placed, self._shown, self._untrue = ahead, placed, shown, untrue
         self.header, self._keys, self._captions = kept.header, kept.keys, kept.captions
-        self._codes, self._places = kept.codes.numpy(), kept.places  # torch cannot pickle its uint16
+        self._codes = None if kept.codes is None else kept.codes.numpy()  # torch cannot pickle its uint16
+        self._places, self._shards = kept.places, MappedShards(paths)
         self._texts: StoredText | None = None
         if use_text and self.header.text_encoder:
             if self._shares:
                 raise ValueError("captions said anew have no cached features: pass use_text=False, or no shares")
-            self._texts = StoredText(paths, length=self.header.text_length, side=self.header.text_padding)
+            self._texts = StoredText(self._shards, length=self.header.text_length, side=self.header.text_padding)
 
     def __len__(self) -> int:
         """Number of samples."""
         return len(self._keys)
 
     @property
-    def keys(self) -> list[str]:
+    def keys(self) -> Sequence[str]:
         """Keys of all samples, in order."""
         return self._keys
 
     def codes(self) -> Tensor:
         """Codes (n, N) int64 of all samples, in order."""
+        if self._codes is None:
+            return torch.stack([self._codes_of(index) for index in range(len(self))])
         return torch.from_numpy(self._codes.astype(np.int64))
+
+    def _codes_of(self, index: int) -> Tensor:
+        if self._codes is not None:
+            return torch.from_numpy(self._codes[index].astype(np.int64))
+        shard, row = self._places[index].tolist()
+        return self._shards.rows(shard, "codes", row, row + 1)[0].long()
 
     def sample(self, index: int, *, seed: int) -> dict[str, Any]:
         """One sample; the seed decides the wording of a scene's caption. See `SampleSource.sample`."""
         key = self._keys[index]
         sample: dict[str, Any] = {
-            "codes": torch.from_numpy(self._codes[index].astype(np.int64)),
+            "codes": self._codes_of(index),
             "caption": self._caption(index, key, seed),
             "key": key,
         }
@@ -235,41 +250,44 @@ def split_of(key: str) -> Split:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Kept:
-    """The samples that are kept: header, keys, captions, codes (n, N) as stored, and places (n, 2) int32.
+    """The samples that are kept: header, keys, captions, codes (n, N) as stored, or None, and places (n, 2) int32.
 
     A place is the index of the shard and the row in it.
     """
 
     header: TokenHeader
-    keys: list[str]
-    captions: list[str]
-    codes: Tensor
+    keys: PackedTexts
+    captions: PackedTexts
+    codes: Tensor | None
     places: Tensor
 
 
-def _read_all(paths: Sequence[Path], wanted: Callable[[str], bool], length: int | None) -> _Kept:
+def _read_all(paths: Sequence[Path], wanted: Callable[[str], bool], length: int | None, *, with_codes: bool) -> _Kept:
     """The samples whose keys are wanted; one shard is held at a time.
 
     Raises:
         ValueError: If there is no shard, one is damaged, or they were made by different things.
     """
-    keys: list[str] = []
-    captions: list[str] = []
+    keys: list[PackedTexts] = []
+    captions: list[PackedTexts] = []
     codes: list[Tensor] = []
     places: list[Tensor] = []
     headers: list[TokenHeader] = []
+    count = 0
     for number, path in enumerate(paths):
         header, shard = read_shard(path, with_text=False)
         headers.append(header)
         if header != headers[0]:
             raise ValueError(f"{path.parent}: shards were made by different things")
         rows = [row for row, key in enumerate(shard.keys) if wanted(key)]
-        rows = rows if length is None else rows[: length - len(keys)]
-        keys += [shard.keys[row] for row in rows]
-        captions += [shard.captions[row] for row in rows]
+        rows = rows if length is None else rows[: length - count]
+        count += len(rows)
+        keys.append(PackedTexts(shard.keys[row] for row in rows))
+        captions.append(PackedTexts(shard.captions[row] for row in rows))
         chosen = torch.tensor(rows, dtype=torch.int64)
-        codes.append(shard.codes[chosen])
+        codes += [shard.codes[chosen]] if with_codes else []
         places.append(torch.stack([torch.full_like(chosen, number), chosen], dim=1).int())
     if not headers:
         raise ValueError("the token dataset has no shards")
-    return _Kept(headers[0], keys, captions, torch.cat(codes), torch.cat(places))
+    all_keys, all_captions = (PackedTexts(chain.from_iterable(parts)) for parts in (keys, captions))
+    return _Kept(headers[0], all_keys, all_captions, torch.cat(codes) if with_codes else None, torch.cat(places))

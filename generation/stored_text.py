@@ -1,4 +1,4 @@
-"""Text features that stay on disk: one caption's rows are read from its shard when they are wanted."""
+"""What stays on disk of a token dataset: rows are read from their shard when they are wanted."""
 
 from __future__ import annotations
 
@@ -15,21 +15,18 @@ from torch import Tensor
 _OPEN_FILES = 64  # mapped at a time; each takes address space and a header of a few hundred bytes
 
 
-class StoredText:
-    """Cached features of all captions of a token dataset, whose memory does not grow with it.
+class MappedShards:
+    """Rows of the tensors in a token dataset's shards, whose memory does not grow with it.
 
     Shards are mapped into memory, so that what was read is the system's to drop. Every process maps them anew: a
     forked or spawned worker of a loader takes over no handle.
 
     Args:
         paths: The shards, in order; checked already (`generation.token_shards.read_shard`).
-        length: L, to which features are padded.
-        side: Of the padding, "left" or "right".
     """
 
-    def __init__(self, paths: Sequence[Path], *, length: int, side: str) -> None:
+    def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = list(paths)
-        self._length, self._side = length, side
         self._files: OrderedDict[int, Any] = OrderedDict()
         self._process = os.getpid()
 
@@ -37,27 +34,17 @@ class StoredText:
         """What another process needs: everything but the open files."""
         return {**self.__dict__, "_files": OrderedDict()}
 
-    def padded(self, shard: int, row: int) -> tuple[Tensor, Tensor]:
-        """Features (L, D) float16, zero at padding, and mask (L,) bool of one caption.
-
-        Args:
-            shard: Index of the shard.
-            row: Index of the caption in it.
+    def rows(self, shard: int, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop - 1`` of a tensor of a shard.
 
         Raises:
             ValueError: If the shard is not there any more or was damaged since it was checked.
         """
         try:
-            file = self._file(shard)
-            ends = [0, *file.get_slice("text_ends")[max(row - 1, 0) : row + 1].tolist()][-2:]
-            found: Tensor = file.get_slice("text")[ends[0] : ends[1]]
+            found: Tensor = self._file(shard).get_slice(name)[start:stop]
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self._paths[shard]} cannot be read any more: {error}") from error
-        length = self._length
-        place = slice(length - len(found), None) if self._side == "left" else slice(0, len(found))
-        text, mask = found.new_zeros(length, found.shape[1]), torch.zeros(length, dtype=torch.bool)
-        text[place], mask[place] = found, True
-        return text, mask
+        return found
 
     def _file(self, shard: int) -> Any:
         if self._process != os.getpid():
@@ -68,3 +55,34 @@ class StoredText:
                 self._files.popitem(last=False)
         self._files.move_to_end(shard)
         return self._files[shard]
+
+
+class StoredText:
+    """Cached features of all captions of a token dataset.
+
+    Args:
+        shards: Where they lie.
+        length: L, to which features are padded.
+        side: Of the padding, "left" or "right".
+    """
+
+    def __init__(self, shards: MappedShards, *, length: int, side: str) -> None:
+        self._shards, self._length, self._side = shards, length, side
+
+    def padded(self, shard: int, row: int) -> tuple[Tensor, Tensor]:
+        """Features (L, D) float16, zero at padding, and mask (L,) bool of one caption.
+
+        Args:
+            shard: Index of the shard.
+            row: Index of the caption in it.
+
+        Raises:
+            ValueError: See `MappedShards.rows`.
+        """
+        ends = [0, *self._shards.rows(shard, "text_ends", max(row - 1, 0), row + 1).tolist()][-2:]
+        found = self._shards.rows(shard, "text", *ends)
+        length = self._length
+        place = slice(length - len(found), None) if self._side == "left" else slice(0, len(found))
+        text, mask = found.new_zeros(length, found.shape[1]), torch.zeros(length, dtype=torch.bool)
+        text[place], mask[place] = found, True
+        return text, mask

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from layton.folder import write_atomically
 FORMAT = "layton tokens 1"
 DRAWN_RIGHT, DRAWN_WRONG = "drawn, right", "drawn, wrong"  # policies of images that a generator drew
 PLAN_NAME, MANIFEST_NAME = "plan.json", "manifest.json"
+WHOLE_NAME = ".whole.json"  # what shards looked like when they were found to be what was written
 _UINT16_CODES = 2**16
 Precision = Literal["fp32", "bf16"]
 
@@ -232,12 +234,23 @@ def _listed(manifest: Mapping[str, Any], folder: Path) -> list[tuple[str, Mappin
 def require_whole(folder: Path) -> None:
     """Refuse a dataset of which a byte is not the one that was written; reads all shards, some 1 GB in a second.
 
+    Shards that were found whole and have their size and time of change since are not read again: `layton data verify`
+    reads them always.
+
     Raises:
         ValueError: With the first shard that was changed.
     """
-    for name, entry in _listed(_manifest(folder), folder):
+    listed = _listed(_manifest(folder), folder)
+    seen = {name: [(folder / name).stat().st_size, (folder / name).stat().st_mtime_ns] for name, _ in listed}
+    stamp = {"format": FORMAT, "manifest": sha256_of(folder / MANIFEST_NAME), "seen": seen}
+    with suppress(ValueError):
+        if (folder / WHOLE_NAME).is_file() and read_json(folder / WHOLE_NAME) == stamp:
+            return
+    for name, entry in listed:
         if sha256_of(folder / name) != entry["sha256"]:
             raise ValueError(f"{folder / name} is not what was written (sha256): `layton data verify {folder}`")
+    with suppress(OSError):  # a folder that may only be read is read again
+        write_json(folder / WHOLE_NAME, stamp)
 
 
 def verify(folder: Path) -> list[str]:

@@ -23,7 +23,7 @@ _DISTILL_HELP = (
 # jsonargparse of a part that may be left out and could not be made: the reason stands between its type and its settings
 _OPTIONAL_PART = re.compile(
     r"Does not validate against any of the Union subtypes.*?Errors:\s*- (?P<reason>.*?)\s*"
-    r"- Expected a <class 'NoneType'>",
+    r"(- Expected a <class 'NoneType'>|\Z)",
     re.DOTALL,
 )
 

@@ -11,7 +11,7 @@ import torch
 from laytongen_parts import CODES, LENGTH, TOKENS, tiny_text_encoder, tiny_tokenizer
 
 from generation.data import TokenShards, split_of
-from generation.token_shards import read_shard, shard_files, write_shard
+from generation.token_shards import read_shard, sha256_of, shard_files, write_shard
 from generation.tokenizing import TokenizeJob, tokenize_dataset
 from layton.data.loader import collate
 from layton.data.sources import ScenesSource
@@ -64,7 +64,7 @@ def test_captions_are_said_anew_and_stay_true(folder: str) -> None:
 
 def test_splits_and_length(folder: str) -> None:
     assert len(TokenShards(folder, split="train")) == 10
-    assert TokenShards(folder, length=5).keys == [f"scenes/{seed}" for seed in range(5)]
+    assert list(TokenShards(folder, length=5).keys) == [f"scenes/{seed}" for seed in range(5)]
     with pytest.raises(ValueError, match="holds no samples"):
         TokenShards(folder, split="test")
     assert [split_of(key) for key in ("scenes/7", "scenes/1000000000", "scenes/2000000000")] == [
@@ -85,18 +85,54 @@ def test_tokens_of_another_tokenizer_are_refused(folder: str) -> None:
 def test_codes_are_kept_narrow_and_features_on_disk(folder: str) -> None:
     tokens = TokenShards(folder)
     assert tokens._codes.dtype == np.uint16  # 2 bytes for each
-    parts = [value for part in (tokens, tokens._texts) for value in vars(part).values()]
-    held = [value for value in parts if isinstance(value, torch.Tensor | np.ndarray)]
-    assert sum(value.nbytes for value in held) == 10 * (2 * TOKENS + 8)  # codes and places, no features
+    assert held_by(tokens) == 10 * (2 * TOKENS + 8)  # codes and places, no features
     assert tokens.codes().dtype == torch.int64
     assert tokens.codes().equal(torch.stack([tokens.sample(index, seed=0)["codes"] for index in range(10)]))
+
+
+def held_by(tokens: TokenShards) -> int:
+    """Bytes in memory, but for keys and captions."""
+    parts = [value for part in (tokens, tokens._texts, tokens._shards) for value in vars(part).values()]
+    return sum(value.nbytes for value in parts if isinstance(value, torch.Tensor | np.ndarray))
+
+
+def test_codes_may_stay_on_disk(folder: str) -> None:
+    kept, read = TokenShards(folder, split="train"), TokenShards(folder, split="train", in_memory=False)
+    assert held_by(read) == 8 * len(read) and len(read) == len(kept)  # places
+    assert list(read.keys) == list(kept.keys) and read.codes().equal(kept.codes())
+    for index in range(len(kept)):
+        left, right = kept.sample(index, seed=1), read.sample(index, seed=1)
+        assert left["codes"].equal(right["codes"]) and left["codes"].dtype == right["codes"].dtype
+        assert left["caption"] == right["caption"]
+    loader = torch.utils.data.DataLoader(read, batch_size=2, num_workers=1, collate_fn=collate)
+    assert torch.cat([batch["codes"] for batch in loader]).equal(kept.codes())
+
+
+def test_shards_are_read_whole_once_as_long_as_nobody_touches_them(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "tokens"
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(".*"))
+    hashed: list[str] = []
+    whole = sha256_of
+    monkeypatch.setattr("generation.token_shards.sha256_of", lambda path: hashed.append(path.name) or whole(path))
+    for _ in range(2):
+        TokenShards(str(copy))
+    shards = [path.name for path in shard_files(copy)]
+    assert sorted(name for name in hashed if name in shards) == shards  # once
+    last = copy / shards[-1]
+    content = bytearray(last.read_bytes())
+    content[-1] ^= 1
+    last.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match="is not what was written"):
+        TokenShards(str(copy))
 
 
 def test_every_process_and_split_finds_its_own_features(folder: str) -> None:
     tokens = TokenShards(folder)
     alone = [tokens.sample(index, seed=0) for index in range(10)]
     spawned = pickle.loads(pickle.dumps(tokens))  # noqa: S301  # what a spawned worker gets
-    tokens._texts._process = -1  # what a forked worker finds
+    tokens._shards._process = -1  # what a forked worker finds
     for other in (tokens, spawned, TokenShards(folder, split="train", length=7)):
         for index in (6, 0, 4, 3):  # shards of four
             sample = other.sample(index, seed=0)
@@ -131,8 +167,8 @@ def test_a_changed_byte_is_noticed_before_training(folder: str, tmp_path: Path) 
 
 def test_scenes_are_kept_by_their_backgrounds(folder: str) -> None:
     rough = [f"scenes/{seed}" for seed in range(10) if sample_scene(seed).background.texture in ("checks", "noise")]
-    assert TokenShards(folder, textures=["checks", "noise"]).keys == rough
-    assert TokenShards(folder, textures=["checks", "noise"], length=1).keys == rough[:1]
+    assert list(TokenShards(folder, textures=["checks", "noise"]).keys) == rough
+    assert list(TokenShards(folder, textures=["checks", "noise"], length=1).keys) == rough[:1]
     with pytest.raises(ValueError, match="holds no samples"):
         TokenShards(folder, textures=["plain"])
     with pytest.raises(ValueError, match="textures"):

@@ -119,6 +119,7 @@ def test_what_fails_in_a_loaders_worker_is_one_line() -> None:
         "  - Expected a <class 'NoneType'>\nGiven value type: N\nGiven value: N(a=1)"
     )
     assert _one_line(ValueError(part)) == "no such folder: x"
+    assert _one_line(ValueError(part.partition("  - Expected")[0])) == "no such folder: x"
     assert _one_line(RuntimeError("Caught cold:\nstay in bed")) == "Caught cold: stay in bed"
 
 
