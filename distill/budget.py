@@ -69,7 +69,7 @@ class Budget:
         Args:
             network: Called with at least one tensor, whose first dimension is the batch.
             account: Name to count under.
-            cost: Cost of one sample relative to the denoiser's, see ``relative_cost``.
+            cost: Cost of one sample relative to the denoiser's, as `count_flops` counts both.
 
         Returns:
             A handle whose ``remove()`` ends the watch.
@@ -175,22 +175,6 @@ def count_flops(run: Callable[[], object]) -> int:
     with torch.no_grad(), flop_counter() as counter:
         run()
     return counter.get_total_flops()
-
-
-def relative_cost(run: Callable[[], object], reference: Callable[[], object]) -> float:
-    """Cost of one call relative to another, by counted operations; both on the same number of samples.
-
-    Args:
-        run: Calls the discriminator, decoder or whatever is to be counted.
-        reference: Calls the denoiser.
-
-    Raises:
-        ValueError: One of the two has no operations that can be counted.
-    """
-    own, unit = count_flops(run), count_flops(reference)
-    if not own or not unit:
-        raise ValueError(f"nothing to compare: {own} operations against {unit}")
-    return own / unit
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -190,14 +190,3 @@ def tcd(schedule: NoiseSchedule, gamma: float) -> Solver:
         return like(ratio, x) * x_low + like(spread, x) * step.draw()
 
     return solver
-
-
-def evenly_spaced(step_counts: Sequence[int], *, grid: Sequence[float]) -> tuple[tuple[float, ...], ...]:
-    """Times for several numbers of steps, picked from one descending grid at even index spacing as LCMScheduler does.
-
-    Raises:
-        ValueError: More steps are asked for than the grid has times.
-    """
-    if max(step_counts) > len(grid):
-        raise ValueError(f"a grid of {len(grid)} times has none for {max(step_counts)} steps")
-    return tuple(tuple(float(grid[i * len(grid) // count]) for i in range(count)) for count in step_counts)

@@ -111,11 +111,6 @@ def radial_power_spectrum(images: Tensor, *, num_bins: int = 32) -> Tensor:
     return torch.einsum("bhw,hwk->bk", power, weight)
 
 
-def upper_half_power(images: Tensor) -> Tensor:
-    """Power between half of Nyquist and Nyquist, (B,): the top half of the radial spectrum."""
-    return radial_power_spectrum(images, num_bins=2)[:, 1]
-
-
 def sobel(images: Tensor) -> Tensor:
     """Derivatives of images by the horizontal and the vertical Sobel kernel, scaled to one unit per pixel.
 

@@ -32,9 +32,7 @@ from torch import Tensor, nn
 
 from distill.adapters import (
     AdapterView,
-    LoraSettings,
     active_adapters,
-    adapter_names,
     adapter_state_dict,
     set_active_adapters,
 )
@@ -288,18 +286,6 @@ def pipeline_arguments(sampling: FewStepSampling, num_steps: int) -> dict[str, A
     if sampling.prediction != "flow" and sampling.kind != "renoise":
         arguments["eta"] = sampling.gamma if sampling.kind == "tcd" else 0.0
     return arguments
-
-
-def lora_settings_of(network: Network, name: str = "default") -> LoraSettings:
-    """Settings of an adapter that is on a network.
-
-    Raises:
-        ValueError: The network has no such adapter.
-    """
-    if name not in adapter_names(network):
-        raise ValueError(f"the network has no adapter {name!r}, only {list(adapter_names(network))}")
-    config = network.peft_config[name]
-    return LoraSettings(rank=config.r, alpha=float(config.lora_alpha), targets=tuple(sorted(config.target_modules)))
 
 
 def _load_lora(pipeline: DiffusionPipeline, path: Path, part: str, adapter_name: str) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill.adapters import LoraSettings, networks_for
-from distill.budget import Budget, count_flops, flop_counter, relative_cost
+from distill.budget import Budget, count_flops, flop_counter
 from distill.condition import Condition
 from distill.denoiser import Denoiser, GuidedDenoiser
 from distill.schedules import VPSchedule
@@ -77,13 +77,6 @@ def test_several_outputs_are_one_backward():
     budget.watch(heads)
     sum(output.sum() for output in heads(x=X)).backward()
     assert budget.total == 3 * B
-
-
-def test_relative_cost_is_the_ratio_of_operations():
-    wide, narrow = nn.Linear(8, 32), nn.Linear(8, 8)
-    assert relative_cost(lambda: wide(X), lambda: narrow(X)) == 4.0
-    with pytest.raises(ValueError, match="nothing to compare"):
-        relative_cost(lambda: X + 1, lambda: narrow(X))
 
 
 def test_nonsense_is_refused():

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from distill.condition import Condition
 from distill.denoiser import Denoiser
-from distill.few_step import FewStepSampling, evenly_spaced
+from distill.few_step import FewStepSampling
 from distill.samplers import lcm_boundary, renoise_sample
 from distill.schedules import VPSchedule
 from distill.toy import GaussianMixtureDenoiser
@@ -115,10 +115,3 @@ def test_guidance_is_fed_to_the_network():
     given = Condition(guidance=torch.ones(5))
     record.sample(Listener(VPSchedule(), "eps"), noise(), given, num_steps=1)
     assert seen[0].tolist() == [7.5] * 5 and seen[1].tolist() == [1.0] * 5
-
-
-def test_even_spacing_is_that_of_the_lcm_scheduler():
-    grid = [float(t) for t in range(999, 0, -20)]
-    assert evenly_spaced([1, 4], grid=grid) == ((999.0,), (999.0, 759.0, 499.0, 259.0))
-    with pytest.raises(ValueError, match="51"):
-        evenly_spaced([51], grid=grid)

@@ -25,7 +25,6 @@ from layton.distillation.distilled import (
     LORA_NAME,
     load_distilled,
     load_sampling,
-    lora_settings_of,
     network_of,
     pipeline_arguments,
     save_distilled,
@@ -101,7 +100,7 @@ def test_loaded_lora_gives_the_trained_output(kind, tmp_path):
     assert loaded.keys() == saved.keys() and any("to_q" in key for key in saved)
     for key in saved:
         assert_close(loaded[key], saved[key], rtol=0, atol=0)
-    assert lora_settings_of(network, "distilled").alpha == 8.0
+    assert network.peft_config["distilled"].lora_alpha == 8.0
 
     condition, x_T = condition_of(kind), draw(3, 1, 4, 8, 8)
     for steps in (1, 4):
