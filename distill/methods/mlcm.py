@@ -160,6 +160,7 @@ class MLCM(DistillationMethod):
         """See `DistillationMethod.parts`."""
         starts = zip(self.progression.segments, self.progression.starts, strict=True)
         found = {f"{segments} segments": start for segments, start in starts if start > 0}
+        found |= {f"the {extra.name} term": extra.start for extra in self._extras() if extra.weight and extra.start}
         return found if self.refinement is None else found | {"the second stage": self.refinement.start}
 
     def in_refinement(self, step: int) -> bool:

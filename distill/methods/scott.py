@@ -119,6 +119,12 @@ class SCott(ConsistencyMethod):
         self.discriminator = discriminator
 
     @property
+    def parts(self) -> Mapping[str, int]:
+        """See `DistillationMethod.parts`."""
+        late = self.needs_discriminator and self.adversary.start > 0
+        return {"the adversarial term": self.adversary.start} if late else {}
+
+    @property
     def weights(self) -> Mapping[str, float]:
         """See ``DistillationMethod.weights``."""
         return {"adversarial": self.adversary.weight} if self.needs_discriminator else {}

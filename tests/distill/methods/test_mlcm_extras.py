@@ -111,6 +111,7 @@ def test_fake_network_learns_at_every_step_and_the_student_at_each_fifth() -> No
     fake = Linear(VPSchedule(), start=0.5)
     method = MLCM(extras=[DistributionMatching(fake, start=2, fake_updates=5)], refinement=Refinement(start=0))
     assert method.needs_null and set(method.critic_parameters()) == set(fake.parameters())
+    assert method.parts["the distribution_matching term"] == 2
     kept, batch = networks(), batch_of(8)
     acting = []
     for step in range(9):
