@@ -181,16 +181,18 @@ class TokenShards(SampleSource):
             sample |= {"text": text, "text_mask": mask}
         return sample
 
-    def require_tokenizer(self, fingerprint: str) -> None:
+    def require_tokenizer(self, fingerprint: str, *, encoder: str | None = None) -> None:
         """Refuse tokens of another tokenizer.
 
         Args:
             fingerprint: Of the tokenizer's codebook.
+            encoder: `layton.modules.weights_digest` of its encoder: another one gives other codes of the same codebook.
 
         Raises:
-            ValueError: With both fingerprints.
+            ValueError: With what differs.
         """
-        differs = differences({"fingerprint": self.header.fingerprint}, {"fingerprint": fingerprint})
+        wanted = {"fingerprint": fingerprint} | ({} if encoder is None else {"encoder": encoder})
+        differs = differences({name: getattr(self.header, name) for name in wanted}, wanted)
         if differs:
             raise ValueError(f"{self.folder} holds tokens of another tokenizer ({differs})")
 

@@ -17,6 +17,7 @@ from generation.judge import Judge
 from generation.text_encoders import TextEncoder
 from generation.token_shards import differences
 from layton.data.sources import say, say_contrary, walk
+from layton.modules import weights_digest
 from layton.scenes import SHOWN_SIZES, sample_scene, seed_of_key
 from layton.scenes.contrary import CHANGES
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
@@ -93,7 +94,8 @@ class JudgeTask(LaytonTask):
         names = ("train", "validation", "test")
         for source in walk([source for name in names for source in getattr(module, name, None) or []]):
             if isinstance(source, TokenShards):
-                source.require_tokenizer(self._whole[0][0].fingerprint)
+                whole, place = self._whole[0]
+                source.require_tokenizer(whole.fingerprint, encoder=weights_digest(place.encoder))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record whose codes and features were learnt."""

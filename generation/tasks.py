@@ -144,13 +144,8 @@ class LaytonGenTask(LaytonTask):
 
     def require_shards(self, source: TokenShards) -> None:
         """See `setup`."""
-        source.require_tokenizer(self.facts.fingerprint)
+        source.require_tokenizer(self.facts.fingerprint, encoder=weights_digest(self._tokenizer[0].encoder))
         source.require_layouts(self.transformer.layout_control)
-        encoder = weights_digest(self._tokenizer[0].encoder)
-        if source.header.encoder != encoder:
-            raise ValueError(
-                f"{source.folder} holds codes of another encoder (stored {source.header.encoder}, wanted {encoder})"
-            )
         stored, wanted = (
             {name: getattr(facts, name) for name in ("vocab_size", "num_tokens", "image_size")}
             for facts in (source.header, self.facts)
