@@ -8,7 +8,7 @@ and what the model writes is taken apart again. `WholeImages` keeps it from writ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -31,6 +31,7 @@ class ImageVocabulary:
         offset: Id of code 0; the others follow.
         vocab_size: V.
         num_tokens: N codes for an image.
+        known: So many ids the text tokenizer had before images' were added; all of them, where these were found there.
     """
 
     begin: int
@@ -38,6 +39,7 @@ class ImageVocabulary:
     offset: int
     vocab_size: int
     num_tokens: int
+    known: int = field(compare=False, default=0)
 
     @classmethod
     def add_to(cls, words: PreTrainedTokenizerBase, images: ImageTokenizer) -> Self:
@@ -50,13 +52,14 @@ class ImageVocabulary:
         Raises:
             ValueError: Codes of another number were added before.
         """
+        known = len(words)
         texts = [BEGIN, END, *(f"<code_{code}>" for code in range(images.vocab_size))]
         words.add_tokens([AddedToken(text, normalized=False, special=True) for text in texts], special_tokens=True)
         begin, end, *codes = words.convert_tokens_to_ids(texts)
         beyond = f"<code_{images.vocab_size}>"
         if codes != list(range(codes[0], codes[0] + len(codes))) or beyond in words.get_added_vocab():
             raise ValueError(f"the text tokenizer has codes of its own that are not these {images.vocab_size}")
-        return cls(begin, end, codes[0], images.vocab_size, images.num_tokens)
+        return cls(begin, end, codes[0], images.vocab_size, images.num_tokens, known)
 
     @property
     def size(self) -> int:
@@ -133,7 +136,9 @@ class ImageVocabulary:
 def make_room(
     model: PreTrainedModel, vocabulary: ImageVocabulary, *, generator: torch.Generator, codebook: Tensor | None = None
 ) -> None:
-    """Give a language model rows for an image's ids, in place; rows that it has are left as they are.
+    """Give a language model rows for an image's ids, in place.
+
+    Rows of ids that the tokenizer had before, or that a model has learnt, are left as they are.
 
     New rows are drawn with the mean and the spread of the model's own, in its embedding and its head. With a codebook
     the rows of codes are a random projection of it instead, so that codes that look alike begin alike.
@@ -149,8 +154,8 @@ def make_room(
     """
     if codebook is not None and (codebook.ndim != 2 or len(codebook) != vocabulary.vocab_size):
         raise ValueError(f"the codebook must be ({vocabulary.vocab_size}, d), got {tuple(codebook.shape)}")
-    known = min(vocabulary.begin, vocabulary.end, vocabulary.offset)
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    known = min(vocabulary.known, tables[0].weight.shape[0])
     if tables[0].weight.shape[0] < vocabulary.size:  # some models have spare rows
         model.resize_token_embeddings(vocabulary.size, mean_resizing=False)
         tables = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -164,14 +169,17 @@ def _fill(
     weight: Tensor, known: int, vocabulary: ImageVocabulary, codebook: Tensor | None, generator: torch.Generator
 ) -> None:
     own = weight[:known].float()
-    rows = torch.randn(vocabulary.size - known, weight.shape[1], generator=generator)
+    ids = torch.tensor(
+        [vocabulary.begin, vocabulary.end, *range(vocabulary.offset, vocabulary.offset + vocabulary.vocab_size)]
+    )
+    rows = torch.randn(len(ids), weight.shape[1], generator=generator)
     if codebook is not None:
         table = codebook.detach().float().cpu()
         table = (table - table.mean(0)) / table.std(0).clamp(min=1e-6)
         mixing = torch.randn(table.shape[1], weight.shape[1], generator=generator) / table.shape[1] ** 0.5
-        first = vocabulary.offset - known
-        rows[first : first + vocabulary.vocab_size] = table @ mixing
-    weight[known : vocabulary.size] = (own.mean(0) + own.std(0) * rows.to(own.device)).to(weight.dtype)
+        rows[2:] = table @ mixing
+    new = ids >= known
+    weight[ids[new].to(weight.device)] = (own.mean(0) + own.std(0) * rows[new].to(own.device)).to(weight.dtype)
 
 
 class WholeImages(LogitsProcessor):

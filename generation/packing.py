@@ -134,13 +134,21 @@ class PackedCopy(Generic[M]):
     """One packed copy of a module for many batches, made anew when the module's weights have changed."""
 
     def __init__(self) -> None:
-        self._stamp: list[tuple[int, int, int]] | None = None
+        self._stamp: list[tuple[int, float]] = []
         self._twin: M | None = None
 
+    def __getstate__(self) -> dict[str, object]:
+        """Nothing: packed weights can be neither copied nor pickled, and are made anew."""
+        return vars(PackedCopy())
+
     def of(self, module: M) -> M:
-        """`packed`, of the module as it is now."""
+        """`packed`, of the module as it is now; where nothing can be packed, the module itself."""
         weights = [*module.parameters(), *module.buffers()]
-        stamp = [(id(each), each.data_ptr(), 0 if each.is_inference() else each._version) for each in weights]
+        if any(each.device.type != "cpu" for each in weights):
+            return module
+        # Their sums, as averages and fused optimizers write past torch's count of changes. One reading of the weights,
+        # where an image needs hundreds.
+        stamp = [(id(each), float(each.detach().sum())) for each in weights]
         if self._twin is None or stamp != self._stamp:
             self._stamp, self._twin = stamp, packed(module)
         # What is not weights, such as a compiled step or the training mode, is the module's own.

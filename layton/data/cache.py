@@ -78,6 +78,7 @@ class CachedTensors(SampleSource):
         part_size: int = 2048,
         in_memory: bool = True,
         parts: Sequence[Path] = (),
+        passed_over: Iterable[str] = (),
     ) -> CachedTensors:
         """Compute the tensors of all batches and write them; memory is bounded by one part.
 
@@ -89,6 +90,7 @@ class CachedTensors(SampleSource):
             part_size: Samples in a file.
             in_memory: As for the constructor.
             parts: Files of the folder, from the first on, that hold the samples before these batches.
+            passed_over: Broken images that were met in making these.
 
         Returns:
             The cache, opened.
@@ -104,6 +106,8 @@ class CachedTensors(SampleSource):
         target.mkdir(parents=True, exist_ok=True)
         writer = _PartWriter(target, part_size, parts)
         broken = BadImages(tell=lambda reason, _: print(f"layton: passed over: {reason}", file=sys.stderr))
+        broken.restore(passed_over)
+        _begin(target, fingerprint, broken.reasons)
         sys.stderr.write(f"layton: computing {target}, once{f', from part {len(parts)} on' if parts else ''}\n")
         for batch in batches:
             known = len(writer.parts)
@@ -111,6 +115,7 @@ class CachedTensors(SampleSource):
             with torch.no_grad():
                 writer.add(batch, compute(batch))
             if len(writer.parts) > known:
+                _begin(target, fingerprint, broken.reasons)
                 sys.stderr.write(f"layton: {target}: {part_size * len(writer.parts):,} samples are there\n")
         writer.flush()
         if broken.count:
@@ -159,7 +164,7 @@ class CachedTensors(SampleSource):
         if not (target / _MANIFEST).exists():
             with lock_folder(target, wait=True):
                 if not (target / _MANIFEST).exists():
-                    parts = _parts_of(target, fingerprint)
+                    parts, passed_over = _left_by(target, fingerprint)
                     rest = batches(sum(len(_read_texts(part)["key"]) for part in parts))
                     cls.build(
                         rest,
@@ -169,6 +174,7 @@ class CachedTensors(SampleSource):
                         part_size=part_size,
                         in_memory=False,
                         parts=parts,
+                        passed_over=passed_over,
                     )
         return cls(folder, fingerprint=fingerprint, in_memory=in_memory)
 
@@ -255,19 +261,28 @@ class _PartWriter:
         self._tensors, self._texts = {}, {"key": [], "caption": []}
 
 
-def _parts_of(folder: Path, fingerprint: Fingerprint) -> list[Path]:
-    """The whole parts of an interrupted build by the same maker; writes down who builds."""
+def _begin(folder: Path, fingerprint: Fingerprint, broken: list[str]) -> None:
+    """Write down by whom a folder's parts are made, and what was passed over so far."""
+    text = json.dumps({"fingerprint": dict(fingerprint), "broken": broken}, indent=1, sort_keys=True)
+    write_atomically(folder / _BEGUN, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def _left_by(folder: Path, fingerprint: Fingerprint) -> tuple[list[Path], list[str]]:
+    """The whole parts that an interrupted build by the same maker left, and the broken images it met.
+
+    Parts of another maker are deleted: nobody may take them for this one's later.
+    """
     begun = folder / _BEGUN
-    found: list[Path] = []
-    if begun.is_file() and json.loads(begun.read_text(encoding="utf-8")) == dict(fingerprint):
-        for path in sorted(folder.glob("part-*.safetensors")):
-            if path.name != _part_name(len(found)):
-                break
-            found.append(path)
-        return found
-    text = json.dumps(dict(fingerprint), indent=1, sort_keys=True)
-    write_atomically(begun, lambda part: part.write_text(text, encoding="utf-8"))
-    return []
+    if begun.is_file():
+        left = json.loads(begun.read_text(encoding="utf-8"))
+        if left.get("fingerprint") == dict(fingerprint):
+            found = sorted(folder.glob("part-*.safetensors"))
+            whole = [path for number, path in enumerate(found) if path.name == _part_name(number)]
+            return whole, list(left["broken"])
+        begun.unlink()
+    for path in folder.glob("part-*.safetensors"):
+        path.unlink()
+    return [], []
 
 
 def _part_name(number: int) -> str:

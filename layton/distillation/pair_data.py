@@ -19,6 +19,7 @@ from layton.distillation.pairs import PairPlan, PairSource, captions_digest, gen
 from layton.ldm.cache import digest
 from layton.ldm.conditions import NETWORK_GUIDANCE, PromptEncoder, latent_shape_of
 from layton.ldm.teacher import open_pipeline
+from layton.lock import lock_folder
 
 _NETWORKS = ("unet", "transformer")
 
@@ -41,8 +42,8 @@ class TeacherPairs(SampleSource):
         latent_size: h = w; by default what the pipeline makes by default.
         network_guidance: What a network with guidance for an input is told (FLUX dev); of no effect on others.
         negative_prompt: What a guided teacher is led away from; None is the pipeline's own default.
-        device: Where the teacher runs while pairs are made; the accelerator if there is one. Of several ranks each
-            would make them: make them first, with ``layton pairs``.
+        device: Where the teacher runs while pairs are made; the accelerator if there is one. Of several ranks one makes
+            them while the others wait; ``layton pairs`` makes them beforehand.
     """
 
     def __init__(
@@ -140,9 +141,10 @@ def open_or_make(
     def condition_of(batch: Mapping[str, Any]) -> Condition:
         return encoder(batch["caption"], device=place)
 
-    made = generate_pairs(
-        teacher, prompts, condition_of, folder, plan, teacher_id=teacher_id, null=null, progress=progress or _say
-    )
+    with lock_folder(Path(folder), wait=True):  # of several ranks one makes them, and the others find them made
+        made = generate_pairs(
+            teacher, prompts, condition_of, folder, plan, teacher_id=teacher_id, null=null, progress=progress or _say
+        )
     if made is None:  # cannot happen with one worker
         raise RuntimeError(f"{folder}: parts are missing")
     return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -52,7 +53,10 @@ def folder_for(root: Path, fingerprint: Fingerprint) -> Path:
             if found.get("fingerprint", found) == dict(fingerprint):
                 return root
             text = json.dumps(dict(fingerprint), sort_keys=True)
-            return root.with_name(f"{root.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
+            beside = root.with_name(f"{root.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
+            differs = ", ".join(_differing(found.get("fingerprint", found), fingerprint))
+            sys.stderr.write(f"layton: {root} holds other pairs ({differs}): {beside} is for these\n")
+            return beside
     return root
 
 
@@ -62,10 +66,13 @@ def require_same(folder: Path, stored: Fingerprint, wanted: Fingerprint) -> None
     Raises:
         CacheMismatchError: They are not; every field that differs is named.
     """
-    differs = [name for name in sorted({*stored, *wanted}) if stored.get(name) != wanted.get(name)]
-    if differs:
+    if differs := _differing(stored, wanted):
         changes = "; ".join(f"{name}: stored {stored.get(name)!r}, wanted {wanted.get(name)!r}" for name in differs)
         raise CacheMismatchError(f"{folder}: these pairs were made by something else ({changes})")
+
+
+def _differing(stored: Fingerprint, wanted: Fingerprint) -> list[str]:
+    return [name for name in sorted({*stored, *wanted}) if stored.get(name) != wanted.get(name)]
 
 
 def is_there(path: Path, count: int) -> bool:

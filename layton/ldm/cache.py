@@ -214,8 +214,12 @@ def _batches(source: ImageSource, count: int, batch_size: int, start: int = 0) -
     """The images from number ``start`` on, read by processes of their own where an accelerator waits for them."""
     workers = 0 if choose_device(None).type == "cpu" else min(8, os.cpu_count() or 1)
     originals = _Originals(source, range(start, count))
-    loader = DataLoader(originals, batch_size, num_workers=workers, collate_fn=collate, generator=torch.Generator())
-    return map(dict, loader)
+    for batch in DataLoader(
+        originals, batch_size, num_workers=workers, collate_fn=collate, generator=torch.Generator()
+    ):
+        if isinstance(source, StoredSource):
+            source.bad.record_all(batch.get("bad", ()))  # each worker knows of its own only
+        yield dict(batch)
 
 
 class _Originals(Dataset[Any]):

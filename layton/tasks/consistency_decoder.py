@@ -8,6 +8,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from distill.denoiser import Condition
@@ -226,6 +227,10 @@ class ConsistencyDecoderTask(ManualTask):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the averaged target back."""
         super().on_load_checkpoint(checkpoint)
+        state, judge = checkpoint.get("state_dict", {}), dict(self.judge.named_parameters(prefix="judge"))
+        if not judge.keys() <= state.keys():
+            rank_zero_warn("the checkpoint is of a time when judges' adaptors were not in them: this one begins anew")
+            state |= judge | {name: state[name] for name in judge.keys() & state.keys()}
         if _TARGET_KEY in checkpoint and self._target[0] is not self.ladd:
             self.difference.load(self._target[0], checkpoint[_TARGET_KEY], source="the checkpoint's averaged target")
 

@@ -69,6 +69,16 @@ def test_texts_and_images_come_back_in_their_order(words: PreTrainedTokenizerFas
     assert ImageVocabulary.add_to(again, tiny_tokenizer()) == known and known.join(parts, again) == ids
 
 
+def test_a_mark_that_a_tokenizer_knew_keeps_its_row(words: PreTrainedTokenizerFast) -> None:
+    words.add_tokens(["<image>", "later"], special_tokens=True)
+    model = language_model(len(words))
+    own = model.get_input_embeddings().weight.detach().clone()
+    known = ImageVocabulary.add_to(words, tiny_tokenizer())
+    assert known.begin == len(own) - 2
+    make_room(model, known, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model.get_input_embeddings().weight[: len(own)], own)
+
+
 def test_images_that_are_not_whole_are_refused(words: PreTrainedTokenizerFast) -> None:
     known = ImageVocabulary.add_to(words, tiny_tokenizer())
     ids = known.ids(codes(1)[None])[0].tolist()
@@ -109,6 +119,9 @@ def test_a_model_makes_room_and_stays_what_it_was(words: PreTrainedTokenizerFast
     assert 0.5 < float(new.std() / table[:before].std()) < 2
     near, far = (float((new[0] - new[other]).norm()) for other in (1, 2))
     assert near < 0.1 * far  # codes that look alike begin alike
+    once = table.clone()
+    make_room(model, ImageVocabulary.add_to(words, tiny_tokenizer()), generator=torch.Generator().manual_seed(7))
+    assert torch.equal(model.get_input_embeddings().weight, once)  # what it may have learnt by now stays
     again = language_model(before, tied=tied)
     make_room(again, known, generator=torch.Generator().manual_seed(0), codebook=codebook)
     assert torch.equal(again.get_input_embeddings().weight, table)

@@ -106,11 +106,37 @@ def test_an_interrupted_build_goes_on_after_its_last_whole_part(tmp_path):
     assert started == [0, 0, 4] and computed[-6:] == [f"scenes/{i}" for i in range(4, 10)]
     assert again.keys == whole.keys and torch.equal(again.tensor("latents"), whole.tensor("latents"))
     assert not (tmp_path / "c" / "begun.json").exists()
+    (tmp_path / "c" / "cache.json").unlink()  # parts of which nobody says who made them are made anew
+    build(until(100))
+    assert started[-1] == 0
     computed.clear()
     with pytest.raises(KeyboardInterrupt):
         build(until(7), folder="d")
-    build(until(100), {**MADE_BY, "size": 17}, folder="d")  # what another maker left is no beginning of this one
-    assert started[-2:] == [0, 0]
+    other = {**MADE_BY, "size": 17}  # what another maker left is no beginning of this one, also not the second time
+    computed.clear()
+    with pytest.raises(KeyboardInterrupt):
+        build(until(2), other, folder="d")
+    assert not list((tmp_path / "d").glob("part-*"))
+    build(until(100), other, folder="d")
+    assert started[-3:] == [0, 0, 0]
+
+
+def test_what_was_passed_over_before_an_interruption_is_in_the_account(tmp_path):
+    def from_sample(start):
+        for batch in range(start // 2, 4):
+            yield {"key": [f"{batch}a", f"{batch}b"], "bad": [f"{batch}: broken"]}
+            if not start and batch == 2:
+                raise KeyboardInterrupt
+
+    def build():
+        return CachedTensors.open_or_build(
+            from_sample, lambda batch: {"rows": torch.zeros(2)}, str(tmp_path), fingerprint=MADE_BY, part_size=4
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        build()
+    assert len(build()) == 8
+    assert json.loads((tmp_path / "cache.json").read_text())["broken"] == [f"{batch}: broken" for batch in range(4)]
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
