@@ -203,9 +203,10 @@ class LayoutControl(nn.Module):
 
     def forward(self, layout: Tensor) -> Tensor:
         """Layouts (B, M, F) -> (B, N, D); all zeros for those that are not given."""
-        told = (layout[:, 0, 0] != UNTOLD).to(self.out.weight.dtype)
+        kind = next(self.labels.parameters()).dtype
+        told = (layout[:, 0, 0] != UNTOLD).to(kind)
         names, numbers = self.seen(layout.clamp_min(0))
-        hidden = self.place(numbers.to(self.out.weight.dtype))
+        hidden = self.place(numbers.to(kind))
         for number, embedding in enumerate(self.labels):
             hidden = hidden + embedding(names[..., number])
         control: Tensor = self.out(F.gelu(hidden, approximate="tanh"))
