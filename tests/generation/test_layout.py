@@ -285,7 +285,7 @@ def test_of_several_layouts_that_with_the_least_overlap_is_kept(
     once = planner.draw(text, seeded_generators(list(range(24))))
     monkeypatch.setattr(planner, "tries", 6)
     best = planner.draw(text, seeded_generators(list(range(24))))
-    assert SHAPE.overlap(once).mean() > 0.1
+    assert SHAPE.overlap(once).max() > 0.1
     assert SHAPE.overlap(best).max() == 0
     assert SHAPE.alike(torch.stack([once, best])).all()
     other = torch.stack([layouts, layouts[[0, 1, 0, 0]]])  # two stars' names are not those of a star and a ring
