@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import yaml
 from laytongen_parts import CODES, LENGTH, SIZE, TOKENS, tiny_tokenizer
 from PIL import Image
 
+from generation.data import TokenShards
 from generation.pipeline import LaytonGenPipeline
 from layton.cli import main
 
@@ -121,6 +124,25 @@ def test_workers_of_ray_write_the_same_bytes(tmp_path: Path, capsys: pytest.Capt
     assert len(files) == 6 and files == {name: (there / name).read_bytes() for name in files}
     assert main([*words, "--out", str(there), "--workers", "2"]) == 0
     assert "(4 were there)" in capsys.readouterr().out
+
+
+def test_shards_that_use_the_same_keys_are_taken_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    picture = BytesIO()
+    Image.new("RGB", (SIZE, SIZE), (200, 30, 30)).save(picture, "PNG")
+    for number in range(2):
+        with tarfile.open(tmp_path / f"s-{number:03d}.tar", "w") as shard:
+            member = tarfile.TarInfo("000001.png")
+            member.size = len(picture.getvalue())
+            shard.addfile(member, BytesIO(picture.getvalue()))
+    shards, out = str(tmp_path / "s-{000..001}.tar"), str(tmp_path / "out")
+    call = ["tokenize", shards, "--tokenizer", str(tmp_path / "tokenizer"), "--out", out]
+    assert main(call) == 1 and "repeated_keys accepts that" in capsys.readouterr().err
+    assert main([*call, "--repeated_keys"]) == 0
+    assert list(TokenShards(out).keys) == ["s-000/000001", "s-001/000001"]
+    assert main(["data", "check", shards, "--repeated_keys"]) == 0
+    assert main(["tokenize", "s3://bucket/x.tar", "--out", out]) == 1
+    assert "must be local files, got 's3://bucket/x.tar'" in capsys.readouterr().err
 
 
 def test_wrong_calls_end_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
