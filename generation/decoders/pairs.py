@@ -10,11 +10,11 @@ import torch
 
 from distill.condition import Condition
 from distill.methods.pairs import DEFAULT_SOLVER, TeacherSolver
+from layton.data.cache import require_same
 from layton.data.sources import SampleSource
 from layton.decoders.consistency import ConsistencyDecoder
 from layton.decoders.latent import read_network
 from layton.devices import choose_device
-from layton.distillation.pair_files import require_same
 from layton.distillation.pairs import PairPlan, PairSource, captions_digest, generate_pairs
 from layton.folder import read_class
 from layton.ladd import CLASS_NAME as STAGE_1

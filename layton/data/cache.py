@@ -55,7 +55,7 @@ class CachedTensors(SampleSource):
         manifest = _read_manifest(self.folder)
         self.fingerprint: dict[str, str | int | float | bool] = manifest["fingerprint"]
         if fingerprint is not None:
-            _check_fingerprint(self.folder, self.fingerprint, fingerprint)
+            require_same(self.folder, self.fingerprint, fingerprint)
         self._names: list[str] = manifest["tensors"]
         self._paths = [self.folder / part["file"] for part in manifest["parts"]]
         self._ends = list(accumulate(int(part["samples"]) for part in manifest["parts"]))
@@ -309,11 +309,20 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_fingerprint(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    differs = [name for name in sorted({*stored, *wanted}) if stored.get(name) != wanted.get(name)]
-    if differs:
+def differing(stored: Fingerprint, wanted: Fingerprint) -> list[str]:
+    """Names of the fields in which two fingerprints differ."""
+    return [name for name in sorted({*stored, *wanted}) if stored.get(name) != wanted.get(name)]
+
+
+def require_same(folder: Path, stored: Fingerprint, wanted: Fingerprint) -> None:
+    """Stop unless two fingerprints are equal.
+
+    Raises:
+        CacheMismatchError: They are not; every field that differs is named.
+    """
+    if differs := differing(stored, wanted):
         changes = "; ".join(f"{name}: stored {stored.get(name)!r}, wanted {wanted.get(name)!r}" for name in differs)
-        raise CacheMismatchError(f"{folder}: the cache was made by something else ({changes})")
+        raise CacheMismatchError(f"{folder}: what lies there was made by something else ({changes})")
 
 
 def _read_texts(path: Path) -> dict[str, list[str]]:

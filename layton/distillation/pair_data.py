@@ -12,9 +12,10 @@ from distill.condition import Condition
 from distill.methods.pairs import DEFAULT_SOLVER, TeacherSolver
 from distill.models import denoiser_from_pipeline
 from layton.assets import resolve
+from layton.data.cache import require_same
 from layton.data.sources import SampleSource
 from layton.devices import choose_device
-from layton.distillation.pair_files import CACHE_NAME, folder_for, require_same
+from layton.distillation.pair_files import CACHE_NAME, folder_for
 from layton.distillation.pairs import PairPlan, PairSource, captions_digest, generate_pairs
 from layton.ldm.cache import digest
 from layton.ldm.conditions import NETWORK_GUIDANCE, PromptEncoder, latent_shape_of

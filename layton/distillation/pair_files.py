@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from layton.data.cache import CacheMismatchError, Fingerprint
+from layton.data.cache import CacheMismatchError, Fingerprint, differing, require_same
 from layton.folder import write_atomically
 
 PLAN_NAME, CACHE_NAME = "plan.json", "cache.json"
@@ -54,25 +54,10 @@ def folder_for(root: Path, fingerprint: Fingerprint) -> Path:
                 return root
             text = json.dumps(dict(fingerprint), sort_keys=True)
             beside = root.with_name(f"{root.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
-            differs = ", ".join(_differing(found.get("fingerprint", found), fingerprint))
+            differs = ", ".join(differing(found.get("fingerprint", found), fingerprint))
             sys.stderr.write(f"layton: {root} holds other pairs ({differs}): {beside} is for these\n")
             return beside
     return root
-
-
-def require_same(folder: Path, stored: Fingerprint, wanted: Fingerprint) -> None:
-    """Stop unless two fingerprints are equal.
-
-    Raises:
-        CacheMismatchError: They are not; every field that differs is named.
-    """
-    if differs := _differing(stored, wanted):
-        changes = "; ".join(f"{name}: stored {stored.get(name)!r}, wanted {wanted.get(name)!r}" for name in differs)
-        raise CacheMismatchError(f"{folder}: these pairs were made by something else ({changes})")
-
-
-def _differing(stored: Fingerprint, wanted: Fingerprint) -> list[str]:
-    return [name for name in sorted({*stored, *wanted}) if stored.get(name) != wanted.get(name)]
 
 
 def is_there(path: Path, count: int) -> bool:
