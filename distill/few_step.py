@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["renoise", "ddim", "tcd"]
 BoundaryKind = Literal["none", "lcm"]
+Start = Literal["noise", "image"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class FewStepSampling:
         boundary: ``lcm`` applies LCM's c_skip and c_out; they differ from none by under 0.3 % from t = 1 on.
         guidance: Guidance scale (1 plain) that is fed to the network; None where it has no such input.
         prediction: What the network predicts.
+        start: What it was trained to start from: ``noise``, or the latent of an ``image`` that it is to change.
 
     Raises:
         ValueError: Times are empty, do not decrease or are given twice for a number of steps; an unknown name; a gamma
@@ -49,6 +51,7 @@ class FewStepSampling:
     boundary: BoundaryKind = "none"
     guidance: float | None = None
     prediction: PredictionType = "eps"
+    start: Start = "noise"
 
     def __post_init__(self) -> None:
         if not self.times or any(not steps for steps in self.times):
@@ -62,6 +65,7 @@ class FewStepSampling:
             (self.kind, get_args(Kind)),
             (self.boundary, get_args(BoundaryKind)),
             (self.prediction, PREDICTION_TYPES),
+            (self.start, get_args(Start)),
         ):
             if value not in known:
                 raise ValueError(f"expected one of {known}, got {value!r}")
@@ -113,6 +117,7 @@ class FewStepSampling:
         Raises:
             ValueError: A field is missing, unknown or malformed.
         """
+        values = {"start": "noise", **values}  # older records know no other
         if set(values) != set(cls.__slots__):
             raise ValueError(f"expected the fields {sorted(cls.__slots__)}, got {sorted(values)}")
         times = values["times"]
@@ -140,7 +145,7 @@ class FewStepSampling:
 
         Args:
             denoiser: The student.
-            x_T: (B, C, h, w) pure noise.
+            x_T: (B, C, h, w) pure noise, or what else it starts from.
             condition: Conditioning of batch size B or 1; ``guidance`` is filled in where the student wants one.
             num_steps: One of ``step_counts``.
             generator: Noise source; needed for several steps of ``renoise`` and ``tcd``.

@@ -43,7 +43,7 @@ class DistillBatch:
     null: Condition  # what guidance guides away from, batch size B or 1; empty where the use knows no guidance
     latent_shape: tuple[int, int, int]  # (C, h, w)
     x_0: Tensor | None = None  # (B, C, h, w) clean latents; None in image-free training
-    noise: Tensor | None = None  # (B, C, h, w) the noise that a teacher turned into x_0; only in batches of pairs
+    noise: Tensor | None = None  # (B, C, h, w) what a teacher turned into x_0, or what the student is to; only in pairs
 
     def __post_init__(self) -> None:
         if self.noise is not None and (self.x_0 is None or self.noise.shape != self.x_0.shape):

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from distill.condition import Condition
 from distill.denoiser import Denoiser
-from generation.application_cases import circles, edit_case, fills, holes, is_found, shows
+from distill.few_step import Start
+from generation.application_verdicts import circles, fills, is_found, shows
 from layton.commands.images import batched
 from layton.data.images import to_image, to_tensor
 from layton.distillation.one_step_tasks import Decode, Encode, edit, inpaint, resize, super_resolve
 from layton.scenes import Scene, caption, render, sample_scene, split_seeds
+from layton.scenes.cases import edit_case, holes
 from layton.scenes.splits import Split
 from layton.sceneval import find_objects
 
@@ -41,6 +43,7 @@ class OneStepModel:
         image_size: Side in pixels of what it draws.
         device: Where it is.
         say: A scene as the model has learnt to be told of it.
+        start: What it starts from, see `distill.few_step.FewStepSampling`.
     """
 
     denoiser: Denoiser
@@ -50,6 +53,7 @@ class OneStepModel:
     image_size: int
     device: str = "cpu"
     say: Callable[[Scene], str] = caption
+    start: Start = "noise"
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +158,7 @@ def score_editing(
             encode=model.encode,
             decode=model.decode,
             generator=_noises(seeds),
+            start=model.start,
             t=settings.edit_t,
             strength=settings.edit_strength,
             threshold=settings.edit_threshold,
@@ -194,6 +199,7 @@ def score_inpainting(
             encode=model.encode,
             decode=model.decode,
             generator=_noises([hole.scene.seed for hole in part]),
+            start=model.start,
             t=settings.inpaint_t,
         ).cpu()
         for hole, image, mask, result in zip(part, images, masks, results, strict=True):
@@ -227,6 +233,7 @@ def score_enlargement(
             encode=model.encode,
             decode=model.decode,
             generator=_noises(seeds),
+            start=model.start,
             scale=settings.scale,
             t=settings.enlarge_t,
             strength=settings.enlarge_strength,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from distill.condition import Condition
+    from distill.few_step import Start
     from generation.applications_check import EditScore, EnlargeScore, InpaintScore, OneStepModel
 
 
@@ -52,7 +53,8 @@ def evaluate_applications(
         pipeline: embedded model or folder of the diffusers pipeline that it was distilled from.
         count: scenes for each application.
         split: train, validation or test.
-        edit_time: time to which sources are noised to be edited.
+        edit_time: time to which sources are noised to be edited; like the other times of no effect on a student that
+            was trained on pairs of pictures, which starts from the picture itself.
         edit_strength: of the change; more than 1 goes further away from what the picture shows now.
         edit_threshold: share of the largest change, in [0, 1), above which a place belongs to the edit.
         edit_softness: latent positions by which the edited places are widened.
@@ -125,8 +127,11 @@ def load_model(pipeline: str, student: str | None, *, device: str | None = None)
     folder = find_pipeline(pipeline)
     pipe = open_pipeline(folder)
     scheduler = pipe.scheduler
+    start: Start = "noise"
     if student is not None:
-        load_distilled(pipe, find_student(student)).times_for(1)
+        sampling = load_distilled(pipe, find_student(student))
+        sampling.times_for(1)
+        start = sampling.start
         pipe.register_modules(scheduler=scheduler)  # the schedule of the noise, which the student shares
     place = str(choose_device(device))
     _, height, width = latent_shape_of(pipe)
@@ -144,6 +149,7 @@ def load_model(pipeline: str, student: str | None, *, device: str | None = None)
         image_size=height * autoencoder.downsample_factor,
         device=place,
         say=placed_caption if hears_places(folder) else caption,
+        start=start,
     )
 
 

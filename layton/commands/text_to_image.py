@@ -75,11 +75,15 @@ class TextToImage:
             device: Where to run.
 
         Raises:
-            ValueError: The student is not trained for so many steps, or does not fit.
+            ValueError: The student is not trained for so many steps or to draw from noise, or does not fit.
         """
         from layton.distillation.distilled import load_distilled, load_sampling, pipeline_arguments
 
         sampling = load_sampling(export)
+        if sampling.start == "image":
+            raise ValueError(
+                f"{export} changes pictures and draws none from text: see layton.distillation.one_step_tasks"
+            )
         steps = max(sampling.step_counts) if num_steps is None else num_steps
         scale = float(pipeline_arguments(sampling, steps)["guidance_scale"])
         drawer = cls.load(folder, num_steps=steps, guidance_scale=scale, device=device)

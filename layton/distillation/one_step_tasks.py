@@ -1,8 +1,9 @@
 """Editing, inpainting and super-resolution in one step of a distilled model (HiPA, arXiv 2311.18158, applications).
 
-The paper names the three and gives no formulas. Here all of them noise the encoded source to a chosen time, take one
-step, and keep from the source what the task leaves alone: by a mask, by the difference between two prompts, or by its
-low frequencies. Functions over any denoiser and any autoencoder; nothing here is trained.
+The paper names the three and gives no formulas. Here all of them take one step from the encoded source, and keep of
+the source what the task leaves alone: by a mask, by the difference between two predictions, or by its low frequencies.
+A model that was trained to draw from noise gets the source noised to a chosen time; one that was trained on pairs of
+pictures (`layton.distillation.task_pairs`) the source as it is. Functions over any denoiser and any autoencoder.
 
 Legend: B batch, C latent channels, h w latent grid, H W pixels.
 """
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from distill.condition import Condition
 from distill.denoiser import Denoiser
+from distill.few_step import Start
 from distill.noise import Generators, gaussian_like
 
 Encode = Callable[[Tensor], Tensor]
@@ -25,8 +27,6 @@ Encode = Callable[[Tensor], Tensor]
 
 Decode = Callable[[Tensor], Tensor]
 """Scaled latents (B, C, h, w) to images (B, 3, H, W), nominally in [-1, 1]."""
-
-EditStart = Literal["noised", "noise"]
 
 
 @torch.no_grad()
@@ -39,6 +39,7 @@ def edit(
     encode: Encode,
     decode: Decode,
     generator: Generators,
+    start: Start = "noise",
     t: float | None = None,
     strength: float = 1.0,
     threshold: float = 0.4,
@@ -48,16 +49,18 @@ def edit(
 
     One step under either prompt from the same state. What the two predictions differ by is added to the source, which
     so keeps what a single step cannot draw (the virtual inversion of InfEdit, arXiv 2312.04965, in one step); where
-    they differ is what the edit is about (the mask of DiffEdit, arXiv 2210.11427), and only there it is made.
+    they differ is what the edit is about (the mask of DiffEdit, arXiv 2210.11427), and only there it is made. A model
+    that starts from images predicts once, and what its prediction differs from is the source itself.
 
     Args:
         denoiser: One-step model.
         images: (B, 3, H, W) in [-1, 1].
         condition: The new prompt, batch size B or 1.
-        source_condition: What the image shows now.
+        source_condition: What the image shows now; of no effect on a model that starts from images.
         encode: See `Encode`.
         decode: See `Decode`.
         generator: Of the noise.
+        start: See `distill.few_step.FewStepSampling`; with ``image`` neither the generator nor ``t`` counts.
         t: Time to noise the source to; default the noisiest, the only one that a one-step model is trained for.
         strength: Of the difference, at least 0: guidance, with the source's prompt as what to go away from.
         threshold: Share of the largest difference, in [0, 1), above which a position belongs to the edit; at 0 the
@@ -75,9 +78,11 @@ def edit(
             f"threshold {threshold} must lie in [0, 1), strength {strength} and softness {softness} must be >= 0"
         )
     source = encode(images)
-    state, time = _state(denoiser, source, t, generator)
+    state, time = _state(denoiser, source, t, generator, start)
     wanted = denoiser.predict(state, time, condition.expand(len(images))).x_0
-    present = denoiser.predict(state, time, source_condition.expand(len(images))).x_0
+    present = source
+    if start == "noise":
+        present = denoiser.predict(state, time, source_condition.expand(len(images))).x_0
     change = strength * (wanted - present)
     if threshold == 0:
         return decode(source + change).clamp(-1, 1)
@@ -103,6 +108,7 @@ def inpaint(
     encode: Encode,
     decode: Decode,
     generator: Generators,
+    start: Start = "noise",
     t: float | None = None,
     fill: Literal["keep", "grey"] = "grey",
 ) -> Tensor:
@@ -116,6 +122,7 @@ def inpaint(
         encode: See `Encode`.
         decode: See `Decode`.
         generator: Of the noise.
+        start: See `distill.few_step.FewStepSampling`; with ``image`` neither the generator nor ``t`` counts.
         t: Time to noise the source to, default the noisiest. At an earlier one the surroundings guide the step.
         fill: What the model sees of the masked region: nothing (``grey``) or what is there (``keep``).
 
@@ -130,7 +137,7 @@ def inpaint(
     mask = mask.to(images).expand(len(images), -1, -1, -1)
     source = encode(images if fill == "keep" else images * (1 - mask))
     kept = encode(images)
-    state, time = _state(denoiser, source, t, generator)
+    state, time = _state(denoiser, source, t, generator, start)
     drawn = denoiser.predict(state, time, condition.expand(len(images))).x_0
     grid = F.adaptive_max_pool2d(mask, drawn.shape[-2:])  # a latent position that is masked in part is drawn whole
     return blend(images, decode(grid * drawn + (1 - grid) * kept), mask)
@@ -145,6 +152,7 @@ def super_resolve(
     encode: Encode,
     decode: Decode,
     generator: Generators,
+    start: Start = "noise",
     scale: int = 4,
     t: float = 250.0,
     strength: float = 1.0,
@@ -162,6 +170,7 @@ def super_resolve(
         encode: See `Encode`.
         decode: See `Decode`.
         generator: Of the noise.
+        start: See `distill.few_step.FewStepSampling`; with ``image`` neither the generator nor ``t`` counts.
         scale: Enlargement along a side.
         t: Time to noise the enlarged source to.
         strength: Share in [0, 1] of the model's picture; the rest is bicubic.
@@ -176,7 +185,7 @@ def super_resolve(
     if scale < 2 or rounds < 0 or not 0 <= strength <= 1:
         raise ValueError(f"scale {scale} must be >= 2, rounds {rounds} >= 0, strength {strength} in [0, 1]")
     enlarged = resize(images, scale).clamp(-1, 1)
-    state, time = _state(denoiser, encode(enlarged), t, generator)
+    state, time = _state(denoiser, encode(enlarged), t, generator, start)
     result = decode(denoiser.predict(state, time, condition.expand(len(images))).x_0).to(images)
     result = enlarged + strength * (result - enlarged)
     for _ in range(rounds):
@@ -202,9 +211,13 @@ def blend(images: Tensor, drawn: Tensor, mask: Tensor) -> Tensor:
     return (mask * drawn.to(images) + (1 - mask) * images).clamp(-1, 1)
 
 
-def _state(denoiser: Denoiser, latents: Tensor, t: float | None, generator: Generators) -> tuple[Tensor, float]:
-    """The state at ``t``; pure noise at the noisiest time, as a one-step model knows it."""
+def _state(
+    denoiser: Denoiser, latents: Tensor, t: float | None, generator: Generators, start: Start
+) -> tuple[Tensor, float]:
+    """The state at ``t``; at the noisiest time pure noise or the latents themselves, as the model knows it."""
     schedule = denoiser.schedule
+    if start == "image":
+        return latents, schedule.terminal_t
     noise = gaussian_like(latents, generator)
     if t is None or t >= schedule.terminal_t:
         return noise, schedule.terminal_t

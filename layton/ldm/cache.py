@@ -90,6 +90,11 @@ class CachedLatents(SampleSource):
         """Number of samples."""
         return len(self._cache)
 
+    @property
+    def keys(self) -> list[str]:
+        """Keys of all samples, in order."""
+        return self._cache.keys
+
     def codebook(self) -> str | None:
         """Fingerprint of the codebook that the codes are of; None if there are no codes."""
         if self._tokenizer is None:

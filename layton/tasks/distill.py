@@ -36,6 +36,7 @@ from distill.stacked import StackedUNet2DConditionModel, stack
 from layton.data.sources import walk
 from layton.distillation.distilled import network_of, save_distilled, student_pipeline
 from layton.distillation.pair_data import TeacherPairs
+from layton.distillation.task_pairs import TaskPairs
 from layton.ldm.autoencoder import Autoencoder
 from layton.ldm.conditions import NETWORK_GUIDANCE, PromptEncoder, latent_shape_of
 from layton.ldm.prompt_cache import condition_of_batch
@@ -59,7 +60,8 @@ class DistillTask(ManualTask):
 
     Batches hold ``caption``, a list of B texts, or the fields of their conditions (`layton.ldm.prompt_cache`); for
     methods that learn from data also ``latent`` (B, C, h, w), scaled, or ``image`` (B, 3, H, W) in [-1, 1]; for those
-    that learn from pairs also ``noise`` (B, C, h, w).
+    that learn from pairs also ``noise`` (B, C, h, w). In pairs of pictures (`layton.distillation.task_pairs`) that is
+    the latent that the student is to change; what comes out is recorded as starting from images.
 
     Optimization is manual, since methods may train networks of their own: set ``gradient_clip`` here, not in the
     trainer. ``trainer.max_steps`` and checkpoints count steps of the student, of ``trainer.accumulate_grad_batches``
@@ -187,9 +189,14 @@ class DistillTask(ManualTask):
         Raises:
             ValueError: Says what differs.
         """
-        for source in walk(self.sources()):
+        sources = list(walk(self.sources()))
+        for source in sources:
             if isinstance(source, TeacherPairs):
                 self._require_pairs(source)
+        if any(isinstance(source, TaskPairs) for source in sources):
+            if any(isinstance(source, TeacherPairs) for source in sources):
+                raise ValueError("a student starts from pictures or from noise: train on TaskPairs or on TeacherPairs")
+            self.sampling = self.previews.sampling = replace(self.sampling, start="image")
         # Checkpoints are meant to hold the weights after the step.
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         for network in (self.student, self.teacher, self.networks.target):

@@ -54,7 +54,12 @@ class Previews:
 
     @torch.no_grad()
     def reference(self, batch: DistillBatch, seeds: Sequence[int]) -> Tensor:
-        """The teacher's latents (B, C, h, w) in many guided steps, each from the noise of its own seed."""
+        """The teacher's latents (B, C, h, w) in many guided steps, each from the noise of its own seed.
+
+        Where the student starts from images, those that are wanted.
+        """
+        if self.sampling.start == "image":
+            return _of_pair(batch.x_0)
         x_T, _ = _start(batch, seeds)
         teacher: Denoiser = self.networks.teacher
         # A network that is told the guidance scale has it built in.
@@ -70,16 +75,25 @@ class Previews:
             ValueError: The student is not trained for so many steps.
         """
         x_T, generators = _start(batch, seeds)
+        if self.sampling.start == "image":
+            x_T = _of_pair(batch.noise)
         return self.sampling.sample(
             self.networks.student, x_T, batch.condition, num_steps=num_steps, generator=generators
         )
 
     def rows(self, batch: DistillBatch, seeds: Sequence[int]) -> dict[str, Tensor]:
-        """Latents (B, C, h, w) by name: the teacher's, and the student's in each number of steps."""
+        """Latents (B, C, h, w) by name: the teacher's, and the student's in each number of steps.
+
+        Where it starts from images: those that are given, that are wanted, and the student's.
+        """
         names = {count: f"{count} step{'s' * (count > 1)}" for count in self.steps}
-        return {"teacher": self.reference(batch, seeds)} | {
-            name: self.generate(batch, count, seeds) for count, name in names.items()
-        }
+        given = {"given": _of_pair(batch.noise)} if self.sampling.start == "image" else {}
+        wanted = "wanted" if given else "teacher"
+        return (
+            given
+            | {wanted: self.reference(batch, seeds)}
+            | {name: self.generate(batch, count, seeds) for count, name in names.items()}
+        )
 
     def collect(self, batch: DistillBatch, index: int) -> None:
         """Sample for one validation batch; ``index`` is its place and decides the seeds."""
@@ -104,6 +118,12 @@ def _start(batch: DistillBatch, seeds: Sequence[int]) -> tuple[Tensor, list[torc
     device = _device(batch.condition)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return gaussian_like(torch.empty(len(seeds), *batch.latent_shape, device=device), generators), generators
+
+
+def _of_pair(latents: Tensor | None) -> Tensor:
+    if latents is None:
+        raise ValueError("a student that starts from images is shown pairs of them: batches need 'noise' and 'latent'")
+    return latents
 
 
 def _device(condition: Condition) -> torch.device:

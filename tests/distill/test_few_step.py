@@ -36,6 +36,8 @@ def seeded():
 def test_record_survives_json():
     record = FewStepSampling(times=TIMES, kind="tcd", gamma=0.2, guidance=7.5, prediction="v")
     assert FewStepSampling.from_json(json.loads(json.dumps(record.to_json()))) == record
+    older = {name: value for name, value in record.to_json().items() if name != "start"}
+    assert FewStepSampling.from_json(older).start == "noise"
 
 
 @pytest.mark.parametrize("change", [{"extra": 1}, {"times": {"2": [999.0]}}, {"times": 3}, {"kind": "magic"}])

@@ -19,13 +19,14 @@ from distill.denoiser import Denoiser
 from distill.few_step import FewStepSampling
 from distill.models import denoiser_from_pipeline
 from distill.schedules import VPSchedule
-from generation.application_cases import circles, edit_case, fills, hole_of, holes, is_found, shows
+from generation.application_verdicts import circles, fills, is_found, shows
 from generation.applications_check import OneStepModel, TaskSettings, score_editing, score_enlargement, score_inpainting
 from generation.commands.evaluate_applications import load_model
 from layton.cli import main
 from layton.data.images import to_tensor
 from layton.distillation.distilled import save_distilled
 from layton.scenes import caption, render, split_seeds
+from layton.scenes.cases import edit_case, hole_of, holes
 from layton.sceneval import find_objects
 
 SIZE = 128

@@ -133,3 +133,17 @@ def test_the_same_seed_gives_the_same_picture_and_nonsense_is_refused():
         inpaint(Painter(), images(), torch.zeros(1, 1, 8, 8), colour(0.9), generator=generator(), **ID)
     with pytest.raises(ValueError, match="scale"):
         super_resolve(Painter(), images(), colour(0.9), generator=generator(), scale=1, **ID)
+
+
+def test_a_model_of_pictures_starts_from_the_picture_itself_at_the_noisiest_time():
+    model, mask = Painter(), torch.zeros(1, 1, 32, 32)
+    mask[..., 8:16, 4:12] = 1
+    small = images(16)
+    pixels = {"encode": lambda x: x, "decode": lambda x: x}
+    edit(model, images(), colour(0.4), colour(0.1), generator=generator(), start="image", **pixels)
+    inpaint(model, images(), mask, colour(0.4), generator=generator(), start="image", t=300.0, **pixels)
+    super_resolve(model, small, colour(0.4), generator=generator(), start="image", t=300.0, **pixels)
+    assert model.times == [999.0] * 6  # one prediction each, of two samples
+    wanted = [images(), images() * (1 - mask), resize(small, 4).clamp(-1, 1)]
+    for state, given in zip(model.seen, wanted, strict=True):
+        assert_close(state, given, rtol=0, atol=0)

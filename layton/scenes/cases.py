@@ -1,21 +1,18 @@
-"""Cases of HiPA's applications on scenes, and the verdicts: everything here is a pure function of a scene's seed."""
+"""Cases of editing and inpainting on scenes: everything here is a pure function of a scene's seed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from layton.scenes import COLOURS, Scene, SceneObject, sample_scene, split_seeds
-from layton.scenes.splits import Split
-from layton.sceneval import FoundObject
+from layton.scenes.layout import sample_scene
+from layton.scenes.splits import Split, split_seeds
+from layton.scenes.world import COLOURS, Scene, SceneObject
 
-PLACE_TOLERANCE = 0.06  # of the side: how far a centre may be found from where the object is
-_HOLE_MARGIN = 0.02  # of the side, around an object's circle
+HOLE_MARGIN = 0.02  # of the side, around an object's circle
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +47,7 @@ class Hole:
 
     def box(self, size: int) -> tuple[slice, slice]:
         """Rows and columns of the hole in an image of ``size`` pixels."""
-        reach = self.item.diameter / 2 + _HOLE_MARGIN
+        reach = self.item.diameter / 2 + HOLE_MARGIN
         spans = ((centre - reach, centre + reach) for centre in (self.item.cy, self.item.cx))
         rows, columns = (slice(max(0, math.floor(a * size)), min(size, math.ceil(b * size))) for a, b in spans)
         return rows, columns
@@ -89,44 +86,11 @@ def holes(split: Split, count: int) -> Iterator[Hole]:
             return
 
 
-def shows(scene: Scene, found: Sequence[FoundObject]) -> bool:
-    """Whether exactly the objects of a scene were found, each by shape, colour and place."""
-    return len(found) == len(scene.objects) and all(is_found(item, found) for item in scene.objects)
-
-
-def fills(hole: Hole, found: Sequence[FoundObject], size: int) -> bool:
-    """Whether the missing object, and no other one, was found with its centre in the hole."""
-    rows, columns = hole.box(size)
-    inside = [
-        (f.shape, f.colour)
-        for f in found
-        if rows.start <= f.cy * size < rows.stop and columns.start <= f.cx * size < columns.stop
-    ]
-    return inside == [(hole.item.shape, hole.item.colour)]
-
-
-def is_found(item: SceneObject, found: Sequence[FoundObject]) -> bool:
-    """Whether an object was found, by shape, colour and place."""
-    return any(
-        (f.shape, f.colour) == (item.shape, item.colour)
-        and math.hypot(f.cx - item.cx, f.cy - item.cy) <= PLACE_TOLERANCE
-        for f in found
-    )
-
-
 def _is_clear(hole: Hole) -> bool:
     """Whether the hole's square touches no other object's circle."""
-    reach = hole.item.diameter / 2 + _HOLE_MARGIN
+    reach = hole.item.diameter / 2 + HOLE_MARGIN
     others = (item for index, item in enumerate(hole.scene.objects) if index != hole.missing)
     return all(
         math.hypot(max(abs(o.cx - hole.item.cx) - reach, 0), max(abs(o.cy - hole.item.cy) - reach, 0)) > o.diameter / 2
         for o in others
     )
-
-
-def circles(items: Sequence[SceneObject], size: int) -> Tensor:
-    """Mask (S, S) of the objects' circles, with a margin."""
-    places = (torch.arange(size) + 0.5) / size
-    y, x = torch.meshgrid(places, places, indexing="ij")
-    inside = [torch.hypot(x - item.cx, y - item.cy) <= item.diameter / 2 + _HOLE_MARGIN for item in items]
-    return torch.stack(inside).any(dim=0)
