@@ -1,8 +1,8 @@
 """What a student of one-step tasks is given, and what it is to make of it: each side is a source of images.
 
-Two sources of equal length are the two sides of a task (`layton.distillation.task_pairs.TaskPairs`). Of any captioned
-images `WithHoles` and `Reduced` make the first side of inpainting and of super-resolution; the images themselves are the
-second one. For editing, two folders of pictures before and after will do; of scenes there are `SceneCases`.
+Two sources of equal length are the two sides of a task (`layton.distillation.task_pairs.TaskPairs`). `WithHoles` and
+`Reduced` make the first side of inpainting and of super-resolution of any captioned images, which are the second side
+themselves. For editing, two folders of pictures before and after will do; of scenes there are `SceneCases`.
 """
 
 from __future__ import annotations
