@@ -26,6 +26,7 @@ ALLOWED_MODULES = (
 _REFUSED_MODULES = ("*", "lightning.pytorch.cli", "lightning.fabric.utilities", "layton.training", "layton.cli")
 SCENES_SOURCE = "layton.data.sources.ScenesSource"
 SCENE_CAPTIONS = "layton.data.prompts.SceneCaptions"
+SCENE_CASES = "layton.distillation.task_sources.SceneCases"
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 64
 MAX_ALIASES = 64
@@ -181,9 +182,9 @@ def set_scenes(value: Any, *, size: int | None, places: bool) -> None:
         for item in value:
             set_scenes(item, size=size, places=places)
     elif isinstance(value, dict):
-        if value.get("class_path") in (SCENES_SOURCE, SCENE_CAPTIONS):
+        if value.get("class_path") in (SCENES_SOURCE, SCENE_CAPTIONS, SCENE_CASES):
             options = value.setdefault("init_args", {})
-            options |= {"size": size} if size is not None and value["class_path"] == SCENES_SOURCE else {}
+            options |= {"size": size} if size is not None and value["class_path"] != SCENE_CAPTIONS else {}
             options |= {"places": 1.0} if places else {}
         for item in value.values():
             set_scenes(item, size=size, places=places)

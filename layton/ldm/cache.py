@@ -70,7 +70,7 @@ class CachedLatents(SampleSource):
         count = len(source) if num_samples is None else num_samples
         fingerprint: dict[str, str | int | float | bool] = {
             "autoencoder": digest(Path(autoencoder)),
-            "tokenizer": "" if tokenizer is None else digest(Path(tokenizer)),
+            "tokenizer": "" if tokenizer is None else codes_digest(Path(tokenizer)),
             "source": type(source).__name__,
             "num_samples": count,
             **_looks(source, count),
@@ -241,6 +241,17 @@ class _Originals(Dataset[Any]):
 def _original(source: ImageSource, index: int) -> Any:
     """The image that a cached sample is made of; its augmentation depends on the index alone."""
     return source.sample(index % len(source), seed=mix(index))
+
+
+def codes_digest(tokenizer: Path) -> str:
+    """16 hex digits over what decides codes: encoder and quantizer. Decoders may be trained anew meanwhile.
+
+    Raises:
+        ValueError: If one of them is missing.
+    """
+    return hashlib.sha256("".join(digest(tokenizer / part) for part in ("encoder", "quantizer")).encode()).hexdigest()[
+        :16
+    ]
 
 
 def digest(folder: Path) -> str:

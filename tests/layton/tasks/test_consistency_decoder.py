@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -379,6 +381,26 @@ def test_cached_images_are_those_of_the_latents(world: Path, tmp_path: Path) -> 
         torch.testing.assert_close(latent, sample["latent"].float(), atol=1e-2, rtol=1e-2)
     with pytest.raises(ValueError, match="images must be one of"):
         make("c", "yes")
+
+
+def test_cached_codes_outlive_a_decoder_and_no_quantizer(world: Path, tmp_path: Path) -> None:
+    tokenizer = shutil.copytree(world / "tok", tmp_path / "tok")
+
+    def cache() -> CachedLatents:
+        return CachedLatents(
+            ScenesSource(split="train", length=2, size=SIZE),
+            autoencoder=str(world / "ldm/vae"),
+            tokenizer=str(tokenizer),
+            folder=str(tmp_path / "cache"),
+        )
+
+    codes = cache()[1]["codes"]
+    save_file({"weight": torch.ones(1)}, tokenizer / "another_decoder.safetensors")
+    assert torch.equal(cache()[1]["codes"], codes)
+    weights = load_file(tokenizer / "quantizer" / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, tokenizer / "quantizer" / "model.safetensors")
+    with pytest.raises(ValueError, match="tokenizer: stored"):
+        cache()
 
 
 def test_the_whole_run(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
