@@ -1,0 +1,50 @@
+"""Adaptors of a smaller rank than they were trained with: a student that takes less room, or runs where others do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+_FIRST, _SECOND = ".lora_A.weight", ".lora_B.weight"
+
+
+@torch.no_grad()
+def reduce_rank(state: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Low-rank adaptors whose products ``B A`` come closest to the given ones' at a smaller rank.
+
+    Those of the largest singular values (Eckart and Young, 1936), divided evenly between the two factors. What an
+    adaptor adds is scaled by alpha / r: keep that ratio, with an alpha smaller in the same measure.
+
+    Args:
+        state: By PEFT's names, ``X.lora_A.weight`` (r, ...) and ``X.lora_B.weight`` (out, r, ...) for every layer X;
+            other tensors stay as they are.
+        rank: The new r; adaptors of at most so many stay as they are.
+
+    Returns:
+        The same names, in the tensors' own types.
+
+    Raises:
+        ValueError: ``rank`` is below 1, there is no adaptor, or one has a first half only.
+    """
+    layers = [name.removesuffix(_FIRST) for name in state if name.endswith(_FIRST)]
+    if rank < 1 or not layers:
+        raise ValueError(f"need a rank >= 1 and adaptors, got {rank} and {len(layers)} of them")
+    reduced = dict(state)
+    for layer in layers:
+        if layer + _SECOND not in state:
+            raise ValueError(f"{layer} has {_FIRST} and no {_SECOND}")
+        first, second = state[layer + _FIRST], state[layer + _SECOND]
+        if len(first) > rank:
+            reduced[layer + _FIRST], reduced[layer + _SECOND] = _reduced(first, second, rank)
+    return reduced
+
+
+def _reduced(first: Tensor, second: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    product = second.double().flatten(1) @ first.double().flatten(1)  # a convolution's B is one of 1 x 1
+    left, values, right = torch.linalg.svd(product, full_matrices=False)
+    root = values[:rank].sqrt()
+    new_first = (root[:, None] * right[:rank]).reshape(rank, *first.shape[1:])
+    new_second = (left[:, :rank] * root).reshape(len(second), rank, *second.shape[2:])
+    return new_first.to(first).contiguous(), new_second.to(second).contiguous()
