@@ -16,44 +16,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.condition import Condition
-from distill.denoiser import Denoiser
-from distill.few_step import Start
 from generation.application_verdicts import circles, fills, is_found, shows
 from layton.commands.images import batched
+from layton.commands.one_step_model import OneStepModel
 from layton.data.images import to_image, to_tensor
-from layton.distillation.one_step_tasks import Decode, Encode, edit, inpaint, resize, super_resolve
-from layton.scenes import Scene, caption, render, sample_scene, split_seeds
+from layton.distillation.one_step_tasks import edit, inpaint, resize, super_resolve
+from layton.scenes import Scene, render, sample_scene, split_seeds
 from layton.scenes.cases import edit_case, holes
 from layton.scenes.splits import Split
 from layton.sceneval import find_objects
 
 PSNR_CAP = 100.0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class OneStepModel:
-    """A text-to-image model of one step, in the parts that the tasks need.
-
-    Attributes:
-        denoiser: The network.
-        encode: Images to scaled latents.
-        decode: Back.
-        condition_of: Prompts to their condition.
-        image_size: Side in pixels of what it draws.
-        device: Where it is.
-        say: A scene as the model has learnt to be told of it.
-        start: What it starts from, see `distill.few_step.FewStepSampling`.
-    """
-
-    denoiser: Denoiser
-    encode: Encode
-    decode: Decode
-    condition_of: Callable[[Sequence[str]], Condition]
-    image_size: int
-    device: str = "cpu"
-    say: Callable[[Scene], str] = caption
-    start: Start = "noise"
 
 
 @dataclass(frozen=True, slots=True)

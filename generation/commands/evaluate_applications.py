@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +12,6 @@ from layton.commands.calling import progress
 from layton.commands.reports import write_json
 from layton.data.types import Split
 from layton.errors import UsageError
-from layton.scenes import caption
 from layton.scenes.placed import placed_caption
 
 if TYPE_CHECKING:
@@ -21,9 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from distill.condition import Condition
-    from distill.few_step import Start
-    from generation.applications_check import EditScore, EnlargeScore, InpaintScore, OneStepModel
+    from generation.applications_check import EditScore, EnlargeScore, InpaintScore
 
 
 def evaluate_applications(
@@ -67,6 +63,7 @@ def evaluate_applications(
         json: write scores and settings to this file as well.
     """
     from generation.applications_check import TaskSettings, score_editing, score_enlargement, score_inpainting
+    from layton.commands.one_step_model import load_one_step_model
     from layton.metrics.protocol import library_versions
 
     require_least(1, {"count": count, "batch_size": batch_size, "scale": scale})
@@ -84,7 +81,7 @@ def evaluate_applications(
         enlarge_strength=enlarge_strength,
         scale=scale,
     )
-    model = load_model(pipeline, student, device=device)
+    model = load_one_step_model(pipeline, student, device=device)
     epd, absent = _epd()
     with progress(3 * count, "applications") as bar:
         edits = score_editing(model, count, settings, split=split, batch_size=batch_size, on_batch=bar.update)
@@ -105,52 +102,6 @@ def evaluate_applications(
         }
         scores = {"editing": asdict(edits), "inpainting": asdict(fills), "super_resolution": asdict(large)}
         write_json(json, {**scores, "run": run})
-
-
-def load_model(pipeline: str, student: str | None, *, device: str | None = None) -> OneStepModel:
-    """A pipeline, and a distilled student in it, as one-step tasks need it.
-
-    Raises:
-        UsageError: There is no such pipeline.
-        ValueError: The student does not fit it, or was not trained for one step.
-    """
-    from distill.models import denoiser_from_pipeline
-    from generation.applications_check import OneStepModel
-    from layton.commands.text_to_image import find_pipeline, find_student
-    from layton.devices import choose_device
-    from layton.distillation.distilled import load_distilled
-    from layton.ldm.autoencoder import Autoencoder
-    from layton.ldm.conditions import PromptEncoder, latent_shape_of
-    from layton.ldm.teacher import open_pipeline
-    from layton.ldm.text import hears_places
-
-    folder = find_pipeline(pipeline)
-    pipe = open_pipeline(folder)
-    scheduler = pipe.scheduler
-    start: Start = "noise"
-    if student is not None:
-        sampling = load_distilled(pipe, find_student(student))
-        sampling.times_for(1)
-        start = sampling.start
-        pipe.register_modules(scheduler=scheduler)  # the schedule of the noise, which the student shares
-    place = str(choose_device(device))
-    _, height, width = latent_shape_of(pipe)
-    autoencoder = Autoencoder(pipe.vae).eval().to(place)
-    encoder = PromptEncoder(pipe, latent_size=(height, width))
-
-    def condition_of(texts: Sequence[str]) -> Condition:
-        return encoder(texts, device=place)
-
-    return OneStepModel(
-        denoiser_from_pipeline(pipe).eval().to(place),
-        autoencoder.encode,
-        autoencoder.decode,
-        condition_of,
-        image_size=height * autoencoder.downsample_factor,
-        device=place,
-        say=placed_caption if hears_places(folder) else caption,
-        start=start,
-    )
 
 
 def summary(edits: EditScore, fills: InpaintScore, large: EnlargeScore) -> str:

@@ -32,6 +32,7 @@ COMMANDS: dict[str, Command] = {
     "data verify": Command("generation.commands.data", "verify", "is a token dataset whole?"),
     "decode": Command("layton.commands.encode", "decode", "a file of codes to image files"),
     "demo": Command("layton.commands.demo", "demo", "what the embedded weights can do, in under two minutes"),
+    "edit": Command("layton.commands.edit", "edit", "one step changes a picture, fills a hole in it, or enlarges it"),
     "encode": Command("layton.commands.encode", "encode", "image files to a file of codes, 256 for each"),
     "evaluate applications": Command(
         "generation.commands.evaluate_applications",

@@ -15,6 +15,7 @@ from layton import assets
 DEFAULT_STEPS = 25
 DEFAULT_GUIDANCE = 3.0
 STUDENT_FOLDER = "few_step"
+TASKS_FOLDER = "one_step_tasks"  # a student that changes pictures
 
 
 def find_pipeline(name: str | Path) -> Path:
@@ -33,14 +34,18 @@ def find_pipeline(name: str | Path) -> Path:
     raise ValueError(f"{folder} holds no text-to-image pipeline: neither model_index.json nor ldm/model_index.json")
 
 
-def find_student(name: str | Path) -> Path:
+def find_student(name: str | Path, *, part: str = STUDENT_FOLDER) -> Path:
     """The folder of a distilled student: a path, or an embedded model or tokenizer with one in ``few_step/``.
+
+    Args:
+        name: The path or model.
+        part: Where in a model to look for it.
 
     Raises:
         ValueError: If there is no such folder or model.
     """
-    folder = assets.resolve(name, part=STUDENT_FOLDER)
-    inner = folder / STUDENT_FOLDER
+    folder = assets.resolve(name, part=part)
+    inner = folder / part
     return inner if inner.is_dir() else folder
 
 

@@ -12,7 +12,8 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -28,6 +29,7 @@ from diffusers.loaders import (
     SD3LoraLoaderMixin,
     StableDiffusionLoraLoaderMixin,
 )
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
 from distill.adapters import (
@@ -298,7 +300,8 @@ def _load_lora(pipeline: DiffusionPipeline, path: Path, part: str, adapter_name:
     with warnings.catch_warnings():
         # peft warns of a second adapter, which is what is wanted here.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=adapter_name)
+        with _quiet():  # it warns of text encoders without a LoRA
+            pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=adapter_name)
     loaded = adapter_state_dict(network, adapter_name)
     wrong = sorted(saved.keys() ^ loaded.keys()) + [
         key
@@ -309,6 +312,17 @@ def _load_lora(pipeline: DiffusionPipeline, path: Path, part: str, adapter_name:
         raise ValueError(f"{len(wrong)} of {len(saved)} LoRA tensors in {path} did not arrive, first {wrong[:5]}")
     # The pipeline's own set_adapters would put the scales of the others back to 1.
     set_active_adapters(network, (*before, adapter_name))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Diffusers says no more than errors."""
+    before = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(before)
 
 
 def _check_layers(network: nn.Module, saved: dict[str, Tensor], path: Path) -> None:

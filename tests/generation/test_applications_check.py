@@ -21,8 +21,8 @@ from distill.models import denoiser_from_pipeline
 from distill.schedules import VPSchedule
 from generation.application_verdicts import circles, fills, is_found, shows
 from generation.applications_check import OneStepModel, TaskSettings, score_editing, score_enlargement, score_inpainting
-from generation.commands.evaluate_applications import load_model
 from layton.cli import main
+from layton.commands.one_step_model import load_one_step_model
 from layton.data.images import to_tensor
 from layton.distillation.distilled import save_distilled
 from layton.scenes import caption, render, split_seeds
@@ -157,12 +157,12 @@ def test_the_command_takes_a_pipeline_and_a_student(
     assert scores["inpainting"]["psnr_outside"] == 100.0
     out = capsys.readouterr().out
     assert "editing: colour changed in" in out and "no EPD: timm" in out
-    plain = load_model(str(tmp_path / "teacher"), None)
-    adapted = load_model(str(tmp_path / "teacher"), str(tmp_path / "student"))
+    plain = load_one_step_model(str(tmp_path / "teacher"), None)
+    adapted = load_one_step_model(str(tmp_path / "teacher"), str(tmp_path / "student"))
     assert plain.denoiser.schedule.terminal_t == adapted.denoiser.schedule.terminal_t == 999.0
     x_T, condition = torch.randn(1, 4, 8, 8), plain.condition_of(["a red circle"])
     first, second = (model.denoiser.predict(x_T, 999.0, condition).x_0 for model in (plain, adapted))
     assert not torch.allclose(first, second)
     save_distilled(student, tmp_path / "two", FewStepSampling(times=((999.0, 499.0),), prediction="v"))
     with pytest.raises(ValueError, match="trained for 2 steps"):
-        load_model(str(tmp_path / "teacher"), str(tmp_path / "two"))
+        load_one_step_model(str(tmp_path / "teacher"), str(tmp_path / "two"))

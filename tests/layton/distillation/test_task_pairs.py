@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from distill.adapters import LoraSettings
 from distill.methods.hipa import HiPA
 from distill.methods.one_step import OneStepDistillation
-from generation.commands.evaluate_applications import load_model
+from layton.commands.one_step_model import load_one_step_model
 from layton.commands.text_to_image import TextToImage
 from layton.data.folder import ImageFolderSource
 from layton.data.images import to_image
@@ -193,7 +193,7 @@ def test_a_student_of_picture_pairs_learns_is_recorded_and_is_plain_diffusers(
 
 def _require_equal_to_diffusers(folder: Path, student: Path) -> None:
     """One step of the student here, and of diffusers' pipeline that is given the picture's latent as its noise."""
-    model = load_model(str(folder), str(student), device="cpu")
+    model = load_one_step_model(str(folder), str(student), device="cpu")
     assert model.start == "image"
     before, after = sides("edit", length=1, size=PIXELS)
     image, prompt = before[0]["image"][None], after[0]["caption"]

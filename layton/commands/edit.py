@@ -1,0 +1,176 @@
+"""``layton edit``: one step of a distilled model changes a picture, fills a hole in it, or enlarges it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from layton.commands.options import require_least, require_shares
+from layton.data.geometry import FitPolicy
+from layton.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from layton.commands.one_step_model import OneStepModel
+    from layton.data.geometry import Geometry
+
+_TIMES = {"edit": 800.0, "inpaint": 900.0, "enlarge": 250.0}  # as `layton evaluate applications` has them
+
+
+def edit(
+    image: Path,
+    prompt: str,
+    *,
+    out: Path,
+    shows: str | None = None,
+    mask: Path | None = None,
+    enlarge: int | None = None,
+    pipeline: str = "mini",
+    student: str | None = "mini",
+    strength: float = 1.0,
+    threshold: float = 0.4,
+    softness: int = 1,
+    policy: FitPolicy = "crop",
+    seed: int = 0,
+    device: str | None = None,
+) -> None:
+    """Change a picture as a prompt says, in one step: edit, inpaint (with --mask) or enlarge (with --enlarge).
+
+    Pixels that the change is not about stay as they are. A student of `layton distill one_step_tasks` starts from the
+    picture itself; any other one, and a pipeline without a student, from the picture under noise.
+
+    Args:
+        image: picture to change.
+        prompt: what it is to show, the whole picture and not the change alone.
+        out: PNG file to write.
+        shows: what the picture shows now; models that start from noise need it to edit.
+        mask: picture of the same size, white where to paint and black what to keep.
+        enlarge: enlarge by this factor along each side instead.
+        pipeline: embedded model or folder of the diffusers pipeline that the student was distilled from.
+        student: export of a one-step distillation, or mini; null takes the pipeline's own network.
+        strength: of an edit, 0 and more; of an enlargement, the model's share in [0, 1], the rest being bicubic.
+        threshold: share of the largest change, in [0, 1), above which a place belongs to the edit; 0 takes all.
+        softness: latent positions by which the edited places are widened.
+        policy: how the picture becomes square: crop (the central square is what is written), pad or resize.
+        seed: of the noise, where there is any.
+        device: where to run; the accelerator if there is one.
+    """
+    from layton.commands.one_step_model import load_one_step_model
+    from layton.data.images import to_image
+    from layton.folder import write_atomically
+
+    require_least(0, {"seed": seed, "softness": softness, "strength": strength})
+    require_shares({"threshold": threshold})
+    if mask is not None and enlarge is not None:
+        raise UsageError("--mask paints and --enlarge enlarges: give one of them")
+    if enlarge is not None and (enlarge < 2 or strength > 1):
+        raise UsageError(f"--enlarge must be >= 2 and --strength then at most 1, got {enlarge} and {strength}")
+    if out.suffix.lower() != ".png":
+        raise UsageError(f"--out must be a PNG file, got {out}")
+    model = load_one_step_model(pipeline, student, device=device)
+    if model.start == "noise" and shows is None and mask is None and enlarge is None:
+        raise UsageError("this model starts from noise: say with --shows what the picture shows now")
+    square, geometry = _squared(image, model.image_size // (enlarge or 1), policy)
+    run = _Run(model, prompt, seed, strength)
+    if enlarge is not None:
+        result = run.enlarged(square, enlarge)
+    elif mask is not None:
+        result = run.painted(square, _mask(mask, geometry))
+    else:
+        result = run.edited(square, shows, threshold, softness)
+    picture = to_image(geometry.undo(result)[0] if enlarge is None else result[0])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, lambda part: picture.save(part, format="PNG"))
+    sys.stdout.write(f"{out}: {picture.width} x {picture.height} pixels\n")
+
+
+class _Run:
+    """One picture, one prompt, one step."""
+
+    def __init__(self, model: OneStepModel, prompt: str, seed: int, strength: float) -> None:
+        import torch
+
+        self.model, self.prompt, self.strength = model, prompt, strength
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def edited(self, image: Tensor, shows: str | None, threshold: float, softness: int) -> Tensor:
+        from layton.distillation.one_step_tasks import edit as edit_step
+
+        model = self.model
+        condition = model.condition_of([self.prompt])
+        return edit_step(
+            model.denoiser,
+            image.to(model.device),
+            condition,
+            condition if shows is None else model.condition_of([shows]),
+            encode=model.encode,
+            decode=model.decode,
+            generator=self.generator,
+            start=model.start,
+            t=_TIMES["edit"],
+            strength=self.strength,
+            threshold=threshold,
+            softness=softness,
+        ).cpu()
+
+    def painted(self, image: Tensor, mask: Tensor) -> Tensor:
+        from layton.distillation.one_step_tasks import inpaint
+
+        model = self.model
+        return inpaint(
+            model.denoiser,
+            image.to(model.device),
+            mask.to(model.device),
+            model.condition_of([self.prompt]),
+            encode=model.encode,
+            decode=model.decode,
+            generator=self.generator,
+            start=model.start,
+            t=_TIMES["inpaint"],
+        ).cpu()
+
+    def enlarged(self, image: Tensor, scale: int) -> Tensor:
+        from layton.distillation.one_step_tasks import super_resolve
+
+        model = self.model
+        return super_resolve(
+            model.denoiser,
+            image.to(model.device),
+            model.condition_of([self.prompt]),
+            encode=model.encode,
+            decode=model.decode,
+            generator=self.generator,
+            start=model.start,
+            scale=scale,
+            t=_TIMES["enlarge"],
+            strength=self.strength,
+        ).cpu()
+
+
+def _squared(path: Path, size: int, policy: FitPolicy) -> tuple[Tensor, Geometry]:
+    """A picture as the model takes it, (1, 3, S, S) in [-1, 1], and how it was brought there."""
+    from layton.data.geometry import fit_image
+    from layton.data.images import load_image, to_tensor
+
+    square, geometry = fit_image(load_image(path), size, policy=policy)
+    return to_tensor(square)[None], geometry
+
+
+def _mask(path: Path, geometry: Geometry) -> Tensor:
+    """Where to paint, (1, 1, S, S) of 0 and 1.
+
+    Raises:
+        UsageError: It has another size than the picture, or nothing in it is white.
+    """
+    from layton.data.images import load_image, to_tensor
+
+    drawn = to_tensor(load_image(path))
+    if tuple(drawn.shape[-2:]) != geometry.original_size:
+        height, width = geometry.original_size
+        raise UsageError(f"{path} is {drawn.shape[-1]} x {drawn.shape[-2]} pixels, the picture {width} x {height}")
+    mask = (geometry.apply(drawn[None], fill=-1.0).mean(dim=1, keepdim=True) > 0).float()
+    if not mask.any():
+        raise UsageError(f"{path}: nothing in it is white, so there is nothing to paint")
+    return mask

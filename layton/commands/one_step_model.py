@@ -1,0 +1,87 @@
+"""A text-to-image model of one step, in the parts that editing, inpainting and super-resolution need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from distill.condition import Condition
+from distill.denoiser import Denoiser
+from distill.few_step import Start
+from distill.models import denoiser_from_pipeline
+from layton.commands.text_to_image import TASKS_FOLDER, find_pipeline, find_student
+from layton.devices import choose_device
+from layton.distillation.distilled import load_distilled
+from layton.distillation.one_step_tasks import Decode, Encode
+from layton.ldm.autoencoder import Autoencoder
+from layton.ldm.conditions import PromptEncoder, latent_shape_of
+from layton.ldm.teacher import open_pipeline
+from layton.ldm.text import hears_places
+from layton.scenes import Scene, caption
+from layton.scenes.placed import placed_caption
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OneStepModel:
+    """A text-to-image model of one step, in the parts that the tasks need.
+
+    Attributes:
+        denoiser: The network.
+        encode: Images to scaled latents.
+        decode: Back.
+        condition_of: Prompts to their condition.
+        image_size: Side in pixels of what it draws.
+        device: Where it is.
+        say: A scene as the model has learnt to be told of it.
+        start: What it starts from, see `distill.few_step.FewStepSampling`.
+    """
+
+    denoiser: Denoiser
+    encode: Encode
+    decode: Decode
+    condition_of: Callable[[Sequence[str]], Condition]
+    image_size: int
+    device: str = "cpu"
+    say: Callable[[Scene], str] = caption
+    start: Start = "noise"
+
+
+def load_one_step_model(pipeline: str, student: str | None, *, device: str | None = None) -> OneStepModel:
+    """A pipeline, and a distilled student in it, as one-step tasks need it.
+
+    Args:
+        pipeline: Embedded model or folder.
+        student: Folder, or embedded model with one in ``one_step_tasks/``; None takes the pipeline's own network.
+        device: Where to run; the accelerator if there is one.
+
+    Raises:
+        UsageError: There is no such pipeline.
+        ValueError: The student does not fit it, or was not trained for one step.
+    """
+    folder = find_pipeline(pipeline)
+    pipe = open_pipeline(folder)
+    scheduler = pipe.scheduler
+    start: Start = "noise"
+    if student is not None:
+        sampling = load_distilled(pipe, find_student(student, part=TASKS_FOLDER))
+        sampling.times_for(1)
+        start = sampling.start
+        pipe.register_modules(scheduler=scheduler)  # the schedule of the noise, which the student shares
+    place = str(choose_device(device))
+    _, height, width = latent_shape_of(pipe)
+    autoencoder = Autoencoder(pipe.vae).eval().to(place)
+    encoder = PromptEncoder(pipe, latent_size=(height, width))
+
+    def condition_of(texts: Sequence[str]) -> Condition:
+        return encoder(texts, device=place)
+
+    return OneStepModel(
+        denoiser_from_pipeline(pipe).eval().to(place),
+        autoencoder.encode,
+        autoencoder.decode,
+        condition_of,
+        image_size=height * autoencoder.downsample_factor,
+        device=place,
+        say=placed_caption if hears_places(folder) else caption,
+        start=start,
+    )
