@@ -30,6 +30,7 @@ Everything else is as for `layton fit` on configs/distill/METHOD.yaml, for examp
 """
 LATENT_DATA = "layton.ldm.latent_data.LatentDataModule"
 PAIRS = "layton.distillation.pair_data.TeacherPairs"
+PICTURE_PAIRS = "layton.distillation.task_pairs.TaskPairs"
 _LATENT_SIZE = "--model.init_args.latent_size"
 _FLUX_SIZE = 128  # h = w; its configuration names none (diffusers: FluxPipeline.default_sample_size)
 _TEACHER = ("latent_size", "network_guidance", "negative_prompt")  # of the task and of pairs alike
@@ -49,7 +50,7 @@ def fit_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
         UsageError: A short option has no value, no such folder or file, or prompts for a method that needs pictures.
     """
     short, rest = _take_short(words)
-    needs_pictures = _data_class(run_file) == LATENT_DATA and not _has_data(rest)
+    needs_pictures = _learns_from_pictures(run_file) and not _has_data(rest)
     arguments = ["--config", str(run_file)]
     parts = ("model",) if _has_data(rest) or "--prompts" in short else ("model", "data")
     if "--pipeline" in short:
@@ -227,7 +228,7 @@ def _prompt_arguments(file: str, run_file: Path, *, folder: str | None, words: S
 
     train = source("train")
     run = yaml.safe_load(run_file.read_text(encoding="utf-8"))
-    first = (run.get("data", {}).get("init_args", {}).get("train") or [{}])[0]
+    first = _first_source(run)
     if first.get("class_path") == PAIRS:  # pairs are still made once, of these prompts
         if folder is not None:
             teacher = pipeline_folder(folder)
@@ -242,10 +243,20 @@ def _prompt_arguments(file: str, run_file: Path, *, folder: str | None, words: S
     ]
 
 
-def _data_class(run_file: Path) -> str:
+def _learns_from_pictures(run_file: Path) -> bool:
+    """Whether a run file's data are pictures, or pairs of them."""
     run = yaml.safe_load(run_file.read_text(encoding="utf-8"))
     found = run.get("data", {}) if isinstance(run, dict) else {}
-    return str(found.get("class_path", "")) if isinstance(found, dict) else ""
+    if not isinstance(found, dict):
+        return False
+    return found.get("class_path") == LATENT_DATA or _first_source(run).get("class_path") == PICTURE_PAIRS
+
+
+def _first_source(run: Any) -> dict[str, Any]:
+    """The first training source of a run file; empty if it names none."""
+    sources = run.get("data", {}).get("init_args", {}).get("train")
+    first = sources[0] if isinstance(sources, list) and sources else sources
+    return first if isinstance(first, dict) else {}
 
 
 def _has_data(words: Sequence[str]) -> bool:

@@ -13,6 +13,7 @@ import small_pipelines as tiny
 import torch
 import yaml
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from PIL import Image
 
 import layton.distillation
 from distill.few_step import FewStepSampling
@@ -113,6 +114,9 @@ def test_the_exported_lora_is_what_was_trained(tmp_path: Path, method: str, kind
 def test_scenes_have_the_size_that_the_pipeline_is_for(tmp_path: Path, kind: str, more: int, side: int) -> None:
     words = ["--pipeline", str(folder_of(kind, tmp_path))]
     words += [f"--model.init_args.latent_size={more}"] if more else []
+    found = fit_arguments(CONFIGS / "distill" / "one_step_tasks.yaml", words)
+    rendered = [word.count(f'"size": {side}') for word in found if "SceneCases" in word]
+    assert rendered == [6, 4]  # both sides of every task
     for method in ("lcm", "scott", "progressive"):
         found = fit_arguments(CONFIGS / "distill" / f"{method}.yaml", words)
         for role in ("train", "validation"):
@@ -122,6 +126,29 @@ def test_scenes_have_the_size_that_the_pipeline_is_for(tmp_path: Path, kind: str
     assert not any('"size"' in word for word in fit_arguments(CONFIGS / "distill" / "mlcm.yaml", words[:2]))
     own = [*words, "--data", str(CONFIGS / "data" / "scenes_pipeline_latents.yaml")]
     assert not any("ScenesSource" in word for word in fit_arguments(CONFIGS / "distill" / "lcm.yaml", own))
+
+
+def task_pairs(folder: Path, split: str, length: int) -> list[dict[str, Any]]:
+    def side(name: str) -> dict[str, Any]:
+        options = {"task": "edit", "side": name, "split": split, "length": length, "size": 2 * tiny.SIZE}
+        return {"class_path": "layton.distillation.task_sources.SceneCases", "init_args": options}
+
+    where = {"autoencoder": str(folder / "vae"), "folder": f"cache/{split}"}
+    pairs = {"before": side("before"), "after": side("after"), **where}
+    return [{"class_path": "layton.distillation.task_pairs.TaskPairs", "init_args": pairs}]
+
+
+def test_a_student_that_changes_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folder_of("sd-v", tmp_path)
+    data = [f"--data.init_args.{role}={json.dumps(task_pairs(folder, role, 4))}" for role in ("train", "validation")]
+    assert distill("one_step_tasks", folder, "--run_dir=run", "--data.init_args.weights=[1]", *data) == 0
+    assert load_sampling(tmp_path / "run" / "export").start == "image"
+    Image.new("RGB", (16, 16), (90, 30, 160)).save("a.png")
+    words = ["--pipeline", str(folder), "--student", "run/export"]
+    assert main(["edit", "a.png", "a red star", "--out", "b.png", *words]) == 0
+    assert (tmp_path / "b.png").is_file()
+    assert main(["distill", "one_step_tasks", "--prompts", str(tmp_path / "b.png")]) == 2
+    assert "learns from pictures" in capsys.readouterr().err
 
 
 def test_pipelines_that_hear_places_are_told_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
