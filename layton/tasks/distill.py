@@ -23,7 +23,7 @@ from distill.adapters import (
 from distill.budget import Budget
 from distill.condition import Condition
 from distill.denoiser import Denoiser
-from distill.few_step import FewStepSampling
+from distill.few_step import FewStepSampling, Start
 from distill.method import DistillationMethod, DistillBatch, MethodOutput, Networks
 from distill.methods.consistency import ConsistencyMethod
 from distill.methods.hipa import rank_for_share
@@ -49,7 +49,7 @@ from layton.tasks.previews import Previews
 
 PREVIEW_IMAGES = 8
 RECOMPUTE: dict[bool | Literal["cheap"], Recompute] = {False: "nothing", "cheap": "cheap", True: "blocks"}
-_FORWARDS = "distill_forwards"
+_FORWARDS, _START = "distill_forwards", "distill_start"
 
 
 class DistillTask(ManualTask):
@@ -196,13 +196,16 @@ class DistillTask(ManualTask):
         if any(isinstance(source, TaskPairs) for source in sources):
             if any(isinstance(source, TeacherPairs) for source in sources):
                 raise ValueError("a student starts from pictures or from noise: train on TaskPairs or on TeacherPairs")
-            self.sampling = self.previews.sampling = replace(self.sampling, start="image")
+            self._start_from("image")
         # Checkpoints are meant to hold the weights after the step.
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         for network in (self.student, self.teacher, self.networks.target):
             inner = network.denoiser if isinstance(network, AdapterView) else network
             if isinstance(inner, UNetDenoiser):
                 use_fast_attention(inner.unet, self.device)
+
+    def _start_from(self, start: Start) -> None:
+        self.sampling = self.previews.sampling = replace(self.sampling, start=start)
 
     def _require_pairs(self, source: TeacherPairs) -> None:
         solver = getattr(self.method, "solver", None)  # of LCM a rule for one step, which pairs know nothing of
@@ -338,7 +341,7 @@ class DistillTask(ManualTask):
         """Keep what is learnt: the pipeline folder has the rest."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in self._learned}
-        checkpoint[_FORWARDS] = self.budget.state_dict()
+        checkpoint[_FORWARDS], checkpoint[_START] = self.budget.state_dict(), self.sampling.start
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the pipeline folder has; refuse a checkpoint of another shape of run.
@@ -352,6 +355,7 @@ class DistillTask(ManualTask):
             raise ValueError(f"the checkpoint holds other weights than this run trains; {len(odd)} differ: {odd[:4]}")
         checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
         self.budget.load_state_dict(checkpoint.get(_FORWARDS, {}))
+        self._start_from(checkpoint.get(_START, "noise"))
 
     def _learned_names(self) -> frozenset[str]:
         target = self.networks.target

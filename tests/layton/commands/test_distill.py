@@ -143,6 +143,8 @@ def test_a_student_that_changes_pictures(tmp_path: Path, capsys: pytest.CaptureF
     data = [f"--data.init_args.{role}={json.dumps(task_pairs(folder, role, 4))}" for role in ("train", "validation")]
     assert distill("one_step_tasks", folder, "--run_dir=run", "--data.init_args.weights=[1]", *data) == 0
     assert load_sampling(tmp_path / "run" / "export").start == "image"
+    assert main(["export", str(checkpoint(tmp_path / "run", 2)), "--out", "again"]) == 0
+    assert load_sampling(tmp_path / "again").start == "image"
     Image.new("RGB", (16, 16), (90, 30, 160)).save("a.png")
     words = ["--pipeline", str(folder), "--student", "run/export"]
     assert main(["edit", "a.png", "a red star", "--out", "b.png", *words]) == 0
