@@ -157,7 +157,7 @@ class Reduced(ImageSource):
         scale: By how much; divides their sides.
 
     Raises:
-        ValueError: ``scale`` is below 2.
+        ValueError: ``scale`` is below 2, or, when read, an image's sides are no multiples of it.
     """
 
     def __init__(self, source: ImageSource, *, scale: int = 4) -> None:
@@ -176,6 +176,10 @@ class Reduced(ImageSource):
     def sample(self, index: int, *, seed: int) -> ImageSample:
         """One image; see `SampleSource.sample`."""
         sample = self.source.sample(index, seed=seed)
+        if any(side % self.scale for side in sample["image"].shape[-2:]):
+            raise ValueError(
+                f"{sample['key']}: {tuple(sample['image'].shape[-2:])} pixels are no multiple of {self.scale}"
+            )
         small = resize(sample["image"][None], 1 / self.scale).clamp(-1, 1)
         return replace_image(sample, resize(small, self.scale)[0].clamp(-1, 1))
 

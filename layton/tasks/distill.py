@@ -196,6 +196,8 @@ class DistillTask(ManualTask):
         if any(isinstance(source, TaskPairs) for source in sources):
             if any(isinstance(source, TeacherPairs) for source in sources):
                 raise ValueError("a student starts from pictures or from noise: train on TaskPairs or on TeacherPairs")
+            if not isinstance(getattr(self.method, "solver", None), TeacherSolver):
+                raise ValueError(f"{type(self.method).__name__} does not learn from pairs, and TaskPairs are such")
             self._start_from("image")
         # Checkpoints are meant to hold the weights after the step.
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from distill.adapters import LoraSettings
 from distill.methods.hipa import HiPA
+from distill.methods.lcm import LCM
 from distill.methods.one_step import OneStepDistillation
 from layton.commands.one_step_model import load_one_step_model
 from layton.commands.text_to_image import TextToImage
@@ -119,6 +120,8 @@ def test_reduced_pictures_have_their_size_and_lack_detail():
     assert (resize(given[None], 0.25) - resize(wanted[None], 0.25)).abs().mean() < 0.01
     with pytest.raises(ValueError, match="scale"):
         Reduced(source, scale=1)
+    with pytest.raises(ValueError, match="no multiple of 5"):
+        Reduced(source, scale=5).sample(0, seed=0)
 
 
 def test_pairs_hold_both_sides_as_the_autoencoder_sees_them(folder: Path, tmp_path: Path):
@@ -219,12 +222,14 @@ def _require_equal_to_diffusers(folder: Path, student: Path) -> None:
     assert_close(drawn * 2 - 1, ours, rtol=1e-4, atol=1e-4)
 
 
-def test_a_run_starts_from_pictures_or_from_noise(folder: Path, tmp_path: Path):
-    task = DistillTask(
-        str(folder), OneStepDistillation(), optimizer=torch.optim.SGD, adapter=ADAPTER, reference_steps=2
-    )
+def test_a_run_starts_from_pictures_or_from_noise_and_learns_from_pairs(folder: Path, tmp_path: Path):
+    def make(method: Any) -> DistillTask:
+        return DistillTask(str(folder), method, optimizer=torch.optim.SGD, adapter=ADAPTER, reference_steps=2)
+
     drawn = TeacherPairs(ScenesSource(length=2, size=PIXELS), pipeline=str(folder), folder=str(tmp_path / "p"))
     data = ImageDataModule([pairs(folder, tmp_path / "c"), drawn], batch_size=2)
-    trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, barebones=False)
+    trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match="from pictures or from noise"):
-        trainer.fit(task, data)
+        trainer.fit(make(OneStepDistillation()), data)
+    with pytest.raises(ValueError, match="LCM does not learn from pairs"):
+        trainer.fit(make(LCM()), ImageDataModule(pairs(folder, tmp_path / "c"), batch_size=2))
