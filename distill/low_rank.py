@@ -42,9 +42,11 @@ def reduce_rank(state: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
 
 
 def _reduced(first: Tensor, second: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    product = second.double().flatten(1) @ first.double().flatten(1)  # a convolution's B is one of 1 x 1
-    left, values, right = torch.linalg.svd(product, full_matrices=False)
+    # The factors' own small triangles decide: no product of the layer's size is made. A convolution's B is 1 x 1.
+    basis_out, core_out = torch.linalg.qr(second.double().flatten(1))
+    basis_in, core_in = torch.linalg.qr(first.double().flatten(1).T)
+    left, values, right = torch.linalg.svd(core_out @ core_in.T, full_matrices=False)
     root = values[:rank].sqrt()
-    new_first = (root[:, None] * right[:rank]).reshape(rank, *first.shape[1:])
-    new_second = (left[:, :rank] * root).reshape(len(second), rank, *second.shape[2:])
+    new_first = (root[:, None] * (right[:rank] @ basis_in.T)).reshape(rank, *first.shape[1:])
+    new_second = (basis_out @ left[:, :rank] * root).reshape(len(second), rank, *second.shape[2:])
     return new_first.to(first).contiguous(), new_second.to(second).contiguous()

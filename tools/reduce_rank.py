@@ -16,6 +16,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from distill.low_rank import reduce_rank
+from layton.commands.staging import staged
 from layton.distillation.distilled import FEW_STEP_NAME, LORA_NAME, save_lora_tensors
 from layton.folder import CONFIG_NAME, WEIGHTS_NAME, load_tensors, save_tensors
 
@@ -31,10 +32,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.out.exists():
         parser.error(f"{arguments.out} exists")
-    if (arguments.folder / FEW_STEP_NAME).is_file():
-        reduce_student(arguments.folder, arguments.out, arguments.rank)
-    else:
-        reduce_decoder(arguments.folder, arguments.out, arguments.rank)
+    is_student = (arguments.folder / FEW_STEP_NAME).is_file()
+    with staged(arguments.out) as part:
+        (reduce_student if is_student else reduce_decoder)(arguments.folder, part, arguments.rank)
 
 
 def reduce_decoder(folder: Path, out: Path, rank: int) -> None:
@@ -61,10 +61,12 @@ def reduce_student(folder: Path, out: Path, rank: int) -> None:
         raise ValueError(f"{folder} holds no {LORA_NAME}: this student is a whole network")
     with safe_open(folder / LORA_NAME, framework="pt") as file:
         metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
-    tensors = reduce_rank(load_tensors(folder / LORA_NAME), rank)
-    part = next(iter(tensors)).partition(".")[0]
+        part = next(iter(file.keys())).partition(".")[0]
     config = {name.removeprefix(f"{part}."): value for name, value in metadata.items()}
     _require_larger(config.get("r"), rank, folder)
+    if odd := [name for name in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora") if config.get(name)]:
+        raise ValueError(f"{folder}: a LoRA with {', '.join(odd)} has no one rank and scale to reduce")
+    tensors = reduce_rank(load_tensors(folder / LORA_NAME), rank)
     config |= {"lora_alpha": config["lora_alpha"] * rank / config["r"], "r": rank}
     own = {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()}
     save_lora_tensors(own, config, out, part="unet" if part == "unet" else "transformer")

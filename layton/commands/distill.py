@@ -69,6 +69,8 @@ def fit_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
         arguments += [f"{_SHARE}=null"]  # a rank that is asked for is the rank, whatever its share of the parameters
     if "--max_steps" in short:
         arguments.append(f"--trainer.max_steps={short['--max_steps']}")
+        if _has_cycle(run_file):  # of the learning rate, which ends with the run
+            arguments.append(f"--model.init_args.lr_scheduler.init_args.total_steps={short['--max_steps']}")
     return arguments + rest
 
 
@@ -250,6 +252,12 @@ def _learns_from_pictures(run_file: Path) -> bool:
     if not isinstance(found, dict):
         return False
     return found.get("class_path") == LATENT_DATA or _first_source(run).get("class_path") == PICTURE_PAIRS
+
+
+def _has_cycle(run_file: Path) -> bool:
+    run = yaml.safe_load(run_file.read_text(encoding="utf-8"))
+    scheduler = run["model"]["init_args"].get("lr_scheduler") or {}
+    return str(scheduler.get("class_path", "")).endswith(".OneCycleLR")
 
 
 def _first_source(run: Any) -> dict[str, Any]:

@@ -38,8 +38,9 @@ def edit(
 ) -> None:
     """Change a picture as a prompt says, in one step: edit, inpaint (with --mask) or enlarge (with --enlarge).
 
-    Pixels that the change is not about stay as they are. A student of `layton distill one_step_tasks` starts from the
-    picture itself; any other one, and a pipeline without a student, from the picture under noise.
+    The model sees the picture at its own size; what it changes is brought back, and all other pixels stay as they are.
+    A student of `layton distill one_step_tasks` starts from the picture itself; any other one, and a pipeline without a
+    student, from the picture under noise.
 
     Args:
         image: picture to change.
@@ -47,7 +48,8 @@ def edit(
         out: PNG file to write.
         shows: what the picture shows now; models that start from noise need it to edit.
         mask: picture of the same size, white where to paint and black what to keep.
-        enlarge: enlarge by this factor along each side instead.
+        enlarge: enlarge by this factor along each side instead; the picture may then be so much smaller than what the
+            model draws, and no larger.
         pipeline: embedded model or folder of the diffusers pipeline that the student was distilled from.
         student: export of a one-step distillation, or mini; null takes the pipeline's own network.
         strength: of an edit, 0 and more; of an enlargement, the model's share in [0, 1], the rest being bicubic.
@@ -58,7 +60,7 @@ def edit(
         device: where to run; the accelerator if there is one.
     """
     from layton.commands.one_step_model import load_one_step_model
-    from layton.data.images import to_image
+    from layton.data.images import load_image, to_image, to_tensor
     from layton.folder import write_atomically
 
     require_least(0, {"seed": seed, "softness": softness, "strength": strength})
@@ -72,15 +74,17 @@ def edit(
     model = load_one_step_model(pipeline, student, device=device)
     if model.start == "noise" and shows is None and mask is None and enlarge is None:
         raise UsageError("this model starts from noise: say with --shows what the picture shows now")
-    square, geometry = _squared(image, model.image_size // (enlarge or 1), policy)
+    original = to_tensor(load_image(image))[None]
     run = _Run(model, prompt, seed, strength)
     if enlarge is not None:
-        result = run.enlarged(square, enlarge)
-    elif mask is not None:
-        result = run.painted(square, _mask(mask, geometry))
+        changed = _enlarged(run, original, enlarge, policy)
     else:
-        result = run.edited(square, shows, threshold, softness)
-    picture = to_image(geometry.undo(result)[0] if enlarge is None else result[0])
+        geometry = _geometry(original, model.image_size, policy)
+        square = geometry.apply(original)
+        where = None if mask is None else _mask(mask, geometry)
+        result = run.edited(square, shows, threshold, softness) if where is None else run.painted(square, where)
+        changed = _brought_back(original, square, result, geometry)
+    picture = to_image(changed[0])
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, lambda part: picture.save(part, format="PNG"))
     sys.stdout.write(f"{out}: {picture.width} x {picture.height} pixels\n")
@@ -149,13 +153,37 @@ class _Run:
         ).cpu()
 
 
-def _squared(path: Path, size: int, policy: FitPolicy) -> tuple[Tensor, Geometry]:
-    """A picture as the model takes it, (1, 3, S, S) in [-1, 1], and how it was brought there."""
-    from layton.data.geometry import fit_image
-    from layton.data.images import load_image, to_tensor
+def _geometry(image: Tensor, size: int, policy: FitPolicy, *, scale: int = 1) -> Geometry:
+    """How a picture (1, 3, H, W), or one so many times its size, is brought to a square of ``size``."""
+    from layton.data.geometry import Geometry
 
-    square, geometry = fit_image(load_image(path), size, policy=policy)
-    return to_tensor(square)[None], geometry
+    height, width = image.shape[-2:]
+    return Geometry.plan((scale * height, scale * width), size, policy=policy)
+
+
+def _brought_back(original: Tensor, square: Tensor, result: Tensor, geometry: Geometry) -> Tensor:
+    """A changed square at the size of the original (1, 3, H, W); where nothing changed, the original's own pixels."""
+    left, top, right, bottom = geometry.box
+    kept = original if geometry.policy == "pad" else original[..., top:bottom, left:right]
+    share = (result != square).any(dim=1, keepdim=True).float().expand_as(square)
+    share = geometry.undo(share).clamp(0, 1)
+    return share * geometry.undo(result) + (1 - share) * kept
+
+
+def _enlarged(run: _Run, original: Tensor, scale: int, policy: FitPolicy) -> Tensor:
+    """A picture (1, 3, H, W) at ``scale`` times its size; with ``crop`` its central square.
+
+    Raises:
+        UsageError: The model cannot enlarge so much, or the picture is too large.
+    """
+    size = run.model.image_size
+    if size % scale or size == scale:
+        raise UsageError(f"--enlarge must divide the {size} pixels that the model draws, got {scale}")
+    if max(original.shape[-2:]) > size // scale:
+        given = f"{original.shape[-1]} x {original.shape[-2]}"
+        raise UsageError(f"the model draws {size} pixels: to enlarge by {scale}, at most {size // scale}, got {given}")
+    square = _geometry(original, size // scale, policy).apply(original)
+    return _geometry(original, size, policy, scale=scale).undo(run.enlarged(square, scale))
 
 
 def _mask(path: Path, geometry: Geometry) -> Tensor:
@@ -166,11 +194,13 @@ def _mask(path: Path, geometry: Geometry) -> Tensor:
     """
     from layton.data.images import load_image, to_tensor
 
-    drawn = to_tensor(load_image(path))
+    drawn = to_tensor(load_image(path, background=(0, 0, 0)))[None]
     if tuple(drawn.shape[-2:]) != geometry.original_size:
         height, width = geometry.original_size
         raise UsageError(f"{path} is {drawn.shape[-1]} x {drawn.shape[-2]} pixels, the picture {width} x {height}")
-    mask = (geometry.apply(drawn[None], fill=-1.0).mean(dim=1, keepdim=True) > 0).float()
-    if not mask.any():
+    if not (drawn > 0).any():
         raise UsageError(f"{path}: nothing in it is white, so there is nothing to paint")
+    mask = (geometry.apply(drawn, fill=-1.0).mean(dim=1, keepdim=True) > 0).float()
+    if not mask.any():
+        raise UsageError(f"{path}: nothing of what is white is left in the square that the model sees")
     return mask

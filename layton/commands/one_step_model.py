@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from distill.condition import Condition
 from distill.denoiser import Denoiser
-from distill.few_step import Start
+from distill.few_step import FewStepSampling, Start
 from distill.models import denoiser_from_pipeline
-from layton.commands.text_to_image import TASKS_FOLDER, find_pipeline, find_student
+from layton.commands.text_to_image import STUDENT_FOLDER, TASKS_FOLDER, find_pipeline, find_student
 from layton.devices import choose_device
 from layton.distillation.distilled import load_distilled
 from layton.distillation.one_step_tasks import Decode, Encode
@@ -51,37 +53,43 @@ def load_one_step_model(pipeline: str, student: str | None, *, device: str | Non
 
     Args:
         pipeline: Embedded model or folder.
-        student: Folder, or embedded model with one in ``one_step_tasks/``; None takes the pipeline's own network.
+        student: Folder, or embedded model with one in ``one_step_tasks/`` or ``few_step/``; None takes the network of
+            the pipeline itself.
         device: Where to run; the accelerator if there is one.
 
     Raises:
         UsageError: There is no such pipeline.
-        ValueError: The student does not fit it, or was not trained for one step.
+        ValueError: The student does not fit it, predicts something else, or was not trained for one step.
     """
     folder = find_pipeline(pipeline)
     pipe = open_pipeline(folder)
     scheduler = pipe.scheduler
-    start: Start = "noise"
+    sampling: FewStepSampling | None = None
     if student is not None:
-        sampling = load_distilled(pipe, find_student(student, part=TASKS_FOLDER))
+        sampling = load_distilled(pipe, find_student(student, parts=(TASKS_FOLDER, STUDENT_FOLDER)))
         sampling.times_for(1)
-        start = sampling.start
         pipe.register_modules(scheduler=scheduler)  # the schedule of the noise, which the student shares
+    denoiser = denoiser_from_pipeline(pipe)
+    if sampling is not None and sampling.prediction != denoiser.prediction_type:
+        raise ValueError(f"{student} predicts {sampling.prediction} and {pipeline} {denoiser.prediction_type}")
     place = str(choose_device(device))
     _, height, width = latent_shape_of(pipe)
     autoencoder = Autoencoder(pipe.vae).eval().to(place)
     encoder = PromptEncoder(pipe, latent_size=(height, width))
 
+    told = None if sampling is None else sampling.guidance
+
     def condition_of(texts: Sequence[str]) -> Condition:
-        return encoder(texts, device=place)
+        condition = encoder(texts, device=place)
+        return condition if told is None else replace(condition, guidance=torch.full((len(texts),), told, device=place))
 
     return OneStepModel(
-        denoiser_from_pipeline(pipe).eval().to(place),
+        denoiser.eval().to(place),
         autoencoder.encode,
         autoencoder.decode,
         condition_of,
         image_size=height * autoencoder.downsample_factor,
         device=place,
         say=placed_caption if hears_places(folder) else caption,
-        start=start,
+        start="noise" if sampling is None else sampling.start,
     )

@@ -34,19 +34,25 @@ def find_pipeline(name: str | Path) -> Path:
     raise ValueError(f"{folder} holds no text-to-image pipeline: neither model_index.json nor ldm/model_index.json")
 
 
-def find_student(name: str | Path, *, part: str = STUDENT_FOLDER) -> Path:
+def find_student(name: str | Path, *, parts: Sequence[str] = (STUDENT_FOLDER,)) -> Path:
     """The folder of a distilled student: a path, or an embedded model or tokenizer with one in ``few_step/``.
 
     Args:
         name: The path or model.
-        part: Where in a model to look for it.
+        parts: Where in a model to look for it, in this order.
 
     Raises:
         ValueError: If there is no such folder or model.
     """
-    folder = assets.resolve(name, part=part)
-    inner = folder / part
-    return inner if inner.is_dir() else folder
+    folder = Path(name)
+    if folder.is_dir():
+        return next((folder / part for part in parts if (folder / part).is_dir()), folder)
+    for part in parts[:-1]:
+        try:
+            return assets.resolve(name, part=part)
+        except ValueError:
+            continue
+    return assets.resolve(name, part=parts[-1])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -72,6 +72,10 @@ class ImageSource(SampleSource):
         """The caption of `sample(index, seed=seed)`; sources that know it without the image do not load that."""
         return self.sample(index, seed=seed)["caption"]
 
+    def settings(self) -> str:
+        """What pictures depend on that a few of them may not show, for what is kept of them; empty for most."""
+        return ""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredImage:

@@ -8,6 +8,7 @@ are the same.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ class TaskPairs(SampleSource):
 
     Args:
         before: Pictures that are given (`layton.distillation.task_sources`).
-        after: What shall become of them: as many, of the same names (the last parts of keys) and sizes.
+        after: What shall become of them: as many, of the same sizes and names (keys without the folder or shard that
+            they begin with). A few that are broken on one side are left out, and told.
         autoencoder: Folder of the AutoencoderKL.
         folder: Where the caches lie.
         num_samples: How many; more than there are pictures means that their augmentation is drawn anew each time round.
@@ -61,18 +63,26 @@ class TaskPairs(SampleSource):
             )
             for name, source in (("before", before), ("after", after))
         )
-        for given, wanted in zip(self._before.keys, self._after.keys, strict=True):
-            if _name(given) != _name(wanted):
-                raise ValueError(f"the picture {given} is given where {wanted} is wanted: they are no pair")
+        keys = list(zip(self._before.keys, self._after.keys, strict=True))
+        odd = [(given, wanted) for given, wanted in keys if _name(given) != _name(wanted)]
+        if 2 * len(odd) > len(keys):
+            raise ValueError(f"the picture {odd[0][0]} is given where {odd[0][1]} is wanted: they are no pairs")
+        if odd:  # one of two is broken, and another stands in its place
+            sys.stderr.write(
+                f"layton: {folder}: {len(odd):,} of {len(keys):,} are no pairs, such as {odd[0]}: left out\n"
+            )
+        self._places = [place for place, (given, wanted) in enumerate(keys) if _name(given) == _name(wanted)]
 
     def __len__(self) -> int:
         """Number of pairs."""
-        return len(self._after)
+        return len(self._places)
 
     def sample(self, index: int, *, seed: int) -> dict[str, Any]:
         """One pair; the seed has no influence but on a fresh caption."""
-        return {**self._after.sample(index, seed=seed), "noise": self._before.sample(index, seed=seed)["latent"]}
+        place = self._places[index]
+        return {**self._after.sample(place, seed=seed), "noise": self._before.sample(place, seed=seed)["latent"]}
 
 
 def _name(key: str) -> str:
-    return key.rpartition("/")[2]
+    """A key without the folder or shard that it begins with."""
+    return key.partition("/")[2] or key

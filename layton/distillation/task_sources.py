@@ -90,6 +90,10 @@ class SceneCases(ImageSource):
         assert wanted is not None  # noqa: S101
         return self._say(wanted, seed)
 
+    def settings(self) -> str:
+        """Task and side; see `ImageSource.settings`."""
+        return f"{self.task} {self.side}"
+
     def _say(self, scene: Scene, seed: int) -> str:
         return say(scene, seed, chinese=self.chinese, reworded=self.reworded, places=self.places)
 
@@ -141,6 +145,10 @@ class WithHoles(ImageSource):
         """See `ImageSource.caption`."""
         return self.source.caption(index, seed=seed)
 
+    def settings(self) -> str:
+        """Shares; see `ImageSource.settings`."""
+        return f"holes of {self.shares} {self.source.settings()}".rstrip()
+
     def _span(self, length: int, generator: torch.Generator) -> slice:
         share, place = torch.rand(2, generator=generator).tolist()
         smallest, largest = self.shares
@@ -186,6 +194,10 @@ class Reduced(ImageSource):
     def caption(self, index: int, *, seed: int) -> str:
         """See `ImageSource.caption`."""
         return self.source.caption(index, seed=seed)
+
+    def settings(self) -> str:
+        """Scale; see `ImageSource.settings`."""
+        return f"reduced by {self.scale} {self.source.settings()}".rstrip()
 
 
 def replace_image(sample: ImageSample, image: Tensor) -> ImageSample:

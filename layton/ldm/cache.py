@@ -70,7 +70,7 @@ class CachedLatents(SampleSource):
         count = len(source) if num_samples is None else num_samples
         fingerprint: dict[str, str | int | float | bool] = {
             "autoencoder": digest(Path(autoencoder)),
-            "tokenizer": "" if tokenizer is None else codes_digest(Path(tokenizer)),
+            "tokenizer": "" if tokenizer is None else _codes_by(Path(tokenizer), Path(folder)),
             "source": type(source).__name__,
             "num_samples": count,
             **_looks(source, count),
@@ -138,13 +138,16 @@ def _looks(source: ImageSource, count: int) -> dict[str, str]:
     And what was said of some, or of files how these look.
     """
     seen = [_original(source, index) for index in sorted({0, count // 2, count - 1})]
-    if isinstance(source, StoredSource):
-        content = source.stamp()
+    stored = [part for part in walk([source]) if isinstance(part, StoredSource)]
+    settings = {"settings": said} if (said := source.settings()) else {}
+    if stored:
+        content = "".join(part.stamp() for part in stored)
+        content = content if len(stored) == 1 else hashlib.sha256(content.encode()).hexdigest()
     else:
         some = range(0, count, max(1, count // _CAPTIONS))
-        said = [source.caption(index % len(source), seed=mix(index)) for index in some]
-        content = hashlib.sha256("\n".join(said).encode("utf-8", "replace")).hexdigest()
-    return {
+        captions = "\n".join(source.caption(index % len(source), seed=mix(index)) for index in some)
+        content = hashlib.sha256(captions.encode("utf-8", "replace")).hexdigest()
+    return settings | {
         "content": content[:16],
         "image_shape": " ".join(map(str, seen[0]["image"].shape)),
         "keys": hashlib.sha256("\n".join(sample["key"] for sample in seen).encode("utf-8")).hexdigest()[:16],
@@ -155,11 +158,22 @@ def _looks(source: ImageSource, count: int) -> dict[str, str]:
 
 def _precision_of(folder: Path) -> dict[str, str]:
     """The number format that an older cache says it was encoded in: no difference between caches."""
+    stored = _stored_in(folder)
+    return {"precision": str(stored["precision"])} if "precision" in stored else {}
+
+
+def _codes_by(tokenizer: Path, folder: Path) -> str:
+    """What made codes, as a cache that is there may say it: older ones say it by all weights of the tokenizer."""
+    now, stored = codes_digest(tokenizer), _stored_in(folder).get("tokenizer", "")
+    return str(stored) if stored not in ("", now) and stored == digest(tokenizer) else now
+
+
+def _stored_in(folder: Path) -> dict[str, Any]:
     manifest = folder / "cache.json"
     if not manifest.is_file():
         return {}
-    stored = json.loads(manifest.read_text(encoding="utf-8")).get("fingerprint", {})
-    return {"precision": str(stored["precision"])} if "precision" in stored else {}
+    found: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8")).get("fingerprint", {})
+    return found
 
 
 class _Encode:

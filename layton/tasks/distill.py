@@ -357,7 +357,8 @@ class DistillTask(ManualTask):
             raise ValueError(f"the checkpoint holds other weights than this run trains; {len(odd)} differ: {odd[:4]}")
         checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
         self.budget.load_state_dict(checkpoint.get(_FORWARDS, {}))
-        self._start_from(checkpoint.get(_START, "noise"))
+        if not self.sources():  # outside a run; in one the data say it
+            self._start_from(checkpoint.get(_START, "noise"))
 
     def _learned_names(self) -> frozenset[str]:
         target = self.networks.target

@@ -149,6 +149,10 @@ def test_a_student_that_changes_pictures(tmp_path: Path, capsys: pytest.CaptureF
     words = ["--pipeline", str(folder), "--student", "run/export"]
     assert main(["edit", "a.png", "a red star", "--out", "b.png", *words]) == 0
     assert (tmp_path / "b.png").is_file()
+    words = ["one_step_tasks", "--pipeline", str(folder), "--max_steps=5", "--print_config"]
+    assert main(["distill", *words, "--data", str(CONFIGS / "data" / "picture_pairs.yaml")]) == 0
+    told = capsys.readouterr().out
+    assert "weights: null" in told and "epoch_length: null" in told and "total_steps: 5" in told
     assert main(["distill", "one_step_tasks", "--prompts", str(tmp_path / "b.png")]) == 2
     assert "learns from pictures" in capsys.readouterr().err
 

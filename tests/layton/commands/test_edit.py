@@ -74,9 +74,28 @@ def test_a_mask_is_painted_and_the_rest_kept(root: Path, tmp_path: Path) -> None
     assert (result[:, SIDE // 2 :] != original[:, SIDE // 2 :]).mean() > 0.5
 
 
-def test_enlarging(root: Path, tmp_path: Path) -> None:
-    assert run(root, tmp_path / "a.png", "--enlarge", "2") == 0
-    assert size(tmp_path / "a.png") == (SIDE, SIDE)
+def test_what_a_large_picture_keeps_is_its_own_pixels(root: Path, tmp_path: Path) -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (6 * SIDE, 4 * SIDE, 3), dtype=np.uint8)
+    mask = np.zeros((6 * SIDE, 4 * SIDE), dtype=np.uint8)
+    mask[: 3 * SIDE] = 255
+    for name, array in (("large", noise), ("half", mask)):
+        Image.fromarray(array).save(tmp_path / f"{name}.png")
+    words = ["--pipeline", str(root / "teacher"), "--student", str(root / "image"), "--policy", "pad"]
+    words += ["--mask", str(tmp_path / "half.png"), "--out", str(tmp_path / "a.png")]
+    assert main(["edit", str(tmp_path / "large.png"), "a blue star", *words]) == 0
+    result = pixels(tmp_path / "a.png")
+    assert result.shape == noise.shape
+    assert np.array_equal(result[4 * SIDE :], noise[4 * SIDE :])
+    assert (result[: 2 * SIDE] != noise[: 2 * SIDE]).mean() > 0.5
+
+
+@pytest.mark.parametrize(("policy", "wanted"), [("crop", (8, 8)), ("pad", (16, 8)), ("resize", (16, 8))])
+def test_enlarging(root: Path, tmp_path: Path, policy: str, wanted: tuple[int, int]) -> None:
+    Image.new("RGB", (8, 4), (200, 30, 30)).save(tmp_path / "small.png")
+    words = ["--pipeline", str(root / "teacher"), "--student", str(root / "image"), "--policy", policy]
+    words += ["--enlarge", "2", "--out", str(tmp_path / "a.png")]
+    assert main(["edit", str(tmp_path / "small.png"), "a blue star", *words]) == 0
+    assert size(tmp_path / "a.png") == wanted
 
 
 def test_a_student_of_noise_is_told_what_the_picture_shows(
@@ -94,6 +113,8 @@ def test_a_student_of_noise_is_told_what_the_picture_shows(
     [
         (["--mask", "mask.png", "--enlarge", "2"], "give one of them"),
         (["--enlarge", "1"], "must be >= 2"),
+        (["--enlarge", "3"], "must divide the 16 pixels"),
+        (["--enlarge", "2"], "at most 8, got 32 x 16"),
         (["--mask", "small.png"], "8 x 8 pixels, the picture 32 x 16"),
         (["--mask", "black.png"], "nothing in it is white"),
     ],

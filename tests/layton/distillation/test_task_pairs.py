@@ -23,12 +23,14 @@ from layton.data.images import to_image
 from layton.data.module import ImageDataModule
 from layton.data.sources import ScenesSource
 from layton.data.transforms import Fit
+from layton.data.types import ImageSample
 from layton.distillation.distilled import load_distilled, load_sampling
 from layton.distillation.one_step_tasks import edit, resize
 from layton.distillation.pair_data import TeacherPairs
 from layton.distillation.task_pairs import TaskPairs
 from layton.distillation.task_sources import Reduced, SceneCases, WithHoles
 from layton.ldm.autoencoder import Autoencoder
+from layton.ldm.cache import CachedLatents
 from layton.ldm.teacher import open_pipeline
 from layton.scenes import caption, is_unseen, sample_scene, seed_of_key
 from layton.scenes.cases import edit_case, hole_of
@@ -144,6 +146,37 @@ def test_pictures_that_are_no_pairs_are_refused(folder: Path, tmp_path: Path):
         TaskPairs(before, sides("edit", length=4, size=PIXELS)[1], **options)
     with pytest.raises(ValueError, match="no pair"):
         TaskPairs(before, sides("edit", offset=1, size=PIXELS)[1], **options)
+
+
+def test_a_few_that_are_no_pairs_are_left_out_and_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Replaced(SceneCases):
+        def sample(self, index: int, *, seed: int) -> ImageSample:
+            return super().sample(4 if index == 2 else index, seed=seed)  # as a broken file is
+
+    options = {"split": "validation", "length": 8, "size": PIXELS}
+    found = TaskPairs(
+        Replaced("edit", "before", **options),
+        SceneCases("edit", "after", **options),
+        autoencoder=str(folder / "vae"),
+        folder=str(tmp_path / "cache"),
+    )
+    assert len(found) == 7 and "1 of 8 are no pairs" in capsys.readouterr().err
+    wanted = SceneCases("edit", "after", **options)
+    assert [found[place]["key"] for place in range(7)] == [wanted[place]["key"] for place in (0, 1, 3, 4, 5, 6, 7)]
+
+
+def test_caches_know_what_their_pictures_were_altered_by(folder: Path, tmp_path: Path):
+    source = ScenesSource(split="validation", length=3, size=PIXELS)
+    for name, one, other in (
+        ("a", Reduced(source, scale=2), Reduced(source, scale=4)),
+        ("b", WithHoles(source, smallest=0.2), WithHoles(source, smallest=0.21)),
+    ):
+        options = {"autoencoder": str(folder / "vae"), "folder": str(tmp_path / name)}
+        CachedLatents(one, **options)
+        with pytest.raises(ValueError, match="settings"):
+            CachedLatents(other, **options)
 
 
 def test_two_folders_of_files_with_equal_names_are_pairs(folder: Path, tmp_path: Path):
