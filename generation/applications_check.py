@@ -20,7 +20,7 @@ from generation.application_verdicts import circles, fills, is_found, shows
 from layton.commands.images import batched
 from layton.commands.one_step_model import OneStepModel
 from layton.data.images import to_image, to_tensor
-from layton.distillation.one_step_tasks import edit, inpaint, resize, super_resolve
+from layton.distillation.one_step_tasks import resize
 from layton.scenes import Scene, render, sample_scene, split_seeds
 from layton.scenes.cases import edit_case, holes
 from layton.scenes.splits import Split
@@ -123,20 +123,16 @@ def score_editing(
     for seeds in batched(split_seeds(split, count), batch_size):
         cases = [edit_case(seed) for seed in seeds]
         images = _drawn([case.scene for case in cases], model.image_size)
-        results = edit(
-            model.denoiser,
-            images.to(model.device),
-            model.condition_of([model.say(case.wanted) for case in cases]),
-            model.condition_of([model.say(case.scene) for case in cases]),
-            encode=model.encode,
-            decode=model.decode,
+        results = model.edit(
+            images,
+            [model.say(case.wanted) for case in cases],
+            [model.say(case.scene) for case in cases],
             generator=_noises(seeds),
-            start=model.start,
             t=settings.edit_t,
             strength=settings.edit_strength,
             threshold=settings.edit_threshold,
             softness=settings.edit_softness,
-        ).cpu()
+        )
         for case, image, result in zip(cases, images, results, strict=True):
             found = find_objects(_pixels(result))
             changed += all(is_found(item, found) for item in case.recoloured())
@@ -164,17 +160,13 @@ def score_inpainting(
         for mask, hole in zip(masks, part, strict=True):
             rows, columns = hole.box(model.image_size)
             mask[:, rows, columns] = 1.0
-        results = inpaint(
-            model.denoiser,
-            images.to(model.device),
-            masks.to(model.device),
-            model.condition_of([model.say(hole.scene) for hole in part]),
-            encode=model.encode,
-            decode=model.decode,
+        results = model.inpaint(
+            images,
+            masks,
+            [model.say(hole.scene) for hole in part],
             generator=_noises([hole.scene.seed for hole in part]),
-            start=model.start,
             t=settings.inpaint_t,
-        ).cpu()
+        )
         for hole, image, mask, result in zip(part, images, masks, results, strict=True):
             inside += fills(hole, find_objects(_pixels(result)), model.image_size)
             limit += fills(hole, find_objects(render(hole.scene, model.image_size)), model.image_size)
@@ -199,18 +191,14 @@ def score_enlargement(
         scenes = [sample_scene(seed) for seed in seeds]
         originals = _drawn(scenes, model.image_size)
         small = resize(originals, 1 / settings.scale).clamp(-1, 1)
-        result = super_resolve(
-            model.denoiser,
-            small.to(model.device),
-            model.condition_of([model.say(scene) for scene in scenes]),
-            encode=model.encode,
-            decode=model.decode,
+        result = model.super_resolve(
+            small,
+            [model.say(scene) for scene in scenes],
             generator=_noises(seeds),
-            start=model.start,
             scale=settings.scale,
             t=settings.enlarge_t,
             strength=settings.enlarge_strength,
-        ).cpu()
+        )
         for suffix, images in (("", result), ("_bicubic", resize(small, settings.scale).clamp(-1, 1))):
             everywhere = torch.ones(images.shape[-2:], dtype=torch.bool)
             columns["psnr" + suffix] += [_psnr(*pair, everywhere) for pair in zip(images, originals, strict=True)]

@@ -14,7 +14,7 @@ from distill.adapters import LoraSettings, networks_for
 from distill.few_step import FewStepSampling
 from distill.models import denoiser_from_pipeline
 from layton.decoders import ConsistencyDecoder
-from layton.distillation.distilled import load_distilled, network_of, save_distilled
+from layton.distillation.distilled import LORA_NAME, load_distilled, network_of, save_distilled
 from layton.folder import load_config
 from layton.ldm.teacher import open_pipeline
 
@@ -52,7 +52,8 @@ def test_a_student_draws_as_before_where_a_smaller_rank_is_enough(
             pipe("a star", num_inference_steps=1, guidance_scale=1.0, generator=noise, output_type="pt").images
         )
     torch.testing.assert_close(*drawn, atol=1e-4, rtol=1e-4)
-    assert (tmp_path / "small").stat().st_size > 0
+    sizes = [(tmp_path / name / LORA_NAME).stat().st_size for name in ("student", "small")]
+    assert sizes[1] < sizes[0]
     with pytest.raises(ValueError, match="of rank 2: nothing to reduce to 3"):
         reduce(tmp_path / "small", tmp_path / "smaller", 3, monkeypatch)
 

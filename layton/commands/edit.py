@@ -13,7 +13,6 @@ from layton.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from layton.commands.one_step_model import OneStepModel
     from layton.data.geometry import Geometry
 
 _TIMES = {"edit": 800.0, "inpaint": 900.0, "enlarge": 250.0}  # as `layton evaluate applications` has them
@@ -59,6 +58,8 @@ def edit(
         seed: of the noise, where there is any.
         device: where to run; the accelerator if there is one.
     """
+    import torch
+
     from layton.commands.one_step_model import load_one_step_model
     from layton.data.images import load_image, to_image, to_tensor
     from layton.folder import write_atomically
@@ -75,82 +76,36 @@ def edit(
     if model.start == "noise" and shows is None and mask is None and enlarge is None:
         raise UsageError("this model starts from noise: say with --shows what the picture shows now")
     original = to_tensor(load_image(image))[None]
-    run = _Run(model, prompt, seed, strength)
+    generator = torch.Generator().manual_seed(seed)
     if enlarge is not None:
-        changed = _enlarged(run, original, enlarge, policy)
+        geometry = _enlarging(original, enlarge, policy, model.image_size)
+        square = _geometry(original, model.image_size // enlarge, policy).apply(original)
+        changed = geometry.undo(
+            model.super_resolve(
+                square, [prompt], generator=generator, scale=enlarge, t=_TIMES["enlarge"], strength=strength
+            )
+        )
     else:
         geometry = _geometry(original, model.image_size, policy)
         square = geometry.apply(original)
-        where = None if mask is None else _mask(mask, geometry)
-        result = run.edited(square, shows, threshold, softness) if where is None else run.painted(square, where)
+        if mask is not None:
+            result = model.inpaint(square, _mask(mask, geometry), [prompt], generator=generator, t=_TIMES["inpaint"])
+        else:
+            result = model.edit(
+                square,
+                [prompt],
+                None if shows is None else [shows],
+                generator=generator,
+                t=_TIMES["edit"],
+                strength=strength,
+                threshold=threshold,
+                softness=softness,
+            )
         changed = _brought_back(original, square, result, geometry)
     picture = to_image(changed[0])
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, lambda part: picture.save(part, format="PNG"))
     sys.stdout.write(f"{out}: {picture.width} x {picture.height} pixels\n")
-
-
-class _Run:
-    """One picture, one prompt, one step."""
-
-    def __init__(self, model: OneStepModel, prompt: str, seed: int, strength: float) -> None:
-        import torch
-
-        self.model, self.prompt, self.strength = model, prompt, strength
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def edited(self, image: Tensor, shows: str | None, threshold: float, softness: int) -> Tensor:
-        from layton.distillation.one_step_tasks import edit as edit_step
-
-        model = self.model
-        condition = model.condition_of([self.prompt])
-        return edit_step(
-            model.denoiser,
-            image.to(model.device),
-            condition,
-            condition if shows is None else model.condition_of([shows]),
-            encode=model.encode,
-            decode=model.decode,
-            generator=self.generator,
-            start=model.start,
-            t=_TIMES["edit"],
-            strength=self.strength,
-            threshold=threshold,
-            softness=softness,
-        ).cpu()
-
-    def painted(self, image: Tensor, mask: Tensor) -> Tensor:
-        from layton.distillation.one_step_tasks import inpaint
-
-        model = self.model
-        return inpaint(
-            model.denoiser,
-            image.to(model.device),
-            mask.to(model.device),
-            model.condition_of([self.prompt]),
-            encode=model.encode,
-            decode=model.decode,
-            generator=self.generator,
-            start=model.start,
-            t=_TIMES["inpaint"],
-        ).cpu()
-
-    def enlarged(self, image: Tensor, scale: int) -> Tensor:
-        from layton.distillation.one_step_tasks import super_resolve
-
-        model = self.model
-        return super_resolve(
-            model.denoiser,
-            image.to(model.device),
-            model.condition_of([self.prompt]),
-            encode=model.encode,
-            decode=model.decode,
-            generator=self.generator,
-            start=model.start,
-            scale=scale,
-            t=_TIMES["enlarge"],
-            strength=self.strength,
-        ).cpu()
 
 
 def _geometry(image: Tensor, size: int, policy: FitPolicy, *, scale: int = 1) -> Geometry:
@@ -170,20 +125,18 @@ def _brought_back(original: Tensor, square: Tensor, result: Tensor, geometry: Ge
     return share * geometry.undo(result) + (1 - share) * kept
 
 
-def _enlarged(run: _Run, original: Tensor, scale: int, policy: FitPolicy) -> Tensor:
-    """A picture (1, 3, H, W) at ``scale`` times its size; with ``crop`` its central square.
+def _enlarging(original: Tensor, scale: int, policy: FitPolicy, size: int) -> Geometry:
+    """How a picture (1, 3, H, W) of ``scale`` times the original's size lies in the square of ``size`` pixels.
 
     Raises:
         UsageError: The model cannot enlarge so much, or the picture is too large.
     """
-    size = run.model.image_size
     if size % scale or size == scale:
         raise UsageError(f"--enlarge must divide the {size} pixels that the model draws, got {scale}")
     if max(original.shape[-2:]) > size // scale:
         given = f"{original.shape[-1]} x {original.shape[-2]}"
         raise UsageError(f"the model draws {size} pixels: to enlarge by {scale}, at most {size // scale}, got {given}")
-    square = _geometry(original, size // scale, policy).apply(original)
-    return _geometry(original, size, policy, scale=scale).undo(run.enlarged(square, scale))
+    return _geometry(original, size, policy, scale=scale)
 
 
 def _mask(path: Path, geometry: Geometry) -> Tensor:

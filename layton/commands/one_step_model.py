@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from distill.condition import Condition
 from distill.denoiser import Denoiser
 from distill.few_step import FewStepSampling, Start
 from distill.models import denoiser_from_pipeline
+from distill.noise import Generators
 from layton.commands.text_to_image import STUDENT_FOLDER, TASKS_FOLDER, find_pipeline, find_student
 from layton.devices import choose_device
 from layton.distillation.distilled import load_distilled
-from layton.distillation.one_step_tasks import Decode, Encode
+from layton.distillation.one_step_tasks import Decode, Encode, edit, inpaint, super_resolve
 from layton.ldm.autoencoder import Autoencoder
 from layton.ldm.conditions import PromptEncoder, latent_shape_of
 from layton.ldm.teacher import open_pipeline
@@ -46,6 +48,68 @@ class OneStepModel:
     device: str = "cpu"
     say: Callable[[Scene], str] = caption
     start: Start = "noise"
+
+    def edit(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        present: Sequence[str] | None,
+        *,
+        generator: Generators,
+        t: float,
+        strength: float,
+        threshold: float,
+        softness: int,
+    ) -> Tensor:
+        """`layton.distillation.one_step_tasks.edit` to what prompts say; ``present`` says what is there now."""
+        condition = self.condition_of(prompts)
+        return edit(
+            self.denoiser,
+            images.to(self.device),
+            condition,
+            condition if present is None else self.condition_of(present),
+            encode=self.encode,
+            decode=self.decode,
+            generator=generator,
+            start=self.start,
+            t=t,
+            strength=strength,
+            threshold=threshold,
+            softness=softness,
+        ).cpu()
+
+    def inpaint(
+        self, images: Tensor, masks: Tensor, prompts: Sequence[str], *, generator: Generators, t: float
+    ) -> Tensor:
+        """`layton.distillation.one_step_tasks.inpaint` with what prompts say of the whole picture."""
+        return inpaint(
+            self.denoiser,
+            images.to(self.device),
+            masks.to(self.device),
+            self.condition_of(prompts),
+            encode=self.encode,
+            decode=self.decode,
+            generator=generator,
+            start=self.start,
+            t=t,
+        ).cpu()
+
+    def super_resolve(
+        self, images: Tensor, prompts: Sequence[str], *, generator: Generators, scale: int, t: float, strength: float
+    ) -> Tensor:
+        """`layton.distillation.one_step_tasks.super_resolve` of pictures that prompts describe."""
+        return super_resolve(
+            self.denoiser,
+            images.to(self.device),
+            self.condition_of(prompts),
+            encode=self.encode,
+            decode=self.decode,
+            generator=generator,
+            start=self.start,
+            scale=scale,
+            t=t,
+            strength=strength,
+        ).cpu()
 
 
 def load_one_step_model(pipeline: str, student: str | None, *, device: str | None = None) -> OneStepModel:
