@@ -1,4 +1,4 @@
-"""Adaptors of a smaller rank than they were trained with: a student that takes less room, or runs where others do."""
+"""Adaptors of another rank than they were trained with: smaller, to take less room; larger, to learn more."""
 
 from __future__ import annotations
 
@@ -39,6 +39,34 @@ def reduce_rank(state: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
         if len(first) > rank:
             reduced[layer + _FIRST], reduced[layer + _SECOND] = _reduced(first, second, rank)
     return reduced
+
+
+@torch.no_grad()
+def extend_rank(state: Mapping[str, Tensor], fresh: Mapping[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
+    """Low-rank adaptors within untrained ones of at least their rank: the same products ``B A``, with room to learn.
+
+    Args:
+        state: As in `reduce_rank`.
+        fresh: Adaptors on the same layers whose B is zero.
+        scale: What B is multiplied by: their alpha / r over that of the fresh ones.
+
+    Returns:
+        Tensors like those of ``fresh``.
+
+    Raises:
+        ValueError: Layers or widths differ, or a rank is larger than that of ``fresh``.
+    """
+    if odd := sorted(state.keys() ^ fresh.keys()):
+        raise ValueError(f"adaptors on other layers: {len(odd)} tensors differ, first {odd[:3]}")
+    extended = {}
+    for name, values in state.items():
+        place = int(name.endswith(_SECOND))  # which dimension is the rank's
+        room, size = list(fresh[name].shape), list(values.shape)
+        if size[place] > room[place] or size[:place] + size[place + 1 :] != room[:place] + room[place + 1 :]:
+            raise ValueError(f"{name} of shape {size} does not fit into {room}")
+        extended[name] = fresh[name].clone()
+        extended[name].narrow(place, 0, size[place]).copy_(values * scale if place else values)
+    return extended
 
 
 def _reduced(first: Tensor, second: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -13,14 +13,10 @@ import json
 import shutil
 from pathlib import Path
 
-from safetensors import safe_open
-
 from distill.low_rank import reduce_rank
 from layton.commands.staging import staged
-from layton.distillation.distilled import FEW_STEP_NAME, LORA_NAME, save_lora_tensors
+from layton.distillation.distilled import FEW_STEP_NAME, LORA_NAME, lora_config, save_lora_tensors
 from layton.folder import CONFIG_NAME, WEIGHTS_NAME, load_tensors, save_tensors
-
-_METADATA = "lora_adapter_metadata"
 
 
 def main() -> None:
@@ -59,13 +55,8 @@ def reduce_student(folder: Path, out: Path, rank: int) -> None:
     """
     if not (folder / LORA_NAME).is_file():
         raise ValueError(f"{folder} holds no {LORA_NAME}: this student is a whole network")
-    with safe_open(folder / LORA_NAME, framework="pt") as file:
-        metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
-        part = next(iter(file.keys())).partition(".")[0]
-    config = {name.removeprefix(f"{part}."): value for name, value in metadata.items()}
-    _require_larger(config.get("r"), rank, folder)
-    if odd := [name for name in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora") if config.get(name)]:
-        raise ValueError(f"{folder}: a LoRA with {', '.join(odd)} has no one rank and scale to reduce")
+    part, config = lora_config(folder / LORA_NAME)
+    _require_larger(config["r"], rank, folder)
     tensors = reduce_rank(load_tensors(folder / LORA_NAME), rank)
     config |= {"lora_alpha": config["lora_alpha"] * rank / config["r"], "r": rank}
     own = {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()}

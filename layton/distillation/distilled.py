@@ -30,16 +30,19 @@ from diffusers.loaders import (
     StableDiffusionLoraLoaderMixin,
 )
 from diffusers.utils import logging as diffusers_logging
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from distill.adapters import (
     AdapterView,
     active_adapters,
     adapter_state_dict,
+    load_adapter_state_dict,
     set_active_adapters,
 )
 from distill.denoiser import Denoiser
 from distill.few_step import FewStepSampling
+from distill.low_rank import extend_rank
 from distill.models import FlowTransformerDenoiser, UNetDenoiser
 from distill.stacked import StackedUNet2DConditionModel
 from layton.control import base_state_dict
@@ -50,6 +53,7 @@ FEW_STEP_NAME = "few_step.json"
 LORA_NAME = "pytorch_lora_weights.safetensors"
 NETWORK_NAME = "diffusion_pytorch_model.safetensors"
 _INDEX = "model_index.json"
+_METADATA = "lora_adapter_metadata"
 
 Network: TypeAlias = UNet2DConditionModel | SD3Transformer2DModel | FluxTransformer2DModel
 _WRITERS = (
@@ -175,6 +179,55 @@ def save_network(network: Network, folder: str | Path, *, dtype: torch.dtype | N
     """Write the whole network so that its class's ``from_pretrained`` reads it; adapters are left out."""
     save_tensors(Path(folder) / NETWORK_NAME, base_state_dict(network), dtype=dtype)
     save_config(Path(folder), json.loads(network.to_json_string()))
+
+
+def begin_with(student: Denoiser, folder: str | Path) -> None:
+    """Give an untrained student the weights of one that was saved.
+
+    Args:
+        student: Of an adapter whose rank is at least the saved one's, or of a whole network; changed in place.
+        folder: What `save_distilled` wrote of a student of the same kind.
+
+    Raises:
+        ValueError: The folder holds no student of this kind, or its layers differ.
+    """
+    root = Path(folder)
+    file = LORA_NAME if isinstance(student, AdapterView) and student.names else NETWORK_NAME
+    if not (root / file).is_file():
+        raise ValueError(f"{folder} holds no {file}, which this student could begin with")
+    tensors, network = load_tensors(root / file), network_of(student)
+    try:
+        if isinstance(student, AdapterView) and student.names:
+            _begin_adapter(network, student.names[-1], tensors, root / file)
+        else:
+            network.load_state_dict(tensors)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"the student cannot begin with {root / file}: {error}") from error
+
+
+def _begin_adapter(network: Network, name: str, tensors: dict[str, Tensor], path: Path) -> None:
+    part, saved = lora_config(path)
+    state = {key.removeprefix(f"{part}."): value for key, value in tensors.items()}
+    config = network.peft_config[name]
+    scale = (saved["lora_alpha"] / saved["r"]) / (config.lora_alpha / config.r)
+    load_adapter_state_dict(network, extend_rank(state, adapter_state_dict(network, name), scale), name)
+
+
+def lora_config(path: Path) -> tuple[str, dict[str, Any]]:
+    """What a LoRA file adapts, ``unet`` or ``transformer``, and its ``LoraConfig`` of one rank and scale.
+
+    Raises:
+        ValueError: The file does not say how the LoRA is scaled, or has more than one rank or scale.
+    """
+    with safe_open(path, framework="pt") as file:
+        metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+        part = next(iter(file.keys())).partition(".")[0]
+    config = {name.removeprefix(f"{part}."): value for name, value in metadata.items()}
+    if "r" not in config or "lora_alpha" not in config:
+        raise ValueError(f"{path} does not say its rank and alpha: it was not written by layton or diffusers")
+    if odd := [name for name in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora") if config.get(name)]:
+        raise ValueError(f"{path}: a LoRA with {', '.join(odd)} has no one rank and scale")
+    return part, config
 
 
 def student_pipeline(teacher: Path, export: Path, folder: Path) -> Path:

@@ -35,6 +35,9 @@ class SceneCases(ImageSource):
     object is missing, and a grey square is where it belongs. Those that training may not see, since they show held-out
     combinations, are passed over in the split train.
 
+    How an object that is missing was turned no caption says, and a student of one step that learns from all of them
+    draws their mean, a star as a disc: ``upright`` wants one answer of the many.
+
     Args:
         task: Which change.
         side: The picture that is given or the one that is wanted.
@@ -42,6 +45,7 @@ class SceneCases(ImageSource):
         length: How many cases.
         size: Side in pixels.
         offset: Cases to pass over at the beginning of the split.
+        upright: What was missing comes back upright, not turned as it was.
         chinese: As in `layton.data.sources.ScenesSource`, like the next two.
         reworded: See there.
         places: See there.
@@ -59,6 +63,7 @@ class SceneCases(ImageSource):
         length: int = 4096,
         size: int = 256,
         offset: int = 0,
+        upright: bool = False,
         chinese: float = 0.0,
         reworded: float = 0.0,
         places: float = 0.0,
@@ -68,7 +73,7 @@ class SceneCases(ImageSource):
         known = check_split(split)
         if known is None or length < 1 or size < 1 or offset < 0:
             raise ValueError(f"need a split, and numbers above 0: {split}, length {length}, size {size}, {offset}")
-        self.task, self.side, self.size = task, side, size
+        self.task, self.side, self.size, self.upright = task, side, size, upright and task == "inpaint"
         self.chinese, self.reworded, self.places = chinese, reworded, places
         self.seeds = tuple(islice(_seeds(task, known), offset, offset + length))
 
@@ -79,20 +84,22 @@ class SceneCases(ImageSource):
     def sample(self, index: int, *, seed: int) -> ImageSample:
         """One picture; see `SampleSource.sample`."""
         case = self.seeds[index]
-        wanted = _wanted(self.task, case)
-        assert wanted is not None  # noqa: S101 - only such seeds were taken
+        wanted = self._wanted(case)
         image = _picture(wanted, self.size) if self.side == "after" else self._before(case)
         return ImageSample(image=image, caption=self._say(wanted, seed), key=scene_key(case))
 
     def caption(self, index: int, *, seed: int) -> str:
         """The caption alone, without rendering; see `ImageSource.caption`."""
-        wanted = _wanted(self.task, self.seeds[index])
-        assert wanted is not None  # noqa: S101
-        return self._say(wanted, seed)
+        return self._say(self._wanted(self.seeds[index]), seed)
 
     def settings(self) -> str:
         """Task and side; see `ImageSource.settings`."""
-        return f"{self.task} {self.side}"
+        return f"{self.task} {self.side}" + (" upright" if self.upright and self.side == "after" else "")
+
+    def _wanted(self, seed: int) -> Scene:
+        wanted = _wanted(self.task, seed, upright=self.upright)
+        assert wanted is not None  # noqa: S101 - only such seeds were taken
+        return wanted
 
     def _say(self, scene: Scene, seed: int) -> str:
         return say(scene, seed, chinese=self.chinese, reworded=self.reworded, places=self.places)
@@ -216,12 +223,14 @@ def _seeds(task: SceneTask, split: Split) -> Iterator[int]:
             yield seed
 
 
-def _wanted(task: SceneTask, seed: int) -> Scene | None:
+def _wanted(task: SceneTask, seed: int, *, upright: bool = False) -> Scene | None:
     """The scene that is to come out; None if there is no such case."""
     if task == "edit":
         return edit_case(seed).wanted
     hole = hole_of(seed)
-    return None if hole is None else hole.scene
+    if hole is None:
+        return None
+    return hole.upright() if upright else hole.scene
 
 
 def _picture(scene: Scene, size: int) -> Tensor:

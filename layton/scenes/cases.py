@@ -45,6 +45,12 @@ class Hole:
         kept = tuple(item for index, item in enumerate(self.scene.objects) if index != self.missing)
         return replace(self.scene, objects=kept)
 
+    def upright(self) -> Scene:
+        """The scene with the object upright."""
+        objects = list(self.scene.objects)
+        objects[self.missing] = replace(self.item, rotation=0.0)
+        return replace(self.scene, objects=tuple(objects))
+
     def box(self, size: int) -> tuple[slice, slice]:
         """Rows and columns of the hole in an image of ``size`` pixels."""
         reach = self.item.diameter / 2 + HOLE_MARGIN

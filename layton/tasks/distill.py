@@ -34,7 +34,7 @@ from distill.recompute import Recompute, set_recompute
 from distill.schedules import NoiseSchedule
 from distill.stacked import StackedUNet2DConditionModel, stack
 from layton.data.sources import walk
-from layton.distillation.distilled import network_of, save_distilled, student_pipeline
+from layton.distillation.distilled import begin_with, network_of, save_distilled, student_pipeline
 from layton.distillation.pair_data import TeacherPairs
 from layton.distillation.task_pairs import TaskPairs
 from layton.ldm.autoencoder import Autoencoder
@@ -77,6 +77,8 @@ class DistillTask(ManualTask):
             (``condition_on_guidance`` of LCM and SCott) must.
         adapter_share: Of the network's parameters that the adaptors are to have; decides their rank, with an alpha as
             large (`distill.methods.hipa.rank_for_share`). None takes the adapter's own rank.
+        initial: Folder of a student of the same kind that this one begins with, such as an export of an earlier run;
+            its LoRA may be of a smaller rank. A run's ``forwards`` do not count what made it.
         critic: What discriminators and fake score networks are made of; LoRAs of rank 64 when None.
         negative_prompt: What the teacher is guided away from; None is the pipeline's own default.
         network_guidance: What a network with guidance for an input is told while it learns (FLUX dev); recorded, since
@@ -111,6 +113,7 @@ class DistillTask(ManualTask):
         critic_optimizer: OptimizerCallable | None = None,
         adapter: LoraSettings | None = None,
         adapter_share: float | None = None,
+        initial: str | None = None,
         critic: CriticSettings | None = None,
         negative_prompt: str | None = None,
         network_guidance: float = NETWORK_GUIDANCE,
@@ -148,6 +151,9 @@ class DistillTask(ManualTask):
         student = _another_shape(denoiser, told=told, stacked=stacked)
         adapter = fitted_adapter(adapter, denoiser, share=adapter_share)
         networks = networks_for(denoiser, adapter, target_decay=method.target_decay, student=student)
+        if initial is not None:
+            begin_with(networks.student, initial)
+            update_target(networks, 0.0)
         set_recompute(network_of(networks.student), RECOMPUTE[gradient_checkpointing])
         self._take(networks, method, critic or CriticSettings())
         sampled = read_as(self.student, reading, toward_image=False)

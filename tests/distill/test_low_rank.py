@@ -1,4 +1,4 @@
-"""Adaptors of a smaller rank: the closest there are, by singular values."""
+"""Adaptors of another rank: the closest smaller ones, by singular values, and the same ones with room to learn."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from distill.low_rank import reduce_rank
+from distill.low_rank import extend_rank, reduce_rank
 
 
 def adaptors(rank: int, *, true_rank: int | None = None) -> dict[str, torch.Tensor]:
@@ -66,3 +66,18 @@ def test_nonsense_is_refused():
     del state["b.conv1.lora_B.weight"]
     with pytest.raises(ValueError, match=r"b\.conv1"):
         reduce_rank(state, 2)
+
+
+def test_larger_ones_add_the_same():
+    small, fresh = adaptors(2), adaptors(5, true_rank=0)
+    del small["heard"], fresh["heard"]
+    extended = extend_rank(small, fresh, 0.5)
+    assert {name: tensor.shape for name, tensor in extended.items()} == {n: t.shape for n, t in fresh.items()}
+    for layer in ("a.to_q", "b.conv1"):
+        assert_close(product(extended, layer), 0.5 * product(small, layer))
+        assert torch.equal(extended[f"{layer}.lora_A.weight"][2:], fresh[f"{layer}.lora_A.weight"][2:])
+    with pytest.raises(ValueError, match="does not fit"):
+        extend_rank(fresh, small)
+    del small["a.to_q.lora_A.weight"]
+    with pytest.raises(ValueError, match="1 tensors differ"):
+        extend_rank(small, fresh)

@@ -88,6 +88,25 @@ def test_a_hole_hides_the_object_that_the_caption_names():
         assert difference.max() == 0
 
 
+def test_what_was_missing_can_come_back_upright():
+    turned, upright = (sides("inpaint", upright=choice) for choice in (False, True))
+    differ = 0
+    for index in range(8):
+        (given, wanted), (same, straight) = (
+            [side.sample(index, seed=0) for side in pair] for pair in (turned, upright)
+        )
+        assert torch.equal(given["image"], same["image"]) and wanted["caption"] == straight["caption"]
+        hole = hole_of(seed_of_key(wanted["key"]) or 0)
+        assert hole is not None
+        rows, columns = hole.box(64)
+        difference = (wanted["image"] - straight["image"]).abs()
+        differ += bool(difference.max() > 0)
+        difference[:, rows, columns] = 0
+        assert difference.max() == 0
+    assert differ > 0
+    assert turned[0].settings() == upright[0].settings() and turned[1].settings() != upright[1].settings()
+
+
 def test_training_sees_no_combination_that_is_held_out():
     plain = [edit_case(seed).wanted for seed in range(300)]
     assert any(is_unseen(scene) for scene in plain)

@@ -108,6 +108,36 @@ def test_forwards_are_counted_and_checkpoints_hold_only_what_is_learnt(folder: P
         other.on_load_checkpoint(saved)
 
 
+def test_a_student_begins_with_an_earlier_one(folder: Path, tmp_path: Path) -> None:
+    first = make(folder, LCM(target_decay=None), adapter=replace(RANK, alpha=4.0))
+    for parameter in first.trainable_parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(0))
+    first.export(tmp_path / "first")
+    larger = make(
+        folder, LCM(target_decay=0.9), adapter=replace(RANK, rank=4, alpha=4.0), initial=str(tmp_path / "first")
+    )
+    inputs = first.distill_batch(
+        {"caption": ["a red star", "two rings"], "latent": torch.zeros(2, *first.latent_shape)}
+    )
+    x_t = torch.randn(2, *first.latent_shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = first.student(x_t, torch.full((2,), 500.0), inputs.condition)
+        for network in (larger.student, larger.networks.target):
+            torch.testing.assert_close(network(x_t, torch.full((2,), 500.0), inputs.condition), wanted)
+        assert not torch.allclose(larger.teacher(x_t, torch.full((2,), 500.0), inputs.condition), wanted)
+    with pytest.raises(ValueError, match="does not fit into"):
+        make(folder, LCM(), adapter=replace(RANK, rank=1), initial=str(tmp_path / "first"))
+    with pytest.raises(ValueError, match="which this student could begin with"):
+        make(folder, LCM(), adapter=None, initial=str(tmp_path / "first"))
+    whole = make(folder, LCM(target_decay=None), adapter=None)
+    for parameter in whole.trainable_parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    whole.export(tmp_path / "whole")
+    again = make(folder, LCM(target_decay=0.9), adapter=None, initial=str(tmp_path / "whole"))
+    for network in (again.student, again.networks.target):
+        assert same(network_of(whole.student).state_dict(), network_of(network).state_dict())
+
+
 def test_a_student_can_be_exported_in_half_the_bytes(folder: Path, tmp_path: Path) -> None:
     task = make(folder, LCM(target_decay=None), export_half=True)
     for parameter in task.trainable_parameters():
