@@ -6,9 +6,11 @@ One run has one folder (``--run_dir``): ``config.yaml`` (what was run), ``checkp
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -225,8 +227,7 @@ def load_task(path: Path | str, *, averaged: bool = True, allow: Iterable[str] =
     task_class = getattr(import_module(module), kind, None)
     if not (isinstance(task_class, type) and issubclass(task_class, LaytonTask)):
         raise CheckpointError(f"{path} names {name}, which is not a LaytonTask")
-    with warnings.catch_warnings():
-        _quiet()
+    with _quiet():
         task = task_class.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     states = [state for key, state in checkpoint["callbacks"].items() if key.startswith("EMA") and state]
     if averaged and states:
@@ -247,8 +248,7 @@ class _PartsOnly(TrainingCLI):
 def _make(kind: type[TrainingCLI], args: list[str], *, run: bool) -> TrainingCLI:
     exact: dict[str, Any] = {"allow_abbrev": False}  # a misspelt option is an error, never a guess
     each = {name: dict(exact) for name in TrainingCLI.subcommands()} if run else {}
-    with warnings.catch_warnings():
-        _quiet()
+    with _quiet():
         return kind(
             LaytonTask,
             LightningDataModule if run else None,  # without it none need be named
@@ -299,11 +299,37 @@ def _callbacks(trainer: Trainer) -> list[Callback]:
     return list(trainer.callbacks)  # type: ignore[attr-defined]
 
 
-def _quiet() -> None:
-    # Lightning 2.6 calls jsonargparse as it was before 4.49.
-    warnings.simplefilter("ignore", JsonargparseDeprecationWarning)
-    # Advice of Lightning that does not apply: frozen parts are meant to be in eval mode, and a loader without workers
-    # is right for small data.
-    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # Lightning 2.6 calls jsonargparse as it was before 4.49.
+        warnings.simplefilter("ignore", JsonargparseDeprecationWarning)
+        # Advice of Lightning that does not apply: frozen parts are meant to be in eval mode, and a loader without
+        # workers is right for small data.
+        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
+        # diffusers prints what it cuts of every caption of every batch.
+        handlers, once = list(logging.getLogger("diffusers").handlers), _CutOnce()
+        for handler in handlers:
+            handler.addFilter(once)
+        try:
+            yield
+        finally:
+            for handler in handlers:
+                handler.removeFilter(once)
+
+
+class _CutOnce(logging.Filter):
+    """Lets through the first of diffusers' messages on captions that are cut, in one line."""
+
+    told = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "input was truncated" not in str(record.msg):
+            return True
+        if self.told:
+            return False
+        self.told = True
+        record.msg, record.args = "Some captions are longer than the text encoder reads, and are cut (told once).", ()
+        return True

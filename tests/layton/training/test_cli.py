@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import small_pipelines as tiny
 import torch
 from toy import write_run
 
@@ -16,8 +19,9 @@ import layton.run_files
 from layton.callbacks import CheckpointError
 from layton.cli import _one_line, main
 from layton.folder import load_tensors
+from layton.ldm.conditions import PromptEncoder
 from layton.lock import lock_folder
-from layton.training import load_task
+from layton.training import _quiet, load_task
 
 
 def fit(run: Path, *args: str) -> int:
@@ -174,3 +178,20 @@ def test_info_counts_the_work_of_a_step(tmp_path: Path, monkeypatch: pytest.Monk
         assert run["total_teraflops"] == pytest.approx(7 * run["step"]["teraflops"])
         found.append(run["step"]["activations_megabytes"])
     assert 0 < found[0] < found[1] <= 2 * found[0]
+
+
+def test_captions_that_are_cut_are_told_once_in_a_run() -> None:
+    told = io.StringIO()
+    handler = logging.StreamHandler(told)
+    logging.getLogger("diffusers").addHandler(handler)
+    encode = PromptEncoder(tiny.build("sd"), latent_size=(8, 8))
+    long = ["a red star " * 40, "a blue ring " * 40]
+    try:
+        with _quiet():
+            for _ in range(3):
+                encode(long)
+        assert told.getvalue().count("\n") == 1 and "are cut (told once)" in told.getvalue()
+        encode(long)
+        assert "blue ring" in told.getvalue()
+    finally:
+        logging.getLogger("diffusers").removeHandler(handler)
