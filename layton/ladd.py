@@ -41,11 +41,28 @@ CLASS_NAME = "layton.ladd.LADD"
 READER = "light"  # the decoder that a tokenizer's other ones may listen to
 
 
+class Shortcut(nn.Sequential):
+    """What a reader makes of the codes, straight to the prediction: two convolutions, the last of them zero at first.
+
+    Args:
+        width: Of the reader's features.
+        channels: Between the two.
+        out_channels: C of the latents.
+    """
+
+    def __init__(self, width: int, channels: int, out_channels: int) -> None:
+        last = nn.Conv2d(channels, out_channels, 3, padding=1)
+        super().__init__(nn.Conv2d(width, channels, 1, bias=False), last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(cast(Tensor, last.bias))
+        self.channels = channels
+
+
 class LADD(Denoiser):
     """Latent diffusion decoder: predicts as its LDM does, given the code embeddings in ``condition.spatial``.
 
     The UNet stays frozen and in eval mode; ``parameters()`` with ``requires_grad`` are the control branch and, if
-    asked for, the LoRA. Before training the output is exactly the frozen UNet's.
+    asked for, the LoRA and the shortcut. Before training the output is exactly the frozen UNet's.
 
     Args:
         unet: The LDM's denoiser. It is taken over: frozen in place, and given the LoRA if there is one.
@@ -53,7 +70,8 @@ class LADD(Denoiser):
         scheduler_config: The LDM's diffusers scheduler configuration; gives the noise schedule and prediction type.
         embedding_channels: Hidden widths of the code embedding; smaller ones for small models.
         resize: How codes are brought to the latent grid when the sizes differ; the paper's is nearest.
-        conditioning_scale: Factor on the control branch's residuals; the released demo uses 0.8 with its weights.
+        conditioning_scale: Factor on the control branch's residuals, and on the shortcut, if there is one; the
+            released demo uses 0.8 with its weights.
         pixels_per_latent: Image side over latent side, for the size conditioning of SDXL-shaped UNets.
         null_embeds: Null caption of the LDM (L, D), for instance its encoding of ""; default one zero vector, which
             gives the same as any number of them, because attention over equal tokens returns that token.
@@ -99,6 +117,7 @@ class LADD(Denoiser):
         self.controlnet = copy_encoder(unet, code_dim=code_dim, hidden_channels=self.embedding_channels)
         self.reader: CodeReader | None = None
         self.reader_name: str | None = None
+        self.shortcut: Shortcut | None = None
         self._read: tuple[Tensor, Tensor] | None = None  # the last codes and what was told of them
         if lora is not None:
             self.unet.add_adapter(lora.to_peft())
@@ -121,6 +140,23 @@ class LADD(Denoiser):
             raise ValueError(f"the reader {name!r} reads codes of {reader.code_dim} dimensions, not {self.code_dim}")
         cast(CodeEmbedding, self.controlnet.controlnet_cond_embedding).hear(reader.width)
         self.reader, self.reader_name, self._read = reader.to(self.unet.device, self.unet.dtype), name, None
+
+    def cut_short(self, channels: int) -> None:
+        """Add to predictions, by a `Shortcut`, what the reader makes of the codes; they stay as they are at first.
+
+        Not in the paper. A light decoder's transformer has most of a picture ready, in a form that two small
+        convolutions can turn into latents; through the branch and the UNet, less of it arrives.
+
+        Args:
+            channels: Between the two convolutions.
+
+        Raises:
+            ValueError: There is no reader, or ``channels`` is not positive.
+        """
+        if self.reader is None or channels < 1:
+            raise ValueError(f"a shortcut needs a reader and channels, got {self.reader_name!r} and {channels}")
+        shortcut = Shortcut(self.reader.width, channels, int(self.unet.config.out_channels))
+        self.shortcut = shortcut.to(self.unet.device, self.unet.dtype)
 
     @classmethod
     def from_pipeline(
@@ -187,12 +223,14 @@ class LADD(Denoiser):
             raise ValueError(f"condition.spatial must be code embeddings (B, {self.code_dim}, h, w), got {given}")
         embeds, added = self._text(x_t, condition)
         told = self._told(codes)
+        scale = self.conditioning_scale if conditioning_scale is None else conditioning_scale
+        told = resize_codes(told.to(x_t.dtype), size=(x_t.shape[-2], x_t.shape[-1]), mode=self.resize)
         down, mid = self.controlnet(
             x_t,
             t,
             encoder_hidden_states=embeds,
-            controlnet_cond=resize_codes(told.to(x_t.dtype), size=(x_t.shape[-2], x_t.shape[-1]), mode=self.resize),
-            conditioning_scale=self.conditioning_scale if conditioning_scale is None else conditioning_scale,
+            controlnet_cond=told,
+            conditioning_scale=scale,
             added_cond_kwargs=added,
             return_dict=False,
         )
@@ -205,6 +243,8 @@ class LADD(Denoiser):
             added_cond_kwargs=added,
             return_dict=False,
         )
+        if self.shortcut is not None:
+            prediction = prediction + scale * self.shortcut(told[:, self.code_dim :])
         return cast(Tensor, prediction)
 
     def _told(self, codes: Tensor) -> Tensor:
@@ -260,12 +300,14 @@ class LADD(Denoiser):
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def branch_state_dict(self) -> dict[str, Tensor]:
-        """All that is not the frozen UNet: ``controlnet.*``, ``null_embeds`` and ``lora.*``."""
+        """All that is not the frozen UNet: ``controlnet.*``, ``null_embeds``, ``lora.*`` and ``shortcut.*``."""
         state: dict[str, Tensor] = {f"controlnet.{name}": value for name, value in self.controlnet.state_dict().items()}
         state["null_embeds"] = self.null_embeds
         if self.lora is not None:
             adaptors = get_peft_model_state_dict(self.unet, adapter_name="default")
             state.update({f"lora.{name}": value for name, value in adaptors.items()})
+        if self.shortcut is not None:
+            state.update({f"shortcut.{name}": value for name, value in self.shortcut.state_dict().items()})
         return state
 
     def load_branch_state_dict(self, state: Mapping[str, Tensor], *, source: Path | str = "state") -> None:
@@ -281,11 +323,14 @@ class LADD(Denoiser):
         if self.lora is not None:
             adaptors = {name.removeprefix("lora."): state[name] for name in state if name.startswith("lora.")}
             set_peft_model_state_dict(self.unet, adaptors, adapter_name="default")
+        if self.shortcut is not None:
+            straight = {name.removeprefix("shortcut."): state[name] for name in state if name.startswith("shortcut.")}
+            self.shortcut.load_state_dict(straight, strict=True)
 
     def save_pretrained(
         self, folder: str | Path, *, dtype: torch.dtype | None = None, include_unet: bool = False
     ) -> None:
-        """Write ``config.json`` and ``model.safetensors`` (control branch, null caption, LoRA).
+        """Write ``config.json`` and ``model.safetensors`` (control branch, null caption, LoRA, shortcut).
 
         Args:
             folder: Where to write; made if needed.
@@ -306,6 +351,8 @@ class LADD(Denoiser):
         }
         if self.reader is not None:
             config["reader"], config["reader_fingerprints"] = self.reader_name, list(self.reader.fingerprints())
+        if self.shortcut is not None:
+            config["shortcut"] = self.shortcut.channels
         if include_unet:
             save_unet(self.unet, root / "unet", dtype=dtype)
         save_tensors(root / WEIGHTS_NAME, self.branch_state_dict(), dtype=dtype)
@@ -348,6 +395,8 @@ class LADD(Denoiser):
         if (name := cast("str | None", config.get("reader"))) is not None:
             decoder.listen_to(read_codes(reader, beside=root, name=name), name=name)
             require_reader(decoder, cast("list[str]", config.get("reader_fingerprints")), source=root)
+        if (channels := cast("int | None", config.get("shortcut"))) is not None:
+            decoder.cut_short(channels)
         decoder.to(dtype=unet.dtype)
         decoder.load_branch_state_dict(state, source=root / WEIGHTS_NAME)
         return decoder.eval()

@@ -33,6 +33,7 @@ from layton.pixel_decoder import CodeReader
 
 Change = Literal["frozen", "lora", "full"]
 ADAPTER = "consistency"
+_SHORTCUT = "shortcut"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +46,25 @@ class Adaptation:
         unet: The latent diffusion model's own UNet.
         branch: The control branch.
         lora: Shape of the adaptors, where there are any; None is rank 64 on the published layers.
+        shortcut: Channels of a way from the reader's features straight to the prediction (`LADD.cut_short`), which is
+            trained, too; 0 for none. Not in the paper.
 
     Raises:
-        ValueError: If a part is none of the three, or nothing would be trained.
+        ValueError: If a part is none of the three, ``shortcut`` is negative, or nothing would be trained.
     """
 
     unet: Change = "lora"
     branch: Change = "full"
     lora: LoraSettings | None = None
+    shortcut: int = 0
 
     def __post_init__(self) -> None:
         if not {self.unet, self.branch} <= set(get_args(Change)):
             raise ValueError(f"parts must be one of {get_args(Change)}, got unet {self.unet!r}, branch {self.branch!r}")
-        if self.unet == self.branch == "frozen":
-            raise ValueError("with unet and branch both frozen there is nothing to train")
+        if self.shortcut < 0:
+            raise ValueError(f"shortcut must be >= 0, got {self.shortcut}")
+        if self.unet == self.branch == "frozen" and not self.shortcut:
+            raise ValueError("with unet and branch both frozen, and no shortcut, there is nothing to train")
 
     @property
     def adapters(self) -> LoraSettings:
@@ -67,7 +73,8 @@ class Adaptation:
 
     def parts(self) -> dict[str, Change]:
         """What happens to each part of a `LADD`."""
-        return {"unet": self.unet, "controlnet": self.branch}
+        found: dict[str, Change] = {"unet": self.unet, "controlnet": self.branch}
+        return found | {_SHORTCUT: "full"} if self.shortcut else found
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +125,7 @@ class Difference:
             "branch": self.adaptation.branch,
             "lora": self.adaptation.adapters.to_json(),
         }
+        record |= {"shortcut": self.adaptation.shortcut} if self.adaptation.shortcut else {}
         return record if self.reader is None else record | {"reader": self.reader}
 
     @classmethod
@@ -127,13 +135,16 @@ class Difference:
             unet=cast(Change, values["unet"]),
             branch=cast(Change, values["branch"]),
             lora=LoraSettings.from_json(cast("dict[str, JsonValue]", values["lora"])),
+            shortcut=cast(int, values.get("shortcut", 0)),
         )
         saved = cast("dict[str, list[str]]", values["fingerprints"])
         prints = {part: tuple(found) for part, found in saved.items()}
         return cls(str(values["base"]), prints, adaptation, cast("str | None", values.get("reader")))
 
     def resume(self, network: LADD, folder: Path) -> None:
-        """Go on from the finished weights of a decoder that was adapted alike, and may have had no reader yet.
+        """Go on from the finished weights of a decoder that was adapted alike.
+
+        It may have had no reader yet, and no shortcut.
 
         Raises:
             ValueError: They do not fit, or learnt by another reader.
@@ -143,7 +154,8 @@ class Difference:
         saved = cast("dict[str, JsonValue] | None", config.get("difference"))
         learnt = {} if saved is None else self.from_json(saved).fingerprints
         require_reader(network, learnt.get("reader"), source=weights)
-        begun = {name: value for name, value in self.tensors(network).items() if name.startswith(HEARD)}
+        own = self.tensors(network)
+        begun = {name: value for name, value in own.items() if name.startswith((HEARD, f"{_SHORTCUT}."))}
         self.load(network, begun | load_tensors(weights), source=weights)
 
     def apply(self, network: LADD, weights: Path, *, reader: CodeReader | None = None) -> None:
@@ -185,10 +197,12 @@ def adapt(
         seed: Of the adaptors' first halves (the second ones are zero).
 
     Raises:
-        ValueError: If it listens to a reader already.
+        ValueError: If it listens to a reader already and is given one, or is to have a shortcut and listens to none.
     """
     if reader is not None and network.reader is not None:
         raise ValueError(f"the decoder {base!r} listens to {network.reader_name!r} itself: leave the reader out")
+    if adaptation.shortcut and network.shortcut is not None:
+        raise ValueError(f"the decoder {base!r} has a shortcut itself")
     record = Difference(base, fingerprints(network, reader), adaptation, None if reader is None else READER)
     network.merge_lora()
     if reader is not None:
@@ -196,6 +210,8 @@ def adapt(
     network.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if adaptation.shortcut:
+            network.cut_short(adaptation.shortcut)
         for name, change in adaptation.parts().items():
             part = cast(nn.Module, getattr(network, name))
             if change == "lora":

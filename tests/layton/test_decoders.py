@@ -97,6 +97,15 @@ def make_told_diffusion(ldm: Path) -> DiffusionDecoder:
     return DiffusionDecoder(decoder.network, decoder.autoencoder, latents_per_token=2).eval()
 
 
+def make_straight_consistency(ldm: Path) -> ConsistencyDecoder:
+    """Stage 2 with a shortcut from what its stage 1 listens to."""
+    network = make_told_diffusion(ldm).network
+    record = adapt(network, Adaptation(branch="lora", shortcut=3), base="told_diffusion")
+    scramble(list(record.tensors(network).values()), seed=2, std=0.1)  # type: ignore[arg-type]
+    autoencoder = Autoencoder.from_pretrained(ldm / "vae")
+    return ConsistencyDecoder(network, autoencoder, latents_per_token=2, difference=record).eval()
+
+
 def make_told_consistency(ldm: Path) -> ConsistencyDecoder:
     """Stage 2 that listens to it, while its stage 1 does not."""
     network = make_network(ldm)
@@ -112,6 +121,7 @@ DECODERS: dict[str, Callable[[Path], CodeDecoder]] = {
     "consistency": make_consistency,
     "told_diffusion": make_told_diffusion,
     "told_consistency": make_told_consistency,
+    "straight_consistency": make_straight_consistency,
 }
 """Every decoder of the library; a new one joins the contract here."""
 
@@ -198,7 +208,8 @@ def test_files_name_the_public_class(decoder: CodeDecoder) -> None:
 @torch.no_grad()
 def test_decoders_through_a_diffusion_model_say_when_it_is_missing(decoder: CodeDecoder, tmp_path: Path) -> None:
     decoder.save_pretrained(tmp_path / "decoder")
-    (tmp_path / "diffusion").mkdir()
+    for base in ("diffusion", "told_diffusion"):
+        (tmp_path / base).mkdir()
     if decoder.needs_ldm:
         with pytest.raises(ValueError, match="latent diffusion model"):
             type(decoder).from_pretrained(tmp_path / "decoder")  # type: ignore[attr-defined]
@@ -424,3 +435,25 @@ def test_shifted_times_are_noisier_and_saved(ldm: Path, tmp_path: Path) -> None:
     pictures = [each.decode(codes(1), num_steps=3, generator=seeds(1)) for each in (shifted, again, plain)]
     torch.testing.assert_close(pictures[0], pictures[1], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(pictures[0], pictures[2], atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_shortcut_begins_at_nothing_and_is_kept_with_the_network(ldm: Path, tmp_path: Path) -> None:
+    network = make_told_diffusion(ldm).network
+    x_t, t, condition = torch.randn(2, 4, 8, 8), torch.tensor([999.0, 400.0]), Condition(spatial=codes(2))
+    before = network(x_t, t, condition)
+    record = adapt(network, Adaptation(unet="frozen", branch="frozen", shortcut=3))
+    assert torch.equal(network(x_t, t, condition), before)
+    trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    assert trained == list(record.tensors(network))
+    assert trained == ["shortcut.0.weight", "shortcut.1.weight", "shortcut.1.bias"]
+    scramble(list(network.shortcut.parameters()), seed=1)  # type: ignore[union-attr]
+    after = network(x_t, t, condition)
+    assert not torch.allclose(after, before, atol=1e-3)
+    network.save_pretrained(tmp_path / "network", include_unet=True)
+    make_light(ldm).save_pretrained(tmp_path / "light")
+    torch.testing.assert_close(LADD.from_pretrained(tmp_path / "network")(x_t, t, condition), after)
+    with pytest.raises(ValueError, match="needs a reader"):
+        adapt(make_network(ldm), Adaptation(shortcut=3))
+    with pytest.raises(ValueError, match="shortcut must be"):
+        Adaptation(shortcut=-1)
