@@ -67,17 +67,18 @@ class ImageVocabulary:
         return max(self.begin, self.end, self.offset + self.vocab_size - 1) + 1
 
     def ids(self, codes: Tensor) -> Tensor:
-        """Codes (B, N) int64 -> ids (B, N + 2) int64, marks included.
+        """Codes (B, N) of any integers -> ids (B, N + 2) int64, marks included.
 
         Raises:
             ValueError: They are no images' codes.
         """
         if codes.ndim != 2 or codes.shape[1] != self.num_tokens:
             raise ValueError(f"codes must be (B, {self.num_tokens}), got {tuple(codes.shape)}")
+        codes = codes.long()
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.vocab_size:
             raise ValueError(f"codes must lie in [0, {self.vocab_size}), got {int(codes.min())}..{int(codes.max())}")
-        marks = codes.new_tensor([self.begin, self.end], dtype=torch.int64).expand(len(codes), 2)
-        return torch.cat([marks[:, :1], codes.long() + self.offset, marks[:, 1:]], dim=1)
+        marks = codes.new_tensor([self.begin, self.end]).expand(len(codes), 2)
+        return torch.cat([marks[:, :1], codes + self.offset, marks[:, 1:]], dim=1)
 
     def join(self, parts: Sequence[Part], words: PreTrainedTokenizerBase) -> list[int]:
         """Ids of texts and images in their order, with nothing between them.

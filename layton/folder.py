@@ -23,6 +23,8 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 
 _SAMPLED = 1024
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 M = TypeVar("M", bound=nn.Module)
 JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
 
@@ -41,6 +43,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         write(part)
+        share(part)
         with part.open("rb") as written:
             os.fsync(written.fileno())
         part.replace(path)
@@ -51,6 +54,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def share(file: Path) -> None:
+    """Give a file the permissions that any new file would have: safetensors and temporary files come with fewer."""
+    file.chmod(0o666 & ~_UMASK)
 
 
 def save_config(folder: Path, config: Mapping[str, JsonValue]) -> None:

@@ -24,6 +24,7 @@ from layton.quantizer import Quantizer
 CLASS_NAME = "layton.tokenizer.LaytonTokenizer"
 ALLOWED_PREFIXES = ("layton.", "generation.")
 LDM_FOLDER = "ldm"
+STAGE_0_DECODER = "light"
 PREFERRED_DECODERS = ("consistency", "diffusion", "light")
 
 
@@ -175,21 +176,27 @@ class LaytonTokenizer(ImageTokenizer):
 
     def decode_images(
         self,
-        encoded: EncodedImages,
+        encoded: EncodedImages | Tensor,
         *,
         decoder: str | None = None,
         num_steps: int | None = None,
         conditioning_scale: float | None = None,
         generator: Generators | None = None,
     ) -> list[Image.Image]:
-        """Codes to PIL images of the original sizes (with "crop", of the part that was kept). See `decode`."""
+        """Codes to PIL images of the original sizes (with "crop", of the part that was kept). See `decode`.
+
+        Of codes (B, N) alone, such as a language model wrote, they are squares.
+        """
+        codes = encoded if isinstance(encoded, Tensor) else encoded.codes
         squares = self.decode(
-            encoded.codes,
+            codes,
             decoder=decoder,
             num_steps=num_steps,
             conditioning_scale=conditioning_scale,
             generator=generator,
         )
+        if isinstance(encoded, Tensor):
+            return [to_image(square.cpu()) for square in squares]
         return [to_image(g.undo(s.cpu())) for g, s in zip(encoded.geometries, squares, strict=True)]
 
     def reconstruct(
@@ -254,6 +261,27 @@ class LaytonTokenizer(ImageTokenizer):
         }
         save_config(root, config)
 
+    @staticmethod
+    def index_stage_0(folder: Path, encoder: ImageEncoder, quantizer: Quantizer, *, image_size: int) -> None:
+        """Write the ``config.json`` by which an export of stage 0 is a tokenizer: its decoder is ``light``.
+
+        Args:
+            folder: With ``encoder/``, ``quantizer/`` and ``decoder/``, a `layton.pixel_decoder.PixelDecoder`.
+            encoder: Of which class is noted.
+            quantizer: Likewise.
+            image_size: Side of the squares that it was trained on.
+        """
+        config: dict[str, JsonValue] = {
+            "class": CLASS_NAME,
+            "image_size": image_size,
+            "encoder": class_name(type(encoder)),
+            "quantizer": class_name(type(quantizer)),
+            "decoders": {STAGE_0_DECODER: "layton.decoders.LightDecoder"},
+            "folders": {STAGE_0_DECODER: "decoder"},
+            "default_decoder": STAGE_0_DECODER,
+        }
+        save_config(folder, config)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -282,9 +310,10 @@ class LaytonTokenizer(ImageTokenizer):
             if decoder not in known:
                 raise ValueError(f"no decoder {decoder!r} in {name}; there are {', '.join(known)}")
         place = Path(ldm) if ldm is not None else root / LDM_FOLDER
+        folders = cast("dict[str, str]", config.get("folders", {}))
         loaded = {
             decoder: resolve_class(known[decoder], CodeDecoder, allow).from_pretrained(
-                root / "decoders" / decoder, ldm=place
+                root / folders.get(decoder, f"decoders/{decoder}"), ldm=place
             )
             for decoder in wanted
         }

@@ -6,7 +6,6 @@ One run has one folder (``--run_dir``): ``config.yaml`` (what was run), ``checkp
 
 from __future__ import annotations
 
-import logging
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,9 +33,11 @@ from layton.callbacks import (
     newest_good_checkpoint,
 )
 from layton.callbacks.checkpoint import CHECKPOINT_FOLDER
+from layton.config_folders import found_configs
 from layton.errors import UsageError
 from layton.folder import write_atomically
 from layton.lock import is_main_process, lock_folder
+from layton.quiet import cut_captions_told_once
 from layton.run_files import allow_modules, check_run_files, refused_class_paths
 from layton.tasks.base import LaytonTask
 
@@ -157,6 +158,7 @@ def run(subcommand: str, args: Sequence[str], *, allow: Iterable[str] = ()) -> i
         SystemExit: status 2 for a wrong command line or run file.
         FolderInUseError: another process trains in the run folder.
     """
+    args = found_configs(args)
     check_run_files(args, allowed=allow_modules(allow))
     cli = _make(TrainingCLI, [subcommand, *args], run=True)
     signals = [c.signal_number for c in _callbacks(cli.trainer) if isinstance(c, GracefulStop) and c.signal_number]
@@ -191,7 +193,8 @@ def build_run(config: Sequence[str], *, data: str | None = None, allow: Iterable
     Raises:
         SystemExit: status 2 for a wrong run file.
     """
-    args = [*(word for path in config for word in ("--config", path)), "--data", "null" if data is None else data]
+    words = [*(word for path in config for word in ("--config", path)), "--data", "null" if data is None else data]
+    args = found_configs(words)
     check_run_files(args, allowed=allow_modules(allow))
     cli = _make(_PartsOnly, args, run=False)
     trainer = cli.config["trainer"]
@@ -309,27 +312,5 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
-        # diffusers prints what it cuts of every caption of every batch.
-        handlers, once = list(logging.getLogger("diffusers").handlers), _CutOnce()
-        for handler in handlers:
-            handler.addFilter(once)
-        try:
+        with cut_captions_told_once():
             yield
-        finally:
-            for handler in handlers:
-                handler.removeFilter(once)
-
-
-class _CutOnce(logging.Filter):
-    """Lets through the first of diffusers' messages on captions that are cut, in one line."""
-
-    told = False
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if "input was truncated" not in str(record.msg):
-            return True
-        if self.told:
-            return False
-        self.told = True
-        record.msg, record.args = "Some captions are longer than the text encoder reads, and are cut (told once).", ()
-        return True

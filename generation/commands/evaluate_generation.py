@@ -12,7 +12,7 @@ from generation.commands.models import Kind, load_drawer
 from generation.commands.options import Weights, require_least
 from layton.commands.calling import progress
 from layton.commands.reports import write_json
-from layton.data.types import Split
+from layton.data.types import Share
 from layton.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def evaluate_generation(
     kind: Kind = "laytongen",
     student: str | None = None,
     planner: str | None = None,
-    split: Split = "test",
+    split: Share = "test",
     count: int | None = None,
     size: int = 256,
     tokenizer: str | None = None,
@@ -61,7 +61,7 @@ def evaluate_generation(
         student: export of `layton distill` on a diffusers pipeline, or mini; it draws as it was trained to.
         planner: embedded model or folder of a LaytonGen, whose planner says prompts anew with places, for a diffusion
             model that learnt such prompts.
-        split: train, validation or test.
+        split: train, validation or test; all takes every stored image.
         count: images to take from the start of the split; 1,000 scenes or all stored images by default.
         size: side in pixels to which real images are cropped and scaled.
         tokenizer: of LaytonGen, where it does not lie beside the generator.

@@ -25,6 +25,8 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
+from layton.folder import share
+
 _NOTE_SUFFIX = ".json"
 _TEMPORARY_PREFIX = ".writing-"
 KILL_POINT_VARIABLE = "LAYTON_KILL_POINT"
@@ -229,6 +231,7 @@ def _write_note(path: Path, note: dict[str, Any]) -> None:
             json.dump(note, file)
             file.flush()
             os.fsync(file.fileno())
+        share(Path(temporary))
         os.replace(temporary, _note_path(path))
     except OSError:
         Path(temporary).unlink(missing_ok=True)

@@ -8,13 +8,13 @@ from pathlib import Path
 from layton.commands.calling import progress
 from layton.commands.options import require_least
 from layton.commands.reports import write_json
-from layton.data.types import Split
+from layton.data.types import Share
 
 
 def evaluate_codebook(
     *,
     data: list[str],
-    split: Split = "test",
+    split: Share = "test",
     scenes: int = 1000,
     size: int | None = None,
     tokenizer: str = "mini",
@@ -27,7 +27,7 @@ def evaluate_codebook(
 
     Args:
         data: the word scenes, and beside or instead of it a folder of images or tar shards (files or patterns).
-        split: train, validation or test.
+        split: train, validation or test; all takes every stored image.
         scenes: how many of them, where they are named.
         size: side in pixels to which images are cropped and scaled; the tokenizer's own by default.
         tokenizer: embedded tokenizer or folder.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from layton.commands.calling import progress
 from layton.commands.options import require_least
 from layton.commands.reports import write_json
-from layton.data.types import Split
+from layton.data.types import Share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,7 +97,7 @@ class Row:
 def evaluate_decoders(
     *,
     data: list[str],
-    split: Split = "test",
+    split: Share = "test",
     count: int | None = None,
     size: int = 256,
     tokenizer: str = "mini",
@@ -117,7 +117,7 @@ def evaluate_decoders(
 
     Args:
         data: the word scenes, a folder of images, or tar shards (files or patterns).
-        split: train, validation or test.
+        split: train, validation or test; all takes every stored image.
         count: images to take from the start of the split; 1,000 scenes or all stored images by default.
         size: side in pixels to which images are cropped and scaled.
         tokenizer: embedded tokenizer or folder.
@@ -133,7 +133,7 @@ def evaluate_decoders(
     """
     require_least(1, {"batch_size": batch_size, "count": count, "size": size, "repeats": repeats})
     require_least(0, {"seed": seed, "objects": objects})
-    from layton.commands.evaluation_data import open_images
+    from layton.commands.evaluation_data import open_images, scenes_of
     from layton.commands.models import load_tokenizer
     from layton.commands.objects import objects_kept
 
@@ -146,7 +146,7 @@ def evaluate_decoders(
     report = measure(variants, images, tokenizer)
     kept: dict[str, float] = {}
     for variant in variants if objects else ():
-        found = objects_kept(variant.reconstruct, objects, split=split, size=size, batch_size=batch_size)
+        found = objects_kept(variant.reconstruct, objects, split=scenes_of(split), size=size, batch_size=batch_size)
         kept[variant.name] = found.kept
     rows = rows_of(variants, report, kept, times)
     absent = "".join(f"no {name}: {reason}\n" for name, reason in report.absent.items() if name != "codebook")

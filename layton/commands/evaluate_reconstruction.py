@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from layton.commands.calling import progress
 from layton.commands.options import require_least
 from layton.commands.reports import write_json
-from layton.data.types import Split
+from layton.data.types import Share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ class Subject:
 def evaluate_reconstruction(
     *,
     data: list[str],
-    split: Split = "test",
+    split: Share = "test",
     count: int | None = None,
     size: int = 256,
     tokenizer: str = "mini",
@@ -66,7 +66,7 @@ def evaluate_reconstruction(
 
     Args:
         data: the word scenes, a folder of images, or tar shards (files or patterns).
-        split: train, validation or test.
+        split: train, validation or test; all takes every stored image.
         count: images to take from the start of the split; 1,000 scenes or all stored images by default.
         size: side in pixels to which images are cropped and scaled.
         tokenizer: embedded tokenizer or folder.
@@ -81,7 +81,7 @@ def evaluate_reconstruction(
         allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
         json: write figures and protocol to this file as well.
     """
-    from layton.commands.evaluation_data import open_images
+    from layton.commands.evaluation_data import open_images, scenes_of
     from layton.commands.objects import objects_kept
 
     require_least(1, {"batch_size": batch_size, "count": count, "size": size, "steps": steps})
@@ -95,7 +95,7 @@ def evaluate_reconstruction(
     figures = report.to_dict()
     lines = [report.summary(), *gains_in_words(report)]
     if objects:
-        kept = objects_kept(subject.reconstruct, objects, split=split, size=size, batch_size=batch_size)
+        kept = objects_kept(subject.reconstruct, objects, split=scenes_of(split), size=size, batch_size=batch_size)
         figures["objects"] = kept.to_dict()
         lines.append(kept.summary())
     lines += [f"no {name}: {reason}" for name, reason in report.absent.items()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layton.commands.images import batched, in_threads
-from layton.data.types import Split
+from layton.data.types import Share, Split
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +29,7 @@ class EvaluationImages:
     Attributes:
         source: Where they come from; a broken image is an error.
         name: Of the data, for the protocol.
-        split: Which split.
+        split: Which split, or all.
         count: How many.
         size: Side in pixels.
         batch_size: Images in a batch; the last one may be smaller.
@@ -36,7 +37,7 @@ class EvaluationImages:
 
     source: ImageSource
     name: str
-    split: Split
+    split: Share
     count: int
     size: int
     batch_size: int
@@ -49,29 +50,32 @@ class EvaluationImages:
         return f"central square scaled to {self.size} pixels, Pillow's bicubic filter"
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Batches (B, 3, S, S) in [-1, 1], from the first."""
+        """Batches (B, 3, S, S) in [-1, 1], from the first; at the end stderr is told if there are more."""
         import torch
 
         load = partial(_load, self.source)
         threads = min(8, os.cpu_count() or 1)
         for batch in batched(in_threads(load, range(self.count), num_threads=threads), self.batch_size):
             yield torch.stack(batch)
+        if self.split != "all" and self.name != SCENES:
+            told = f"{self.count:,} images of the split {self.split} of {self.name}"
+            sys.stderr.write(f"layton: these were {told}; --split all takes every one\n")
 
 
 def open_images(
-    data: Sequence[str], *, split: Split, count: int | None, size: int, batch_size: int
+    data: Sequence[str], *, split: Share, count: int | None, size: int, batch_size: int
 ) -> EvaluationImages:
     """Find out what kind of data is meant, and open it.
 
     Args:
         data: The word ``scenes``, one folder of images or of tar shards, or shards (files or patterns).
-        split: Which split.
+        split: Which split; ``all`` of stored images takes every one.
         count: How many images; 1,000 scenes or all stored images by default. Never more than there are.
         size: Side in pixels.
         batch_size: Images in a batch.
 
     Raises:
-        ValueError: If there are no such images, or a number is below 1.
+        ValueError: If there are no such images, a number is below 1, or all scenes are asked for, which have no end.
     """
     from layton.data.folder import ImageFolderSource
     from layton.data.shards import ShardSource
@@ -80,18 +84,26 @@ def open_images(
 
     if (count is not None and count < 1) or batch_size < 1:
         raise ValueError(f"count and batch_size must be >= 1, got {count} and {batch_size}")
+    part: Split | None = None if split == "all" else split
+    if part is None and list(data) == [SCENES]:
+        raise ValueError("scenes are endless: their split is train, validation or test, not all")
     source: ImageSource
     name = " ".join(Path(item).name for item in data)
     folder = Path(data[0]) if len(data) == 1 and Path(data[0]).is_dir() else None
-    if list(data) == [SCENES]:
-        source, name = ScenesSource(split=split, length=count or _NUM_SCENES, size=size), SCENES
+    if part is not None and list(data) == [SCENES]:
+        source, name = ScenesSource(split=part, length=count or _NUM_SCENES, size=size), SCENES
     elif folder is not None and not any(folder.glob("*.tar")):
-        source = ImageFolderSource(str(folder), split=split, transform=Fit(size), max_bad=0)
+        source = ImageFolderSource(str(folder), split=part, transform=Fit(size), max_bad=0)
     else:
         shards = [str(folder / "*.tar")] if folder is not None else list(data)
-        source = ShardSource(shards, split=split, transform=Fit(size), captions="optional", max_bad=0)
+        source = ShardSource(shards, split=part, transform=Fit(size), captions="optional", max_bad=0)
     total = len(source)
     return EvaluationImages(source, name, split, min(count or total, total), size, batch_size)
+
+
+def scenes_of(split: Share) -> Split:
+    """The split of scenes that goes with a share of stored images: test, where that is all of them."""
+    return "test" if split == "all" else split
 
 
 def _load(source: ImageSource, index: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Literal, NotRequired, TypedDict, get_args
 from torch import Tensor
 
 Split = Literal["train", "validation", "test"]
+Share = Split | Literal["all"]  # of stored images
 SPLITS: tuple[Split, ...] = get_args(Split)
 NUM_FOLDS = 5
 

@@ -20,7 +20,7 @@ from layton.quantizers.pretrained import copy_weights, load_quantizer, save_quan
 
 ConfigValue = int | float | bool | str | list[int] | None
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8, torch.uint16, torch.uint32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -187,6 +187,7 @@ class Quantizer(nn.Module, ABC):
             raise ValueError(f"{codes.shape[1]} codes per image do not fill a grid of {grid[0]} x {grid[1]}")
         if codes.shape[1] == 0:
             raise ValueError("codes must hold at least one token per image, got 0")
+        codes = codes.long()  # torch finds no extremes of uint16, in which token datasets are stored
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.vocab_size:
             raise ValueError(
                 f"codes must be in [0, {self.vocab_size - 1}], got {int(codes.min())} to {int(codes.max())}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,11 @@ from layton.quantizer import Quantizer
 from layton.scenes import seed_of_key
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
 from layton.tasks.manual import ManualTask
+from layton.tokenizer import LaytonTokenizer
 
 HEALTH_INTERVAL = 20
+DEFAULT_SIZE = 256
+_SIZE = "tokenizer_image_size"
 
 
 class TokenizerTask(LaytonTask):
@@ -62,12 +66,14 @@ class TokenizerTask(LaytonTask):
         self.quantizer = quantizer
         self.decoder = decoder
         self.perceptual = perceptual
+        self.image_size = DEFAULT_SIZE
         self.weights = {"l1": l1_weight, "l2": l2_weight}
         if perceptual is not None:
             self.weights["perceptual"] = perceptual_weight
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | None:
         """Loss of one batch, ()."""
+        self.image_size = batch["image"].shape[-1]
         output = self.quantizer(self.encoder(batch["image"]).float())
         decoded = self.decoder(output.embeddings).float()
         if self.global_step % HEALTH_INTERVAL == 0:
@@ -94,10 +100,21 @@ class TokenizerTask(LaytonTask):
         return {"image": batch["image"], "reconstruction": self.reconstruct(batch["image"]).clamp(-1, 1)}
 
     def export(self, folder: Path) -> None:
-        """Write ``encoder/``, ``quantizer/`` and ``decoder/``."""
+        """Write ``encoder/``, ``quantizer/`` and ``decoder/``, together a tokenizer with a light decoder."""
         self.encoder.save_pretrained(folder / "encoder")
         self.quantizer.save_pretrained(folder / "quantizer")
         self.decoder.save_pretrained(folder / "decoder")
+        LaytonTokenizer.index_stage_0(folder, self.encoder, self.quantizer, image_size=self.image_size)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the size of the images, which what is exported is used with."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[_SIZE] = self.image_size
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it back."""
+        super().on_load_checkpoint(checkpoint)
+        self.image_size = checkpoint.get(_SIZE, DEFAULT_SIZE)
 
     def _losses(self, images: Tensor, decoded: Tensor, codebook_loss: Tensor) -> Tensor:
         error = decoded - images

@@ -59,6 +59,9 @@ def test_texts_and_images_come_back_in_their_order(words: PreTrainedTokenizerFas
     parts = ["A red star: ", codes(1), codes(2), "und ein 星, <image> <code_3></image> in words.", codes(3)]
     ids = known.join(parts, words)
     assert sum(each == known.begin for each in ids) == 3  # what reads like an image is none
+    assert (
+        known.join([part.to(torch.uint16) if isinstance(part, torch.Tensor) else part for part in parts], words) == ids
+    )
     for given in (ids, torch.tensor([words.bos_token_id, *ids, words.eos_token_id])):
         back = known.split(given, words)
         assert len(back) == len(parts)

@@ -64,6 +64,16 @@ def test_sizes_come_back(policy: str) -> None:
         assert result.size == ((side, side) if policy == "crop" else image.size)
 
 
+def test_codes_alone_are_squares_in_any_type_of_integers() -> None:
+    model = tiny()
+    encoded = model.encode_images([picture(40, 20)], policy="resize")
+    (square,) = model.decode_images(encoded.codes.to(torch.uint16))  # as token datasets keep them
+    assert square.size == (32, 32)
+    assert np.array_equal(np.asarray(square), np.asarray(model.decode_images(encoded.codes)[0]))
+    with pytest.raises(ValueError, match="codes must be in"):
+        model.decode_images(torch.full((1, 16), 60_000, dtype=torch.uint16))
+
+
 def test_opened_images_are_read_as_files_are(tmp_path: Path) -> None:
     model, grey = tiny(), picture(40, 20).convert("L")
     turned = Image.Exif()

@@ -24,3 +24,17 @@ def test_claims_are_found_among_installed_run_files(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(places, "__file__", str(tmp_path / "site" / "layton" / "config_folders.py"))
     monkeypatch.setattr(places.sysconfig, "get_path", lambda *_: str(tmp_path))
     assert find_claim_configs("mlcm") == installed
+    run = installed / "mlcm.yaml"
+    run.touch()
+    words = [
+        "--config",
+        "configs/reproduce/mlcm/mlcm.yaml",
+        "--data=configs/reproduce/mlcm/mlcm.yaml",
+        "--x",
+        "configs",
+    ]
+    assert places.found_configs(words) == ["--config", str(run), f"--data={run}", "--x", "configs"]
+    (tmp_path / "configs/reproduce/mlcm").mkdir(parents=True)
+    (tmp_path / "configs/reproduce/mlcm/mlcm.yaml").touch()  # what is here wins
+    assert places.found_configs(words) == words
+    assert places.found_configs(["--config", "configs/none.yaml"]) == ["--config", "configs/none.yaml"]

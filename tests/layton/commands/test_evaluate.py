@@ -156,3 +156,15 @@ def test_sceneval_with_a_prompts_file_and_refusals(run: Run, fails: Run, both: P
     prompts.write_text("{}\n")
     assert "line 1" in fails("evaluate", "sceneval", *options)
     assert "model_index.json" in fails("evaluate", "sceneval", "--kind", "diffusion", "--model", tmp_path)
+
+
+def test_all_of_a_folder_is_a_share_too(run: Run, fails: Run, tokenizer: Path, photos: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    options = ["--data", photos, "--size", 32, "--tokenizer", tokenizer, "--json", report]
+    run("evaluate", "reconstruction", *options, "--split", "all")
+    everything = json.loads(report.read_text())["protocol"]
+    assert (everything["num_images"], everything["split"]) == (5, "all")
+    run("evaluate", "reconstruction", *options, "--split", "train")
+    assert json.loads(report.read_text())["protocol"]["num_images"] < 5
+    wrong = ["--data", "scenes", "--split", "all", "--tokenizer", tokenizer]
+    assert "endless" in fails("evaluate", "reconstruction", *wrong)

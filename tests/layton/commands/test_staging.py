@@ -3,8 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from layton.commands.staging import staged
+from layton.folder import save_tensors
 
 
 def names(folder: Path) -> list[str]:
@@ -44,3 +46,9 @@ def test_a_failure_leaves_nothing(tmp_path: Path, there: bool) -> None:
         raise RuntimeError
     assert names(tmp_path) == (["out/a"] if there else [])
     assert out.exists() == there
+
+
+def test_files_have_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    save_tensors(tmp_path / "weights.safetensors", {"x": torch.zeros(1)})
+    assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

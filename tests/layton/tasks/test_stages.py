@@ -24,6 +24,8 @@ from layton.quantizer import CosineVQ
 from layton.tasks.decoder import DecoderTask
 from layton.tasks.text_to_image import TextToImageTask, draw
 from layton.tasks.tokenizer import TokenizerTask
+from layton.tokenizer import LaytonTokenizer
+from layton.training import load_task
 
 STEPS = 2
 SIZE = 64
@@ -159,9 +161,15 @@ def test_tokenizer_run_exports_parts_that_encode(tmp_path: Path) -> None:
     encoder, quantizer = load_code_parts(export)
     codes = quantizer.encode(encoder(torch.zeros(1, 3, SIZE, SIZE)))
     assert codes.shape == (1, 16)
-    assert PixelDecoder.from_pretrained(export / "decoder")(quantizer.codes_to_embeddings(codes, (4, 4))).shape == (
-        (1, 3, SIZE, SIZE)
-    )
+    light = PixelDecoder.from_pretrained(export / "decoder")
+    picture = light(quantizer.codes_to_embeddings(codes, (4, 4)))
+    assert picture.shape == (1, 3, SIZE, SIZE)
+    whole = LaytonTokenizer.from_pretrained(export)  # the export is a tokenizer, for the size that it was trained on
+    assert (whole.image_size, whole.num_tokens) == (SIZE, 16)
+    assert torch.equal(whole.encode(torch.zeros(1, 3, SIZE, SIZE)), codes)
+    assert torch.equal(whole.decode(codes), picture.clamp(-1, 1))
+    newest = max((tmp_path / "tokenizer" / "checkpoints").glob("*.ckpt"))
+    assert load_task(newest).image_size == SIZE
 
 
 def tune(tmp_path: Path, *, frozen: bool) -> Path:

@@ -185,6 +185,10 @@ def test_captions_that_are_cut_are_told_once_in_a_run() -> None:
     handler = logging.StreamHandler(told)
     logging.getLogger("diffusers").addHandler(handler)
     encode = PromptEncoder(tiny.build("sd"), latent_size=(8, 8))
+    check = "import logging, layton.quiet as q\nwith q.cut_captions_told_once(): print(*(h.filters for h in "
+    check += "logging.getLogger('diffusers').handlers))"  # also before anything of diffusers is imported
+    found = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)  # noqa: S603
+    assert "_CutOnce" in found.stdout
     long = ["a red star " * 40, "a blue ring " * 40]
     try:
         with _quiet():

@@ -1,0 +1,36 @@
+"""What other libraries say too often, said once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def cut_captions_told_once() -> Iterator[None]:
+    """Of what diffusers cuts of every caption in every batch, say only that it does, and once."""
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.get_logger("diffusers")  # makes the handler, if nothing else has yet
+    handlers, once = list(logging.getLogger("diffusers").handlers), _CutOnce()
+    for handler in handlers:
+        handler.addFilter(once)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(once)
+
+
+class _CutOnce(logging.Filter):
+    told = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "input was truncated" not in str(record.msg):
+            return True
+        if self.told:
+            return False
+        self.told = True
+        record.msg, record.args = "Some captions are longer than the text encoder reads, and are cut (told once).", ()
+        return True
