@@ -108,6 +108,12 @@ class TrainingCLI(LightningCLI):
         with lock_folder(self.run_dir):
             super()._run_subcommand(subcommand)
 
+    def before_instantiate_classes(self) -> None:
+        """Find a run folder that is in use before data are made for it, which may take hours."""
+        super().before_instantiate_classes()
+        if self.subcommand == "fit" and is_main_process():
+            _resume_path(self._get(self.config, "resume"), self.run_dir / CHECKPOINT_FOLDER)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Trainer with the run folder, the CSV logger and the callbacks that were not configured."""
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}

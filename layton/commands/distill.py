@@ -20,7 +20,11 @@ Distils a diffusers pipeline folder (Stable Diffusion 1.x, 2.x, XL, 3, FLUX) to 
 METHOD is one of: {methods}.
 
   --pipeline FOLDER   the teacher, and its text encoders and autoencoder
-  --prompts FILE      train on these prompts, one a line, in place of captions of Scenes (methods that need no pictures)
+  --prompts FILE      train on these prompts, one a line, in place of captions of Scenes (not lcm, scott, progressive);
+                      a fifth of them is kept for validation, a fifth for tests
+  --images PLACE      train on these captioned images, a folder or tar shards, in place of rendered Scenes (methods that
+                      learn from pictures: lcm, scott, progressive)
+  --pairs N           how many pairs the teacher makes beforehand (reflow, one_step, hipa)
   --run_dir DIR       checkpoints, grids, logs and, at the end, export/; default runs/METHOD
   --max_steps N       optimizer steps of the student
   --resume auto       continue from the newest checkpoint of the run folder
@@ -36,7 +40,9 @@ _FLUX_SIZE = 128  # h = w; its configuration names none (diffusers: FluxPipeline
 _TEACHER = ("latent_size", "network_guidance", "negative_prompt")  # of the task and of pairs alike
 _SOLVER, _RULE = "--model.init_args.method.init_args.solver", ("name", "num_steps", "guidance_scale")
 _RANK, _SHARE = "--model.init_args.adapter.rank", "--model.init_args.adapter_share"
-_SHORT = ("--pipeline", "--prompts", "--max_steps")
+_PAIRS = "--pairs"
+_ROLES = ("train", "validation")
+_SHORT = ("--pipeline", "--prompts", "--images", "--pairs", "--max_steps")
 
 
 def fit_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
@@ -47,24 +53,34 @@ def fit_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
         words: What stands after the method.
 
     Raises:
-        UsageError: A short option has no value, no such folder or file, or prompts for a method that needs pictures.
+        UsageError: A short option has no value, no such folder or file, or prompts for a method that needs pictures, or
+            the reverse.
     """
     short, rest = _take_short(words)
+    told = [*rest, f"{_PAIRS}={_number(_PAIRS, short[_PAIRS])}"] if _PAIRS in short else rest
+    first = _first_source(yaml.safe_load(run_file.read_text(encoding="utf-8")))
+    if _PAIRS in short and first.get("class_path") != PAIRS:
+        raise UsageError(f"{run_file.stem} takes no pairs that a teacher makes beforehand: {_PAIRS} has no meaning")
     needs_pictures = _learns_from_pictures(run_file) and not _has_data(rest)
     arguments = ["--config", str(run_file)]
     parts = ("model",) if _has_data(rest) or "--prompts" in short else ("model", "data")
     if "--pipeline" in short:
         folder = pipeline_folder(short["--pipeline"])
         size = picture_size(folder, latent_size=_value_of(_LATENT_SIZE, rest)) if needs_pictures else None
-        arguments += _moved_arguments(run_file, folder, parts=parts, size=size, words=rest)
+        drop = _ROLES if "--images" in short else ()
+        arguments += _moved_arguments(run_file, folder, parts=parts, size=size, words=told, drop=drop)
     elif "data" in parts:
-        arguments += _told_arguments(run_file, rest)
+        arguments += _told_arguments(run_file, told)
+    if "--images" in short:
+        arguments += _image_arguments(short, run_file, rest)
+    elif "--pipeline" in short and "data" in parts:
+        _tell_of_scenes(run_file)
     if "--prompts" in short:
         if needs_pictures:
             raise UsageError(
-                f"{run_file.stem} learns from pictures, not from prompts alone: give --data in their place"
+                f"{run_file.stem} learns from pictures, not from prompts alone: give --images or --data in their place"
             )
-        arguments += _prompt_arguments(short["--prompts"], run_file, folder=short.get("--pipeline"), words=rest)
+        arguments += _prompt_arguments(short["--prompts"], run_file, folder=short.get("--pipeline"), words=told)
     if _value_of(_RANK, rest) is not None and _value_of(_SHARE, rest) is None:
         arguments += [f"{_SHARE}=null"]  # a rank that is asked for is the rank, whatever its share of the parameters
     if "--max_steps" in short:
@@ -75,12 +91,18 @@ def fit_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
 
 
 def _moved_arguments(
-    run_file: Path, folder: Path, *, parts: Sequence[str], size: int | None, words: Sequence[str]
+    run_file: Path,
+    folder: Path,
+    *,
+    parts: Sequence[str],
+    size: int | None,
+    words: Sequence[str],
+    drop: Sequence[str] = (),
 ) -> list[str]:
     """Changes that lead a run file's pipeline, and whatever else it takes from that folder, to another folder.
 
     Scenes are rendered at ``size``, if one is given, and their captions are such as the pipeline hears. Pairs are made
-    as the words say of the teacher.
+    as the words say of the teacher. Options in ``drop`` are left alone.
     """
     run = yaml.safe_load(run_file.read_text(encoding="utf-8"))
     places = {run["model"]["init_args"]["pipeline"]: folder}
@@ -95,7 +117,7 @@ def _moved_arguments(
             set_scenes(found, size=size, places=told)
             found = _unguided({name: found})[name] if hears else found
             found = _told(found, words) if (part, name) == ("data", "train") else found
-            if found != value:
+            if found != value and name not in drop:
                 text = found if isinstance(found, str) else json.dumps(found)
                 arguments.append(f"--{part}.init_args.{name}={text}")
     return arguments
@@ -116,6 +138,8 @@ def _told(sources: Any, words: Sequence[str]) -> Any:
     given = {name: _value_of(f"--model.init_args.{name}", words) for name in _TEACHER}
     rule = {name: _value_of(f"{_SOLVER}.{name}", words) for name in _RULE}
     changes = {name: yaml.safe_load(value) for name, value in given.items() if value is not None}
+    if (count := _value_of(_PAIRS, words)) is not None:
+        changes["num_pairs"] = int(count)
     solver = {name: yaml.safe_load(value) for name, value in rule.items() if value is not None}
 
     def changed(source: Any) -> Any:
@@ -184,6 +208,12 @@ def _value_of(option: str, words: Sequence[str]) -> str | None:
     return None
 
 
+def _number(option: str, value: str) -> int:
+    if not value.isdigit() or int(value) < 1:
+        raise UsageError(f"{option} must be a number of at least 1, got {value}")
+    return int(value)
+
+
 def _take_short(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     short: dict[str, str] = {}
     rest: list[str] = []
@@ -243,6 +273,39 @@ def _prompt_arguments(file: str, run_file: Path, *, folder: str | None, words: S
         f"--data.init_args.train={json.dumps([train], default=str)}",
         f"--data.init_args.validation={json.dumps([source('validation')])}",
     ]
+
+
+def _image_arguments(short: dict[str, str], run_file: Path, words: Sequence[str]) -> list[str]:
+    """The change to a run file's data that takes captioned images in place of Scenes, cut to the pipeline's size."""
+    run = yaml.safe_load(run_file.read_text(encoding="utf-8"))
+    if run["data"].get("class_path") != LATENT_DATA or "--prompts" in short or _has_data(words):
+        raise UsageError(
+            f"--images is for methods that learn from pictures, without --prompts or --data; {run_file.stem} was asked"
+        )
+    folder = pipeline_folder(short.get("--pipeline", run["model"]["init_args"]["pipeline"]))
+    size = picture_size(folder, latent_size=_value_of(_LATENT_SIZE, words))
+    if size is None:
+        raise UsageError(f"{folder} does not say how large its pictures are: give {_LATENT_SIZE}")
+    place = Path(short["--images"]).expanduser()
+    is_folder = place.is_dir() and not any(place.glob("*.tar"))
+    kind, name = ("folder.ImageFolderSource", "folder") if is_folder else ("shards.ShardSource", "shards")
+    where = str(place / "*.tar" if place.is_dir() and not is_folder else place)
+    fitted = {"class_path": "layton.data.transforms.Fit", "init_args": {"size": size}}
+    return [
+        f"--data.init_args.{role}="
+        + json.dumps(
+            [{"class_path": f"layton.data.{kind}", "init_args": {name: where, "split": role, "transform": fitted}}]
+        )
+        for role in _ROLES
+    ]
+
+
+def _tell_of_scenes(run_file: Path) -> None:
+    """Say on stderr that the data are rendered, which few who bring a pipeline of their own want."""
+    first = str(_first_source(yaml.safe_load(run_file.read_text(encoding="utf-8"))))
+    if "ScenesSource" in first or "SceneCa" in first:
+        own = "--images PLACE" if "ScenesSource" in first else "--prompts FILE"
+        sys.stderr.write(f"layton: trains on the embedded world's Scenes; {own} or --data takes your own\n")
 
 
 def _learns_from_pictures(run_file: Path) -> bool:

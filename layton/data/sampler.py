@@ -34,7 +34,10 @@ class ResumableSampler(Sampler[list[int]]):
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"need batch_size >= 1 and 0 <= rank < world_size, got {batch_size}, {rank}, {world_size}")
         if length < batch_size * world_size:
-            raise ValueError(f"{length} samples do not fill one step of {world_size} x {batch_size}")
+            raise ValueError(
+                f"{length} samples do not fill one step of {world_size} x {batch_size}: take a smaller batch "
+                "(--data.init_args.batch_size) or more samples (of what is stored, three fifths are for training)"
+            )
         self.length = length
         self.batch_size = batch_size
         self.rank = rank

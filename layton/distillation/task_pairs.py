@@ -9,6 +9,7 @@ are the same.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,10 @@ class TaskPairs(SampleSource):
                 f"layton: {folder}: {len(odd):,} of {len(keys):,} are no pairs, such as {odd[0]}: left out\n"
             )
         self._places = [place for place, (given, wanted) in enumerate(keys) if _name(given) == _name(wanted)]
+
+    def inner(self) -> Sequence[SampleSource]:
+        """The latents of both sides."""
+        return (self._before, self._after)
 
     def __len__(self) -> int:
         """Number of pairs."""

@@ -95,6 +95,11 @@ class CachedLatents(SampleSource):
         """Keys of all samples, in order."""
         return self._cache.keys
 
+    @property
+    def autoencoder(self) -> str:
+        """Digest of the autoencoder's weights (`digest`)."""
+        return str(self._cache.fingerprint["autoencoder"])
+
     def codebook(self) -> str | None:
         """Fingerprint of the codebook that the codes are of; None if there are no codes."""
         if self._tokenizer is None:

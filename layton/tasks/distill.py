@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -33,11 +34,12 @@ from distill.models import FlowTransformerDenoiser, UNetDenoiser, denoiser_from_
 from distill.recompute import Recompute, set_recompute
 from distill.schedules import NoiseSchedule
 from distill.stacked import StackedUNet2DConditionModel, stack
-from layton.data.sources import walk
+from layton.data.sources import SampleSource, walk
 from layton.distillation.distilled import begin_with, network_of, save_distilled, student_pipeline
 from layton.distillation.pair_data import TeacherPairs
 from layton.distillation.task_pairs import TaskPairs
 from layton.ldm.autoencoder import Autoencoder
+from layton.ldm.cache import CachedLatents, digest
 from layton.ldm.conditions import NETWORK_GUIDANCE, PromptEncoder, latent_shape_of
 from layton.ldm.prompt_cache import condition_of_batch
 from layton.ldm.teacher import find_teacher, open_pipeline
@@ -135,7 +137,8 @@ class DistillTask(ManualTask):
             raise ValueError("export_pipeline needs a student of the teacher's shape with all weights: adapter=null")
         self.automatic_optimization = False
         self._export_half = export_half
-        self._pipeline_folder = find_teacher(pipeline) if export_pipeline else None
+        self._teacher_folder = find_teacher(pipeline)
+        self._export_pipeline = export_pipeline
         pipe = open_pipeline(pipeline)
         self.latent_shape = latent_shape_of(pipe, latent_size)
         self.prompts = PromptEncoder(pipe, latent_size=self.latent_shape[1:], guidance_scale=network_guidance)
@@ -205,12 +208,21 @@ class DistillTask(ManualTask):
             if not isinstance(getattr(self.method, "solver", None), TeacherSolver):
                 raise ValueError(f"{type(self.method).__name__} does not learn from pairs, and TaskPairs are such")
             self._start_from("image")
+        self._compare_autoencoders(sources)
         # Checkpoints are meant to hold the weights after the step.
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         for network in (self.student, self.teacher, self.networks.target):
             inner = network.denoiser if isinstance(network, AdapterView) else network
             if isinstance(inner, UNetDenoiser):
                 use_fast_attention(inner.unet, self.device)
+
+    def _compare_autoencoders(self, sources: Iterable[SampleSource]) -> None:
+        made_by = {source.autoencoder for source in sources if isinstance(source, CachedLatents)}
+        if made_by and (strange := made_by - {digest(self._teacher_folder / "vae")}):
+            rank_zero_warn(
+                f"the data's latents were made by an autoencoder ({', '.join(sorted(strange))}) whose files are not "
+                f"those in {self._teacher_folder / 'vae'}: unless the weights are the same, the student learns nonsense"
+            )
 
     def _start_from(self, start: Start) -> None:
         self.sampling = self.previews.sampling = replace(self.sampling, start=start)
@@ -342,8 +354,8 @@ class DistillTask(ManualTask):
         learnt = tuple(tuple(self.method.inference_times(count).tolist()) for count in self.method.trained_counts)
         dtype = torch.float16 if self._export_half else None
         save_distilled(self.student, folder, replace(self.sampling, times=learnt), dtype=dtype)
-        if self._pipeline_folder is not None:
-            student_pipeline(self._pipeline_folder, folder, folder / "pipeline")
+        if self._export_pipeline:
+            student_pipeline(self._teacher_folder, folder, folder / "pipeline")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is learnt: the pipeline folder has the rest."""

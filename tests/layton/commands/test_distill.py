@@ -26,6 +26,7 @@ from layton.commands.text_to_image import TextToImage
 from layton.distillation import few_step_schedulers
 from layton.distillation.distilled import load_distilled, load_sampling, pipeline_arguments
 from layton.distillation.instaflow import InstaFlowPipeline
+from layton.errors import UsageError
 from layton.ldm.conditions import PromptEncoder
 from layton.ldm.teacher import open_pipeline
 from layton.ldm.text import build_text_encoder, build_tokenizer, tell_places
@@ -126,6 +127,29 @@ def test_scenes_have_the_size_that_the_pipeline_is_for(tmp_path: Path, kind: str
     assert not any('"size"' in word for word in fit_arguments(CONFIGS / "distill" / "mlcm.yaml", words[:2]))
     own = [*words, "--data", str(CONFIGS / "data" / "scenes_pipeline_latents.yaml")]
     assert not any("ScenesSource" in word for word in fit_arguments(CONFIGS / "distill" / "lcm.yaml", own))
+
+
+def test_pictures_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folder_of("sd", tmp_path)
+    (tmp_path / "mine").mkdir()
+    for number in range(10):  # keys by whose last digit they are train, validation or test
+        Image.new("RGB", (40, 30), (20 * number, 90, 160)).save(tmp_path / "mine" / f"{number}.png")
+        (tmp_path / "mine" / f"{number}.txt").write_text(f"a sign with a {number}")
+    words = ["--max_steps=1", "--trainer.enable_progress_bar=false", "--data.init_args.cache=cache", "--run_dir=run"]
+    words += ["--data.init_args.batch_size=2", "--model.init_args.reference_steps=2", "--trainer.accelerator=cpu"]
+    assert main(["--debug", "distill", "lcm", "--pipeline", str(folder), "--images", "mine", *words]) == 0
+    assert (tmp_path / "run" / "export" / "pytorch_lora_weights.safetensors").is_file()
+    assert "Scenes" not in capsys.readouterr().err
+    assert sorted(json.loads(next(tmp_path.glob("cache/*/train-*/cache.json")).read_text())["tensors"]) == ["latent"]
+    fit_arguments(CONFIGS / "distill" / "lcm.yaml", ["--pipeline", str(folder)])
+    assert "--images PLACE" in capsys.readouterr().err
+    shards = fit_arguments(CONFIGS / "distill" / "scott.yaml", ["--pipeline", str(folder), "--images", "a/*.tar"])
+    assert any('"shards": "a/*.tar"' in word and '"size": 16' in word for word in shards)
+    for wrong in (["--prompts", "x.txt"], ["--data", "y.yaml"]):
+        with pytest.raises(UsageError, match="--images is for"):
+            fit_arguments(CONFIGS / "distill" / "lcm.yaml", ["--pipeline", str(folder), "--images", "mine", *wrong])
+    with pytest.raises(UsageError, match="mlcm was asked"):
+        fit_arguments(CONFIGS / "distill" / "mlcm.yaml", ["--pipeline", str(folder), "--images", "mine"])
 
 
 def task_pairs(folder: Path, split: str, length: int) -> list[dict[str, Any]]:
@@ -349,6 +373,22 @@ def test_prompt_files_train(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "export" / "few_step.json").is_file()
 
 
+def test_pairs_are_as_many_as_asked_for_and_not_made_for_a_folder_in_use(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = folder_of("sd", tmp_path)
+    for words in (["--pipeline", str(folder)], [], ["--pipeline", str(folder), "--prompts", "mine.txt"]):
+        (tmp_path / "mine.txt").write_text("a star")
+        found = fit_arguments(CONFIGS / "distill" / "reflow.yaml", [*words, "--pairs", "7"])
+        (train,) = [word for word in found if word.startswith("--data.init_args.train=")]
+        assert json.loads(train.partition("=")[2])[0]["init_args"]["num_pairs"] == 7
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    checkpoint(tmp_path / "run", 1).touch()
+    assert main(["distill", "reflow", "--pipeline", str(folder), "--pairs=4", "--run_dir=run"]) == 2
+    assert "continue with --resume auto" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_wrong_usage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     teacher = tmp_path / "teacher"
@@ -358,6 +398,8 @@ def test_wrong_usage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
     cases = {
         "no method 'lcn'; there are": ["lcn"],
         "needs a method; there are": [],
+        "--pairs must be a number": ["reflow", "--pairs", "many"],
+        "takes no pairs that": ["lcm", "--pairs", "3"],
         "no pipeline folder at absent": ["lcm", "--pipeline", "absent"],
         "is no diffusers pipeline folder": ["lcm", "--pipeline=empty"],
         "--pipeline needs a value": ["mlcm", "--pipeline"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -21,9 +22,10 @@ from distill.methods.scott import SCott
 from distill.moves import SolverSettings
 from layton.callbacks import SafeCheckpoint
 from layton.data.module import ImageDataModule
-from layton.data.sources import SampleSource
+from layton.data.sources import SampleSource, ScenesSource
 from layton.distillation.distilled import LORA_NAME, load_distilled, network_of, pipeline_arguments
 from layton.folder import load_tensors
+from layton.ldm.cache import CachedLatents
 from layton.ldm.prompt_cache import CachedPrompts
 from layton.ldm.teacher import open_pipeline
 from layton.tasks.distill import DistillTask
@@ -356,3 +358,21 @@ def test_the_score_sees_blur_shift_and_nothing_else() -> None:
     assert sliced_wasserstein(x[torch.randperm(16)], x) == pytest.approx(0.0, abs=1e-6)
     with pytest.raises(ValueError, match="one shape"):
         sliced_wasserstein(x, other[:2])
+
+
+def test_latents_of_another_autoencoder_are_told(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "vae").mkdir()
+    other = tiny.build("sd").vae
+    torch.nn.init.normal_(other.decoder.conv_out.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    other.save_pretrained(tmp_path / "vae")
+    for place, told in ((folder / "vae", False), (tmp_path / "vae", True)):
+        scenes = ScenesSource(length=6, size=2 * tiny.SIZE)
+        data = CachedLatents(scenes, autoencoder=str(place), folder=str(tmp_path / f"cache-{told}"))
+        task = make(folder, LCM(target_decay=None))
+        trainer = Trainer(
+            accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
+        )
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer.fit(task, ImageDataModule(data, batch_size=2))
+        assert any("learns nonsense" in str(each.message) for each in said) == told
