@@ -42,24 +42,30 @@ class ImageVocabulary:
     known: int = field(compare=False, default=0)
 
     @classmethod
-    def add_to(cls, words: PreTrainedTokenizerBase, images: ImageTokenizer) -> Self:
+    def add_to(
+        cls, words: PreTrainedTokenizerBase, images: ImageTokenizer, *, begin: str = BEGIN, end: str = END
+    ) -> Self:
         """Add the two marks and the V codes to a text tokenizer, in place; asked again, find them there.
 
         Args:
             words: The language model's tokenizer. Its ``save_pretrained`` saves what was added.
             images: Whose codes they are.
+            begin: Mark in front of an image; choose others where a vision-language model has a use for ``<image>``.
+            end: Mark behind it.
 
         Raises:
-            ValueError: Codes of another number were added before.
+            ValueError: The two marks are one, or codes of another number were added before.
         """
+        if begin == end:
+            raise ValueError(f"begin and end must differ, got {begin!r} twice")
         known = len(words)
-        texts = [BEGIN, END, *(f"<code_{code}>" for code in range(images.vocab_size))]
+        texts = [begin, end, *(f"<code_{code}>" for code in range(images.vocab_size))]
         words.add_tokens([AddedToken(text, normalized=False, special=True) for text in texts], special_tokens=True)
-        begin, end, *codes = words.convert_tokens_to_ids(texts)
+        first, last, *codes = words.convert_tokens_to_ids(texts)
         beyond = f"<code_{images.vocab_size}>"
         if codes != list(range(codes[0], codes[0] + len(codes))) or beyond in words.get_added_vocab():
             raise ValueError(f"the text tokenizer has codes of its own that are not these {images.vocab_size}")
-        return cls(begin, end, codes[0], images.vocab_size, images.num_tokens, known)
+        return cls(first, last, codes[0], images.vocab_size, images.num_tokens, known)
 
     @property
     def size(self) -> int:

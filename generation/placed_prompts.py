@@ -87,7 +87,7 @@ class PlacedPrompts:
 
 def has_places(name: str | Path) -> bool:
     """Whether a model has both: a planner, and a text-to-image pipeline whose tokenizer knows places."""
-    from layton.commands.text_to_image import find_pipeline
+    from layton.assets import find_pipeline
 
     try:
         pipeline, generator = find_pipeline(name), find_generator(name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from layton.errors import UsageError
+
 ASSETS = Path(__file__).parent / "assets"
 INTERIM = ASSETS / "interim"  # weights of trainings that go on
 # of a part or a tokenizer; of a diffusers pipeline; of a student in few steps
@@ -32,3 +34,41 @@ def resolve(name: Path | str, *, part: str = "") -> Path:
             return embedded
     known = sorted(path.name for path in ASSETS.glob("*") if path.is_dir() and path.name != "interim")
     raise ValueError(f"{name!s} is neither a folder nor an embedded model with {part or 'weights'} (known: {known})")
+
+
+def find_pipeline(name: Path | str) -> Path:
+    """The diffusers pipeline folder that a name means.
+
+    A path; a tokenizer's folder with one in ``ldm/``; an embedded model; or a name on the Hugging Face hub, of which
+    nothing is downloaded: only what lies in its local cache is found.
+
+    Raises:
+        UsageError: There is none.
+    """
+    folder, index = Path(name).expanduser(), INDEX_FILES[1]
+    for place in (folder, folder / "ldm"):
+        if (place / index).is_file():
+            return place
+    if folder.is_dir():
+        raise UsageError(f"{name} is no diffusers pipeline folder: it holds neither {index} nor ldm/{index}")
+    try:
+        return resolve(name, part="ldm")
+    except ValueError as error:
+        cached = _cached(str(name))
+        if cached is None:
+            raise UsageError(f"no pipeline folder at {name}, nor one of this name in the Hugging Face cache") from error
+        return cached
+
+
+def _cached(name: str) -> Path | None:
+    """Newest snapshot of a hub's repository in the local cache that holds a pipeline."""
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+    return folder if (folder / INDEX_FILES[1]).is_file() else None

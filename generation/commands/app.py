@@ -68,10 +68,10 @@ class Studio:
         from generation.commands.models import load_drawer
         from generation.demonstration import has_generator
         from generation.placed_prompts import has_places
+        from layton.assets import find_pipeline
         from layton.commands.measures import ImageMeasures
         from layton.commands.models import load_tokenizer
         from layton.commands.reconstruction import Reconstructor
-        from layton.commands.text_to_image import find_pipeline
 
         model = load_tokenizer(name, device=device, allow=allow)
         painters: dict[str, Draws] = {}

@@ -118,7 +118,8 @@ def _diffusion(
     allow: Sequence[str] | None,
 ) -> Drawer:
     from generation.placed_prompts import PlacedPrompts
-    from layton.commands.text_to_image import find_pipeline, find_student
+    from layton.assets import find_pipeline
+    from layton.commands.text_to_image import find_student
     from layton.errors import UsageError
     from layton.ldm.cache import digest
     from layton.ldm.text import knows_places

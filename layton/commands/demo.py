@@ -171,7 +171,8 @@ def generate_by_laytongen(
 
 def generate_by_diffusion(name: str, device: str | None) -> tuple[list[Row], dict[str, Any]]:
     """Prompts of every task drawn by the latent diffusion model."""
-    from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS, TextToImage, find_pipeline
+    from layton.assets import find_pipeline
+    from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS, TextToImage
     from layton.sceneval import make_prompts
     from layton.sceneval.report import PROTOCOL
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import yaml  # type: ignore[import-untyped]
 
-from layton.assets import INDEX_FILES, resolve
+from layton.assets import find_pipeline
 from layton.errors import UsageError
 from layton.run_files import moved, set_scenes
 
@@ -19,7 +19,7 @@ HELP = """usage: layton distill METHOD [--pipeline FOLDER] [--prompts FILE] [--r
 Distils a diffusers pipeline folder (Stable Diffusion 1.x, 2.x, XL, 3, FLUX) to a student of few steps.
 METHOD is one of: {methods}.
 
-  --pipeline FOLDER   the teacher, and its text encoders and autoencoder
+  --pipeline FOLDER   the teacher, and its text encoders and autoencoder; also ORG/NAME of the hub's local cache
   --prompts FILE      train on these prompts, one a line, in place of captions of Scenes (not lcm, scott, progressive);
                       a fifth of them is kept for validation, a fifth for tests
   --images PLACE      train on these captioned images, a folder or tar shards, in place of rendered Scenes (methods that
@@ -65,7 +65,7 @@ def fit_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
     arguments = ["--config", str(run_file)]
     parts = ("model",) if _has_data(rest) or "--prompts" in short else ("model", "data")
     if "--pipeline" in short:
-        folder = pipeline_folder(short["--pipeline"])
+        folder = find_pipeline(short["--pipeline"])
         size = picture_size(folder, latent_size=_value_of(_LATENT_SIZE, rest)) if needs_pictures else None
         drop = _ROLES if "--images" in short else ()
         arguments += _moved_arguments(run_file, folder, parts=parts, size=size, words=told, drop=drop)
@@ -220,6 +220,7 @@ def _take_short(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     waiting = list(words)
     while waiting:
         name, equals, value = waiting[0].partition("=")
+        name = name.replace("-", "_").replace("__", "--", 1)  # as other commands, it takes --max-steps as well
         if name not in _SHORT:
             rest.append(waiting.pop(0))
             continue
@@ -230,23 +231,6 @@ def _take_short(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
             value = waiting.pop(0)
         short[name] = value
     return short, rest
-
-
-def pipeline_folder(name: str) -> Path:
-    """The folder of a pipeline, or of an embedded model's.
-
-    Raises:
-        UsageError: There is none.
-    """
-    folder = Path(name).expanduser()
-    if (folder / INDEX_FILES[1]).is_file():
-        return folder
-    if folder.is_dir():
-        raise UsageError(f"{name} is no diffusers pipeline folder: it has no {INDEX_FILES[1]}")
-    try:
-        return resolve(name, part="ldm")
-    except ValueError as error:
-        raise UsageError(f"no pipeline folder at {name}") from error
 
 
 def _prompt_arguments(file: str, run_file: Path, *, folder: str | None, words: Sequence[str]) -> list[str]:
@@ -263,7 +247,7 @@ def _prompt_arguments(file: str, run_file: Path, *, folder: str | None, words: S
     first = _first_source(run)
     if first.get("class_path") == PAIRS:  # pairs are still made once, of these prompts
         if folder is not None:
-            teacher = pipeline_folder(folder)
+            teacher = find_pipeline(folder)
             first = moved(first, {run["model"]["init_args"]["pipeline"]: teacher})
             first = _unguided(first) if hears_guidance(teacher) else first
         own = {"prompts": train, "folder": f"{first['init_args']['folder']}_{path.stem}"}
@@ -282,7 +266,7 @@ def _image_arguments(short: dict[str, str], run_file: Path, words: Sequence[str]
         raise UsageError(
             f"--images is for methods that learn from pictures, without --prompts or --data; {run_file.stem} was asked"
         )
-    folder = pipeline_folder(short.get("--pipeline", run["model"]["init_args"]["pipeline"]))
+    folder = find_pipeline(short.get("--pipeline", run["model"]["init_args"]["pipeline"]))
     size = picture_size(folder, latent_size=_value_of(_LATENT_SIZE, words))
     if size is None:
         raise UsageError(f"{folder} does not say how large its pictures are: give {_LATENT_SIZE}")

@@ -13,7 +13,8 @@ from distill.denoiser import Denoiser
 from distill.few_step import FewStepSampling, Start
 from distill.models import denoiser_from_pipeline
 from distill.noise import Generators
-from layton.commands.text_to_image import STUDENT_FOLDER, TASKS_FOLDER, find_pipeline, find_student
+from layton.assets import find_pipeline
+from layton.commands.text_to_image import STUDENT_FOLDER, TASKS_FOLDER, find_student
 from layton.devices import choose_device
 from layton.distillation.distilled import load_distilled
 from layton.distillation.one_step_tasks import Decode, Encode, edit, inpaint, super_resolve

@@ -57,14 +57,15 @@ def pairs(
         batch_size: Pairs made at once.
         device: Where the teacher runs; the accelerator if there is one.
     """
-    from layton.commands.distill import hears_guidance, hears_places, pipeline_folder
+    from layton.assets import find_pipeline
+    from layton.commands.distill import hears_guidance, hears_places
     from layton.distillation.pair_data import open_or_make  # diffusers only when the command runs
     from layton.ldm.conditions import NETWORK_GUIDANCE
 
     require_least(1, {"num_pairs": num_pairs, "steps": steps, "part_size": part_size, "batch_size": batch_size})
     require_least(1, {"latent_size": latent_size})
     require_shares({"chinese": chinese, "reworded": reworded})
-    folder = pipeline_folder(pipeline)
+    folder = find_pipeline(pipeline)
     if guidance_scale is None:
         guidance_scale = 1.0 if hears_guidance(folder) else 5.0
     texts: SampleSource

@@ -18,22 +18,6 @@ STUDENT_FOLDER = "few_step"
 TASKS_FOLDER = "one_step_tasks"  # a student that changes pictures
 
 
-def find_pipeline(name: str | Path) -> Path:
-    """The folder of a diffusers pipeline: a path, the name of an embedded model, or a tokenizer with one in ``ldm/``.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    try:
-        folder = assets.resolve(name)
-    except ValueError:
-        folder = assets.resolve(name, part="ldm")  # an embedded model of which only this part is there
-    for place in (folder, folder / "ldm"):
-        if (place / "model_index.json").is_file():
-            return place
-    raise ValueError(f"{folder} holds no text-to-image pipeline: neither model_index.json nor ldm/model_index.json")
-
-
 def find_student(name: str | Path, *, parts: Sequence[str] = (STUDENT_FOLDER,)) -> Path:
     """The folder of a distilled student: a path, or an embedded model or tokenizer with one in ``few_step/``.
 

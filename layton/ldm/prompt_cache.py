@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from distill.condition import Condition
+from layton.assets import find_pipeline
 from layton.data.cache import CachedTensors
 from layton.data.randomness import mix
 from layton.data.sources import SampleSource
 from layton.devices import choose_device
 from layton.ldm.cache import digest
 from layton.ldm.conditions import PromptEncoder, latent_shape_of
-from layton.ldm.teacher import find_teacher, open_pipeline
+from layton.ldm.teacher import open_pipeline
 
 CONDITION_FIELDS = ("embeds", "pooled", "time_ids", "guidance")
 _DIGESTED = 64  # prompts that identify a set
@@ -54,7 +55,7 @@ class CachedPrompts(SampleSource):
         half: bool = False,
     ) -> None:
         count = len(source) if num_samples is None else num_samples
-        root = find_teacher(pipeline)
+        root = find_pipeline(pipeline)
         fingerprint: dict[str, str | int | float | bool] = {
             "encoders": "-".join(digest(root / name) for name in _ENCODERS if (root / name).is_dir()),
             "source": type(source).__name__,

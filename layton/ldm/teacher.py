@@ -18,8 +18,7 @@ from diffusers import (
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from layton.assets import resolve
-from layton.errors import UsageError
+from layton.assets import find_pipeline
 from layton.modules import require_weights, variant_of
 
 PIPELINES: tuple[type[DiffusionPipeline], ...] = (
@@ -51,7 +50,7 @@ def open_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> 
         UsageError: There is no such folder.
         ValueError: It holds no such pipeline, or a part is missing or damaged.
     """
-    root = find_teacher(folder)
+    root = find_pipeline(folder)
     index = checked_index(root)
     classes = {kind.__name__: kind for kind in PIPELINES}
     name = index.get("_class_name")
@@ -111,23 +110,6 @@ def set_dtype(pipe: DiffusionPipeline, dtype: torch.dtype) -> None:
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module) and part.dtype != dtype:
             part.to(dtype)
-
-
-def find_teacher(folder: str | Path) -> Path:
-    """The pipeline folder that a path or the name of an embedded model means.
-
-    Raises:
-        UsageError: There is none.
-    """
-    root = Path(folder).expanduser()
-    if (root / INDEX).is_file():
-        return root
-    if root.is_dir():
-        raise UsageError(f"{folder} is no diffusers pipeline folder: it has no {INDEX}")
-    try:
-        return resolve(str(folder), part="ldm")
-    except ValueError as error:
-        raise UsageError(f"no pipeline folder at {folder}") from error
 
 
 def checked_index(root: Path) -> dict[str, Any]:

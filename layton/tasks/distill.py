@@ -34,6 +34,7 @@ from distill.models import FlowTransformerDenoiser, UNetDenoiser, denoiser_from_
 from distill.recompute import Recompute, set_recompute
 from distill.schedules import NoiseSchedule
 from distill.stacked import StackedUNet2DConditionModel, stack
+from layton.assets import find_pipeline
 from layton.data.sources import SampleSource, walk
 from layton.distillation.distilled import begin_with, network_of, save_distilled, student_pipeline
 from layton.distillation.pair_data import TeacherPairs
@@ -42,7 +43,7 @@ from layton.ldm.autoencoder import Autoencoder
 from layton.ldm.cache import CachedLatents, digest
 from layton.ldm.conditions import NETWORK_GUIDANCE, PromptEncoder, latent_shape_of
 from layton.ldm.prompt_cache import condition_of_batch
-from layton.ldm.teacher import find_teacher, open_pipeline
+from layton.ldm.teacher import open_pipeline
 from layton.ldm.unet import use_fast_attention
 from layton.tasks.base import LRSchedulerCallable, OptimizerCallable
 from layton.tasks.critics import CriticSettings, attach_networks
@@ -137,7 +138,7 @@ class DistillTask(ManualTask):
             raise ValueError("export_pipeline needs a student of the teacher's shape with all weights: adapter=null")
         self.automatic_optimization = False
         self._export_half = export_half
-        self._teacher_folder = find_teacher(pipeline)
+        self._teacher_folder = find_pipeline(pipeline)
         self._export_pipeline = export_pipeline
         pipe = open_pipeline(pipeline)
         self.latent_shape = latent_shape_of(pipe, latent_size)

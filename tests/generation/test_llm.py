@@ -72,6 +72,16 @@ def test_texts_and_images_come_back_in_their_order(words: PreTrainedTokenizerFas
     assert ImageVocabulary.add_to(again, tiny_tokenizer()) == known and known.join(parts, again) == ids
 
 
+def test_marks_may_be_others_than_a_model_has_a_use_for(words: PreTrainedTokenizerFast) -> None:
+    words.add_tokens(["<image>"], special_tokens=True)
+    known = ImageVocabulary.add_to(words, tiny_tokenizer(), begin="<picture>", end="</picture>")
+    assert known.begin == words.convert_tokens_to_ids("<picture>") != words.convert_tokens_to_ids("<image>")
+    (back,) = known.split(known.join([codes(1)], words), words)
+    assert isinstance(back, torch.Tensor) and torch.equal(back, codes(1))
+    with pytest.raises(ValueError, match="must differ"):
+        ImageVocabulary.add_to(words, tiny_tokenizer(), begin="<x>", end="<x>")
+
+
 def test_a_mark_that_a_tokenizer_knew_keeps_its_row(words: PreTrainedTokenizerFast) -> None:
     words.add_tokens(["<image>", "later"], special_tokens=True)
     model = language_model(len(words))

@@ -12,6 +12,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 from distill.models import denoiser_from_pipeline
+from layton.assets import find_pipeline
 from layton.commands.text_to_image import TextToImage
 from layton.control import load_unet
 from layton.distillation.instaflow import InstaFlowPipeline
@@ -117,10 +118,25 @@ def test_folders_open_frozen_and_equal(kind: str, tmp_path: Path) -> None:
     assert modules and not any(m.training or any(p.requires_grad for p in m.parameters()) for m in modules)
 
 
+def test_a_pipeline_that_the_hub_gave_before_is_found_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / "abc"
+    tiny.build("sd").save_pretrained(snapshot)
+    (tmp_path / "hub" / "models--org--name" / "refs").mkdir()
+    (tmp_path / "hub" / "models--org--name" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    assert find_pipeline("org/name").resolve() == snapshot.resolve()
+    for absent in ("org/other", "org/name/more", "./org/name"):
+        with pytest.raises(UsageError, match="no pipeline folder at"):
+            find_pipeline(absent)
+
+
 def test_bad_folders_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no pipeline folder at"):
         open_pipeline(tmp_path / "absent")
-    with pytest.raises(UsageError, match=r"no model_index\.json"):
+    with pytest.raises(UsageError, match=r"neither model_index\.json"):
         open_pipeline(tmp_path)
     tiny.build("sd").save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
