@@ -11,10 +11,13 @@ from layton.commands.calling import progress
 from layton.commands.options import require_least
 from layton.commands.reports import write_json
 from layton.data.geometry import FitPolicy
+from layton.errors import UsageError
 
 if TYPE_CHECKING:
     from layton.commands.codes_file import CodesFile, CodesHeader
     from layton.tokenizer import LaytonTokenizer
+
+_OTHER_FORMATS = (".npy", ".npz", ".pt", ".pth", ".json", ".jsonl", ".parquet", ".h5")
 
 
 def encode(
@@ -53,6 +56,8 @@ def encode(
 
     require_least(1, {"batch_size": batch_size})
     require_least(0, {"max_bad": max_bad})
+    if out.suffix.lower() in _OTHER_FORMATS:
+        raise UsageError(f"codes are written as safetensors: name the file .safetensors, not {out.name}")
     files = ImageFiles(images)
     model = load_tokenizer(tokenizer, decoders=[], device=device, allow=allow)
     fitted = FittedImages(files, model.image_size, policy=policy, max_bad=max_bad)

@@ -339,6 +339,11 @@ def test_damaged_parts_are_named(fails: Run, tokenizer: Path, photos: Path, tmp_
         assert str(copy / name) in told and "damaged" in told
 
 
+def test_a_name_of_another_format_is_refused(tokenizer: Path, photos: Path, tmp_path: Path, fails: Run) -> None:
+    told = fails("encode", photos, "--out", tmp_path / "codes.npy", "--tokenizer", tokenizer, status=2)
+    assert "name the file .safetensors" in told
+
+
 def test_folders_in_the_place_of_files_are_told_before_the_work(tokenizer: Path, photos: Path, fails: Run) -> None:
     words = ("encode", photos, "--tokenizer", tokenizer)
     assert "is a folder" in fails(*words, "--out", photos)
