@@ -4,7 +4,8 @@ A token dataset is a folder: ``plan.json`` (what is to be written, from what; wr
 ``tokens-00000.safetensors`` and so on (each appears when it is whole), and ``manifest.json`` (counts, hashes, what was
 passed over; written last).
 
-Tensors of a shard: ``codes`` (n, N) uint16, or int32 for more than 65,536 codes; ``texts``, the UTF-8 bytes of a JSON
+Tensors of a shard: ``codes`` (n, N) uint16, or int32 for more than 65,536 codes; ``sizes`` (n, 2) int32, height and
+width of the images before they became square; ``texts``, the UTF-8 bytes of a JSON
 object with the lists ``key``, ``caption`` and ``skipped``; and, where text features were cached, ``text`` (rows, D)
 float16, the features of all captions one after another without padding, and ``text_ends`` (n,) int64, where they end.
 """
@@ -18,14 +19,17 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from layton.data.geometry import FitPolicy, Geometry
+from layton.data.images import DEFAULT_LIMITS
 from layton.folder import write_atomically
+from layton.tokenizer import EncodedImages
 
 FORMAT = "layton tokens 1"
 DRAWN_RIGHT, DRAWN_WRONG = "drawn, right", "drawn, wrong"  # policies of images that a generator drew
@@ -96,6 +100,7 @@ class TokenShard:
         skipped: "key: reason" of the images that were passed over.
         text: (rows, D) float16 features of all captions, None where they are not cached or not read.
         text_ends: (n,) int64, where the features of each caption end.
+        sizes: (n, 2) int32, height and width of the images; None where they are not known.
     """
 
     codes: Tensor
@@ -104,10 +109,28 @@ class TokenShard:
     skipped: Sequence[str] = ()
     text: Tensor | None = None
     text_ends: Tensor | None = None
+    sizes: Tensor | None = None
 
     def __len__(self) -> int:
         """Number of samples."""
         return len(self.keys)
+
+    def encoded(self, header: TokenHeader) -> EncodedImages:
+        """All of them as `LaytonTokenizer.decode_images` takes them, to come back in the sizes of the originals.
+
+        Args:
+            header: That of the shard.
+
+        Raises:
+            ValueError: The sizes are not known or make no sense, or images became square in no way that can be undone.
+        """
+        if self.sizes is None:
+            raise ValueError("this shard does not say what sizes its images had: decode its codes alone, to squares")
+        for height, width in self.sizes.tolist():
+            DEFAULT_LIMITS.check_size(width=width, height=height)
+        policy = cast(FitPolicy, header.policy)
+        plans = (Geometry.plan((h, w), header.image_size, policy=policy) for h, w in self.sizes.tolist())
+        return EncodedImages(self.codes.long(), tuple(plans))
 
 
 def shard_name(index: int) -> str:
@@ -130,6 +153,10 @@ def write_shard(path: Path, header: TokenHeader, shard: TokenShard) -> None:
         "codes": shard.codes.to(header.codes_dtype).contiguous(),
         "texts": torch.frombuffer(bytearray(content), dtype=torch.uint8),
     }
+    if shard.sizes is not None:
+        if shard.sizes.shape != (len(shard), 2):
+            raise ValueError(f"{path}: {tuple(shard.sizes.shape)} sizes for {len(shard)} images")
+        tensors["sizes"] = shard.sizes.to(torch.int32).contiguous()
     if shard.text is not None and shard.text_ends is not None:
         tensors |= {"text": shard.text.half().contiguous(), "text_ends": shard.text_ends}
     metadata = {"format": FORMAT, "header": json.dumps(asdict(header), sort_keys=True)}
@@ -158,15 +185,18 @@ def read_shard(path: Path, *, with_text: bool = True) -> tuple[TokenHeader, Toke
             texts = _read_texts(file.get_tensor("texts"), path)
             ends = _text_ends(file, header, path)
             text = file.get_tensor("text") if with_text and ends is not None else None
+            sizes = file.get_tensor("sizes") if "sizes" in names else None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     counts = {len(texts["key"]), len(texts["caption"]), len(texts["key"] if ends is None else ends)}
     if codes.shape != (len(texts["key"]), header.num_tokens) or len(counts) > 1:
         raise ValueError(f"{path}: {tuple(codes.shape)} codes, {len(texts['key'])} keys do not fit together")
+    if sizes is not None and sizes.shape != (len(codes), 2):
+        raise ValueError(f"{path}: {tuple(sizes.shape)} sizes for {len(codes)} images")
     if codes.dtype != header.codes_dtype:
         raise ValueError(f"{path}: codes are {codes.dtype}, expected {header.codes_dtype}")
     _check_codes(codes, header, path)
-    return header, TokenShard(codes, texts["key"], texts["caption"], texts["skipped"], text, ends)
+    return header, TokenShard(codes, texts["key"], texts["caption"], texts["skipped"], text, ends, sizes)
 
 
 def sha256_of(path: Path) -> str:

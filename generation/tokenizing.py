@@ -294,6 +294,7 @@ def _finished(path: Path, header: TokenHeader, inputs: int, *, sha256: str | Non
 
 def _make(job: TokenizeJob, indices: Sequence[int], on_progress: Progress | None) -> tuple[TokenShard, int]:
     codes: list[Tensor] = []
+    sizes: list[tuple[int, int]] = []
     keys: list[str] = []
     captions: list[str] = []
     skipped: list[str] = []
@@ -301,33 +302,43 @@ def _make(job: TokenizeJob, indices: Sequence[int], on_progress: Progress | None
         good = [item for item in batch if not isinstance(item, ImageError)]
         skipped += [str(item) for item in batch if isinstance(item, ImageError)]
         if good:
-            codes.append(job.encode(torch.stack([item["image"] for item in good])).cpu())
-            keys += [item["key"] for item in good]
-            captions += [item["caption"] for item in good]
+            codes.append(job.encode(torch.stack([item.sample["image"] for item in good])).cpu())
+            sizes += [item.size for item in good]
+            keys += [item.sample["key"] for item in good]
+            captions += [item.sample["caption"] for item in good]
         if on_progress is not None:
             on_progress(len(batch))
     stacked = torch.cat(codes) if codes else torch.zeros(0, job.tokenizer.num_tokens, dtype=torch.int64)
+    before = torch.tensor(sizes, dtype=torch.int32).reshape(-1, 2)
     if job.text_encoder is None:
-        return TokenShard(stacked, keys, captions, skipped), 0
+        return TokenShard(stacked, keys, captions, skipped, sizes=before), 0
     text, ends, cut = _encode_captions(job.text_encoder, captions, job.batch_size)
-    return TokenShard(stacked, keys, captions, skipped, text, ends), cut
+    return TokenShard(stacked, keys, captions, skipped, text, ends, before), cut
 
 
-def _load_all(job: TokenizeJob, indices: Sequence[int]) -> Iterator[ImageSample | ImageError]:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Square:
+    sample: ImageSample
+    size: tuple[int, int]  # before it became square
+
+
+def _load_all(job: TokenizeJob, indices: Sequence[int]) -> Iterator[_Square | ImageError]:
     threads = min(8, os.cpu_count() or 1)
     return in_threads(partial(_load, job), indices, num_threads=threads)
 
 
-def _load(job: TokenizeJob, index: int) -> ImageSample | ImageError:
+def _load(job: TokenizeJob, index: int) -> _Square | ImageError:
     source = job.source
     if not isinstance(source, StoredSource):
-        return source.sample(index, seed=job.seed)
+        sample = source.sample(index, seed=job.seed)
+        return _Square(sample, (sample["image"].shape[-2], sample["image"].shape[-1]))
     try:
         stored = source.load(index)
     except ImageError as error:
         return error
-    square, _ = fit_image(stored.image, job.tokenizer.image_size, policy=job.policy)
-    return ImageSample(image=to_tensor(square), caption=stored.caption, key=stored.key)
+    square, geometry = fit_image(stored.image, job.tokenizer.image_size, policy=job.policy)
+    sample = ImageSample(image=to_tensor(square), caption=stored.caption, key=stored.key)
+    return _Square(sample, geometry.original_size)
 
 
 @torch.no_grad()

@@ -21,12 +21,14 @@ from generation.token_shards import (
     read_json,
     read_shard,
     shard_files,
+    shard_name,
     verify,
     write_json,
     write_shard,
 )
 from generation.tokenizing import ShardResult, ShardWriter, TokenizeJob, tokenize_dataset
 from layton.data.folder import ImageFolderSource
+from layton.data.geometry import Geometry
 from layton.data.shards import ShardSource
 from layton.data.sources import ScenesSource
 from layton.data.transforms import Fit
@@ -65,6 +67,25 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return path
+
+
+def test_images_come_back_in_their_sizes(tmp_path: Path) -> None:
+    codes = torch.randint(CODES, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+    path, header = tmp_path / "s.safetensors", replace(HEADER, policy="pad")
+    write_shard(path, header, TokenShard(codes, ["a", "b"], ["", ""], sizes=torch.tensor([[30, 60], [50, 20]])))
+    found, shard = read_shard(path)
+    encoded = shard.encoded(found)
+    assert encoded.codes.equal(codes)
+    assert [geometry.original_size for geometry in encoded.geometries] == [(30, 60), (50, 20)]
+    assert encoded.geometries[0] == Geometry.plan((30, 60), HEADER.image_size, policy="pad")
+    write_shard(path, header, TokenShard(codes, ["a", "b"], ["", ""], sizes=torch.tensor([[30, 60], [0, 2**30]])))
+    with pytest.raises(ValueError):
+        read_shard(path)[1].encoded(header)
+    write_shard(path, header, TokenShard(codes, ["a", "b"], ["", ""]))
+    with pytest.raises(ValueError, match="does not say what sizes"):
+        read_shard(path)[1].encoded(header)
+    with pytest.raises(ValueError, match="sizes for 2 images"):
+        write_shard(path, header, TokenShard(codes, ["a", "b"], ["", ""], sizes=torch.ones(3, 2)))
 
 
 def test_a_shard_survives_a_trip_to_disk(tmp_path: Path) -> None:
@@ -203,6 +224,10 @@ def test_an_image_folder(tokenizer: LaytonTokenizer, tmp_path: Path) -> None:
     tokens = TokenShards(str(tmp_path / "out"))
     assert [tokens.sample(i, seed=0)["caption"] for i in range(3)] == ["", "two hearts", ""]
     assert tokens.header.policy == "pad"
+    header, shard = read_shard(tmp_path / "out" / shard_name(0))
+    with Image.open(tmp_path / "in" / "0.png") as image:
+        side = image.size
+    assert [picture.size for picture in tokenizer.decode_images(shard.encoded(header))] == [side] * 3
 
 
 def test_the_precision_is_recorded_and_another_one_refused(tokenizer: LaytonTokenizer, tmp_path: Path) -> None:
