@@ -86,6 +86,7 @@ def evaluate_sceneval(
         no_layout=no_layout,
     )
     from layton.metrics.protocol import library_versions
+    from layton.quiet import cut_captions_told_once
     from layton.sceneval import make_prompts, read_prompts, run_sceneval
 
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -104,7 +105,7 @@ def evaluate_sceneval(
         device=device,
         allow=allow,
     )
-    with progress(len(specs) * images_per_prompt, "draw") as bar:
+    with progress(len(specs) * images_per_prompt, "draw") as bar, cut_captions_told_once():
         report = run_sceneval(
             loaded.draw,
             specs,

@@ -155,7 +155,7 @@ def test_sceneval_with_a_prompts_file_and_refusals(run: Run, fails: Run, both: P
     assert "guidance" in fails("evaluate", "sceneval", *options, "--guidance-scale", -1, status=2)
     prompts.write_text("{}\n")
     assert "line 1" in fails("evaluate", "sceneval", *options)
-    assert "model_index.json" in fails("evaluate", "sceneval", "--kind", "diffusion", "--model", tmp_path)
+    assert "model_index.json" in fails("evaluate", "sceneval", "--kind", "diffusion", "--model", tmp_path, status=2)
 
 
 def test_all_of_a_folder_is_a_share_too(run: Run, fails: Run, tokenizer: Path, photos: Path, tmp_path: Path) -> None:
