@@ -128,6 +128,7 @@ def evaluate_generation(
             on_progress=bar.update,
         )
     sys.stdout.write(report.summary() + "\n")
+    images.tell_share()
     if json is not None:
         write_json(json, report.to_dict())
 

@@ -60,6 +60,8 @@ def evaluate_codebook(
         f"codebook: {report.used_codes} of {report.vocab_size} codes used ({report.usage:.1%}), "
         f"perplexity {report.perplexity:.0f}, over {sum(images.count for images in opened)} images\n"
     )
+    for images in opened:
+        images.tell_share()
     if json is not None:
         protocol = {
             "tokenizer": f"{tokenizer}, codebook {model.fingerprint()}",

@@ -151,6 +151,7 @@ def evaluate_decoders(
     rows = rows_of(variants, report, kept, times)
     absent = "".join(f"no {name}: {reason}\n" for name, reason in report.absent.items() if name != "codebook")
     sys.stdout.write(table(rows) + absent)
+    images.tell_share()
     if json is not None:
         figures = {
             "rows": [asdict(row) for row in rows],

@@ -100,6 +100,7 @@ def evaluate_reconstruction(
         lines.append(kept.summary())
     lines += [f"no {name}: {reason}" for name, reason in report.absent.items()]
     sys.stdout.write("\n".join(lines) + "\n")
+    images.tell_share()
     if json is not None:
         write_json(json, figures)
 

@@ -50,13 +50,16 @@ class EvaluationImages:
         return f"central square scaled to {self.size} pixels, Pillow's bicubic filter"
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Batches (B, 3, S, S) in [-1, 1], from the first; at the end stderr is told if there are more."""
+        """Batches (B, 3, S, S) in [-1, 1], from the first."""
         import torch
 
         load = partial(_load, self.source)
         threads = min(8, os.cpu_count() or 1)
         for batch in batched(in_threads(load, range(self.count), num_threads=threads), self.batch_size):
             yield torch.stack(batch)
+
+    def tell_share(self) -> None:
+        """Say on stderr, when all is done, that these were not all stored images."""
         if self.split != "all" and self.name != SCENES:
             told = f"{self.count:,} images of the split {self.split} of {self.name}"
             sys.stderr.write(f"layton: these were {told}; --split all takes every one\n")
