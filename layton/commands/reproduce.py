@@ -59,6 +59,7 @@ def reproduce(
         json: write the result to this file as well.
     """
     from layton.lock import lock_folder
+    from layton.quiet import cut_captions_told_once
     from layton.reproduce.training import TrainingStoppedError
 
     if claim not in get_args(ClaimName):
@@ -70,7 +71,7 @@ def reproduce(
     chosen = scale or ("quick" if quick else "full")
     context = _context(claim, chosen, out, pipeline, tokenizer, tuple(photographs or ()))
     measure = import_module(CLAIMS[claim]).measure
-    with lock_folder(context.out):
+    with lock_folder(context.out), cut_captions_told_once():
         try:
             outcome = measure(context)
         except TrainingStoppedError as stopped:

@@ -127,14 +127,12 @@ def measure_students(claim: Claim, context: Context) -> Outcome:
     size, places = _image_size(teacher), hears_places(teacher)
     evaluator = Evaluator(context.out / "evaluation", context.scale, size, places=places)
     spent: dict[str, Mapping[str, Any]] = {}
-    for arm in claim.arms:
+    figures: dict[tuple[str, int], Figures] = {}
+    for arm in claim.arms:  # each is measured when it is trained: what is finished can be read in ``evaluation/``
         if arm.stages:
             spent[arm.name] = train_arm(arm, context, {TEACHER_PLACE: teacher}, image_size=evaluator.image_size)
-    figures = {
-        (arm.name, steps): _measure(arm, steps, context, evaluator, teacher)
-        for arm in claim.arms
-        for steps in arm.steps
-    }
+        for steps in arm.steps:
+            figures[arm.name, steps] = _measure(arm, steps, context, evaluator, teacher)
     measured = Measured(figures, spent, evaluator, teacher)
     context.say("comparing")
     checks = claim.judge(measured, context)
