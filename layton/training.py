@@ -111,8 +111,9 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Find a run folder that is in use before data are made for it, which may take hours."""
         super().before_instantiate_classes()
-        if self.subcommand == "fit" and is_main_process():
-            _resume_path(self._get(self.config, "resume"), self.run_dir / CHECKPOINT_FOLDER)
+        resume = self._get(self.config, "resume") if self.subcommand == "fit" else ""
+        if resume == "never" and is_main_process():
+            _resume_path(resume, self.run_dir / CHECKPOINT_FOLDER)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Trainer with the run folder, the CSV logger and the callbacks that were not configured."""

@@ -73,7 +73,6 @@ class TokenizerTask(LaytonTask):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | None:
         """Loss of one batch, ()."""
-        self.image_size = batch["image"].shape[-1]
         output = self.quantizer(self.encoder(batch["image"]).float())
         decoded = self.decoder(output.embeddings).float()
         if self.global_step % HEALTH_INTERVAL == 0:
@@ -117,6 +116,7 @@ class TokenizerTask(LaytonTask):
         self.image_size = checkpoint.get(_SIZE, DEFAULT_SIZE)
 
     def _losses(self, images: Tensor, decoded: Tensor, codebook_loss: Tensor) -> Tensor:
+        self.image_size = images.shape[-1]
         error = decoded - images
         terms = {"l1": error.abs().mean(), "l2": error.square().mean(), "codebook": codebook_loss}
         if self.perceptual is not None:

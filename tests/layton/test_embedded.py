@@ -13,6 +13,7 @@ from generation.commands.models import load_drawer
 from generation.generator import find_generator, load_generator
 from generation.pipeline import LaytonGenPipeline
 from generation.placed_prompts import PlacedPrompts
+from layton import pretrained
 from layton.data.sources import ScenesSource
 from layton.metrics.image import psnr
 from layton.scenes import objects_placed, sample_scene
@@ -126,3 +127,16 @@ def test_the_embedded_laytongen_foresees_codes_and_listens() -> None:
             logits = generator.transformer(codes, text.features, text.mask, layout=told)
         losses.append(float(F.cross_entropy(logits.flatten(0, 1), codes.flatten())))
     assert losses[0] < 1.6 and losses[0] + 0.05 < losses[1] < losses[2]  # nothing known would be 9.7
+
+
+def test_runs_can_start_from_its_parts_by_name() -> None:
+    whole = LaytonTokenizer.from_pretrained("mini", decoders=["light"])
+    parts = (
+        pretrained.vit_encoder("mini"),
+        pretrained.quantizer("mini", frozen=True),
+        pretrained.pixel_decoder("mini"),
+    )
+    light = whole.decoder("light").network
+    for part, own in zip(parts, (whole.encoder, whole.quantizer, light), strict=True):
+        mine, wanted = part.state_dict(), own.state_dict()  # type: ignore[attr-defined,union-attr,operator]
+        assert mine.keys() == wanted.keys() and all(torch.equal(mine[name], wanted[name]) for name in mine)

@@ -243,6 +243,8 @@ def test_adversarial_stage_0_trains_the_judge_before_it_counts(tmp_path: Path) -
     newest = torch.load(tmp_path / "adversarial/checkpoints/step=00000005.ckpt", weights_only=True)
     assert newest["lr_schedulers"][0]["last_epoch"] == 5  # it follows steps of the tokenizer
     assert newest["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] == 10  # of two batches each
+    assert newest["tokenizer_image_size"] == SIZE
+    assert LaytonTokenizer.from_pretrained(tmp_path / "adversarial/export").image_size == SIZE
     saved = {int(path.stem.removeprefix("step=")) for path in (tmp_path / "adversarial" / "checkpoints").glob("*.ckpt")}
     assert saved == {2, 4, 5}  # steps of the tokenizer: the judge's are not counted
 
