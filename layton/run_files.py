@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ SCENE_CASES = "layton.distillation.task_sources.SceneCases"
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 64
 MAX_ALIASES = 64
+_NULLS = ("null", "None")
 _CLASS_KEYS = ("class_path", "_class_path")
 _SUFFIXES = (".yaml", ".yml", ".json")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -55,6 +57,30 @@ def allow_modules(names: Iterable[str] = ()) -> tuple[str, ...]:
         import_path_allowlist=list(allowed),
     )
     return allowed
+
+
+def nulls_as_files(words: Sequence[str]) -> list[str]:
+    """Words of a command line in which ``--a.init_args.b.init_args.c=null`` is said as a run file says it.
+
+    jsonargparse takes null for a setting of a class, but not for one of a class within a class (4.53).
+    """
+    found: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        option, equals, value = word.partition("=")
+        if not option.startswith("--") or option.count(".init_args.") < 2:
+            found.append(word)
+            continue
+        if not equals:
+            value = next(rest, "")
+        if value in _NULLS:
+            nested: Any = None
+            for name in reversed(option[2:].split(".")):
+                nested = {name: nested}
+            found += ["--config", json.dumps(nested)]
+        else:
+            found += [word] if equals else [option, *([value] if value else [])]
+    return found
 
 
 def refused_class_paths(value: Any, *, allowed: Iterable[str]) -> list[str]:

@@ -38,7 +38,7 @@ from layton.errors import UsageError
 from layton.folder import write_atomically
 from layton.lock import is_main_process, lock_folder
 from layton.quiet import cut_captions_told_once
-from layton.run_files import allow_modules, check_run_files, refused_class_paths
+from layton.run_files import allow_modules, check_run_files, nulls_as_files, refused_class_paths
 from layton.tasks.base import LaytonTask
 
 
@@ -165,7 +165,7 @@ def run(subcommand: str, args: Sequence[str], *, allow: Iterable[str] = ()) -> i
         SystemExit: status 2 for a wrong command line or run file.
         FolderInUseError: another process trains in the run folder.
     """
-    args = found_configs(args)
+    args = nulls_as_files(found_configs(args))
     check_run_files(args, allowed=allow_modules(allow))
     cli = _make(TrainingCLI, [subcommand, *args], run=True)
     signals = [c.signal_number for c in _callbacks(cli.trainer) if isinstance(c, GracefulStop) and c.signal_number]

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from layton import config_folders as places
 from layton.cli import _take_values
 from layton.commands.reproduce import find_claim_configs
+from layton.run_files import nulls_as_files
+from layton.training import run
 
 
 def test_allow_is_read_in_both_forms_and_taken_away() -> None:
@@ -38,3 +41,23 @@ def test_claims_are_found_among_installed_run_files(tmp_path: Path, monkeypatch:
     (tmp_path / "configs/reproduce/mlcm/mlcm.yaml").touch()  # what is here wins
     assert places.found_configs(words) == words
     assert places.found_configs(["--config", "configs/none.yaml"]) == ["--config", "configs/none.yaml"]
+
+
+@pytest.mark.parametrize("form", [["=null"], ["", "None"]])
+def test_a_part_of_a_method_is_left_out_on_the_command_line(
+    form: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    option, *value = form
+    words = [f"--model.init_args.method.init_args.refinement{option}", *value]
+    with pytest.raises(SystemExit) as stop:
+        run("fit", ["--config", "configs/distill/mlcm.yaml", *words, "--print_config"])
+    assert not stop.value.code
+    method = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["method"]
+    assert method["class_path"].endswith("MLCM")
+    assert method["init_args"]["refinement"] is None
+    assert method["init_args"]["progression"]["segments"] == [8], "the rest of the method stays"
+
+
+def test_other_words_stay_as_they_are() -> None:
+    words = ["--model.init_args.adapter=null", "--a.init_args.b.init_args.c=1", "--a.init_args.b.init_args.c", "2", "x"]
+    assert nulls_as_files(words) == words
