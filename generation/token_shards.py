@@ -242,6 +242,16 @@ def shard_files(folder: Path) -> list[Path]:
     return paths
 
 
+def shard_sizes(folder: Path) -> dict[Path, int]:
+    """Shards of a finished token dataset, in order, and how many samples its manifest says each holds.
+
+    Raises:
+        ValueError: As `shard_files`.
+    """
+    listed = _listed(_manifest(folder), folder)
+    return {path: int(entry["samples"]) for path, (_, entry) in zip(shard_files(folder), listed, strict=True)}
+
+
 def _manifest(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST_NAME).is_file():
         begun = (folder / PLAN_NAME).is_file()

@@ -126,6 +126,44 @@ def test_workers_of_ray_write_the_same_bytes(tmp_path: Path, capsys: pytest.Capt
     assert "(4 were there)" in capsys.readouterr().out
 
 
+def test_tokens_are_decoded_with_their_captions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    place, tokens, out = str(tmp_path / "tokenizer"), tmp_path / "tokens", tmp_path / "shown"
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(5):
+        Image.new("RGB", (40 + number, 20), (50 * number, 0, 0)).save(images / f"{number}.png")
+        (images / f"{number}.txt").write_text(f"picture {number}")
+    words = ["tokenize", str(images), "--out", str(tokens), "--tokenizer", place, "--shard-size", "2"]
+    assert main([*words, "--policy", "pad"]) == 0
+    show = ["data", "decode", str(tokens), "--tokenizer", place]
+    assert main([*show, "--out", str(out), "--count", "3"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        f"{n}.{kind}" for n in (0, 1, 3) for kind in ("png", "txt")
+    )
+    for number in (0, 1, 3):
+        with Image.open(out / f"{number}.png") as picture:
+            assert picture.size == (40 + number, 20), "the size of the original"
+        assert (out / f"{number}.txt").read_text() == f"picture {number}\n"
+    assert main([*show, "--out", str(tmp_path / "all"), "--count", "99"]) == 0
+    assert len(list((tmp_path / "all").glob("*.png"))) == 5
+    one = [
+        "data",
+        "decode",
+        str(tokens / "tokens-00002.safetensors"),
+        "--tokenizer",
+        place,
+        "--out",
+        str(tmp_path / "one"),
+    ]
+    assert main(one) == 0
+    assert [path.name for path in (tmp_path / "one").glob("*.png")] == ["4.png"]
+    tiny_tokenizer(seed=1).save_pretrained(tmp_path / "other")
+    capsys.readouterr()
+    assert main([*show[:4], str(tmp_path / "other"), "--out", str(tmp_path / "none")]) == 1
+    assert "was made by another tokenizer" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
 def test_shards_that_use_the_same_keys_are_taken_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
     picture = BytesIO()
