@@ -52,7 +52,7 @@ def straightness(
 
     Args:
         denoiser: The model; under guidance if its guided field is meant (`distill.denoiser.GuidedDenoiser`).
-        noise: (B, C, h, w) Z at the start, standard normal.
+        noise: (B, C, h, w) standard normal: what a sampler begins with.
         condition: Of batch size B or 1.
         num_steps: N; the paper's figure uses 25 and more.
         start_s: Flow time at which trajectories start, in [0, 1).
@@ -70,7 +70,8 @@ def straightness(
     flow = as_flow(denoiser)
     clock = flow.schedule.terminal_t
     length = (1.0 - start_s) / num_steps
-    z, velocities = noise, []
+    # A sampler begins with x = noise, and Z = x / (alpha + sigma), where alpha^2 + sigma^2 = 1.
+    z, velocities = noise * (start_s**2 + (1.0 - start_s) ** 2) ** 0.5, []
     for index in range(num_steps):
         s = start_s + index * length
         # predict().flow is dZ/dsigma; the papers' velocity dZ/ds is its negative

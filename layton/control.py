@@ -183,3 +183,17 @@ def encode_null_caption(folder: str | Path) -> Tensor:
     ).eval()
     tokens = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
     return cast(Tensor, text_encoder(tokens.input_ids)[0][0])
+
+
+def null_caption(folder: str | Path) -> Tensor | None:
+    """What a decoder on a pipeline is to take for the empty caption: see `encode_null_caption`; None for zeros.
+
+    Args:
+        folder: Local diffusers pipeline folder; with two text encoders (SDXL), or none, zeros it is.
+
+    Raises:
+        ValueError: The tokenizer is missing.
+    """
+    root = Path(folder)
+    alone = (root / "text_encoder").is_dir() and not (root / "text_encoder_2").is_dir()
+    return encode_null_caption(root) if alone else None

@@ -23,7 +23,7 @@ class Adversarial(ExtraTerm):
     Args:
         discriminator: See `distill.methods.discriminator`; None: give it later with `attach`.
         weight: Factor in the student's loss (DMD2: 5e-3; TLCM's is not published).
-        start: First optimizer step.
+        start: First optimizer step; by default that of the second stage, if there is one.
         real: What counts as real: ``generated``, the student's own samples of several steps (TLCM; in stage 1, which
             has none, the batch's latents), or ``latents``.
         t_range: Fractions of the noisiest time between which states are drawn.
@@ -39,7 +39,7 @@ class Adversarial(ExtraTerm):
         discriminator: Discriminator | None = None,
         *,
         weight: float = 5e-3,
-        start: int = 0,
+        start: int | None = None,
         real: RealSamples = "generated",
         t_range: tuple[float, float] = (0.02, 0.98),
     ) -> None:

@@ -44,7 +44,7 @@ class DistributionMatching(ExtraTerm):
         trained: What of ``fake`` is trained. Given for a shared network, which is then not registered here and is
             saved by its owner; None registers ``fake`` and trains all its parameters.
         weight: Factor in the student's loss; TLCM's is not published.
-        start: First optimizer step.
+        start: First optimizer step; by default that of the second stage, if there is one.
         guidance_scale: w of the teacher (published 8); the fake network is never guided.
         t_range: Fractions of the noisiest time between which states are drawn (DMD2: 0.02 to 0.98).
         fake_updates: Updates of the fake network for each of the student by this term (DMD2: 5): the term acts on
@@ -64,7 +64,7 @@ class DistributionMatching(ExtraTerm):
         *,
         trained: Sequence[nn.Parameter] | None = None,
         weight: float = 1.0,
-        start: int = 0,
+        start: int | None = None,
         guidance_scale: float = 8.0,
         t_range: tuple[float, float] = (0.02, 0.98),
         fake_updates: int = 5,

@@ -26,7 +26,8 @@ class ExtraTerm(nn.Module, ABC):
 
     Args:
         weight: Factor in the student's loss; 0 turns the term off.
-        start: First optimizer step at which the term acts; before, it is zero and costs nothing.
+        start: First optimizer step at which the term acts; before, it is zero and costs nothing. None: from the second
+            stage on, if the method has one, as in TLCM (arXiv 2406.05768 v6), else from the first step.
 
     Raises:
         ValueError: Negative weight or start.
@@ -39,11 +40,17 @@ class ExtraTerm(nn.Module, ABC):
     name: ClassVar[str]
     needs_null: bool = False
 
-    def __init__(self, *, weight: float, start: int = 0) -> None:
+    def __init__(self, *, weight: float, start: int | None = None) -> None:
         super().__init__()
-        if weight < 0 or start < 0:
+        if weight < 0 or (start is not None and start < 0):
             raise ValueError(f"weight and start must be >= 0, got {weight} and {start}")
-        self.weight, self.start = weight, start
+        self.weight, self.start = weight, start or 0
+        self._told = start is not None
+
+    def begin_by_default(self, step: int) -> None:
+        """Let a term whose ``start`` was left open begin at an optimizer step."""
+        if not self._told:
+            self.start = step
 
     def acts_at(self, step: int) -> bool:
         """Whether the term takes part in an optimizer step."""

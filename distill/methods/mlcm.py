@@ -109,6 +109,8 @@ class MLCM(DistillationMethod):
         self.distance: DistanceKind = distance
         self.huber_c, self.features = huber_c, features
         self.extras = nn.ModuleList(extras)
+        for extra in self._extras():
+            extra.begin_by_default(0 if refinement is None else refinement.start)
         self.target_decay = target_decay
         self.schedule = schedule or VPSchedule()
         self.needs_latents = states == "noised"

@@ -33,7 +33,7 @@ class PreferenceTerm(ExtraTerm):
         scorer: See `Scorer`; None: give it later with `attach`. It is not part of this module's parameters. MPS's
             scores are cosines scaled by about 100.
         weight: Factor in the student's loss; not published.
-        start: First optimizer step.
+        start: First optimizer step; by default that of the second stage, if there is one.
         positive_margin: m; scores of the own condition above it are good enough.
         negative_margin: n; scores of unrelated conditions below it are bad enough.
 
@@ -48,7 +48,7 @@ class PreferenceTerm(ExtraTerm):
         scorer: Scorer | None = None,
         *,
         weight: float = 0.05,
-        start: int = 0,
+        start: int | None = None,
         positive_margin: float = 16.0,
         negative_margin: float = 0.0,
     ) -> None:

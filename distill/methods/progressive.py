@@ -156,7 +156,7 @@ class ProgressiveDistillation(DistillationMethod):
         else:  # validation just before the phase's first step, which alone may take the copy
             teacher = student
         num_steps = self.student_steps[max(phase, 0)]
-        t, middle, s = self._times(student.schedule, num_steps, len(batch.x_0), generator, batch.x_0.device)
+        t, middle, s = self._times(student.schedule, num_steps, batch.x_0, generator, every=phase < 0)
         noise = gaussian_like(batch.x_0, generator)
         x_t = noisy_state(student.schedule, batch.x_0, noise, t)
         with torch.no_grad():
@@ -181,14 +181,17 @@ class ProgressiveDistillation(DistillationMethod):
         return _AsOf(student, self.snapshot.tensors())
 
     def _times(
-        self, schedule: NoiseSchedule, num_steps: int, batch_size: int, generator: torch.Generator, device: torch.device
+        self, schedule: NoiseSchedule, num_steps: int, x_0: Tensor, generator: torch.Generator, *, every: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """A student step for each sample: from ``t`` by ``middle`` to ``s``, each (B,) float64."""
+        """A student step for each sample: from ``t`` by ``middle`` to ``s``, each (B,) float64.
+
+        With ``every``, ``t`` is any of the teacher's times, those between two of the student's included.
+        """
         grid = timesteps(schedule, 2 * num_steps, "trailing")
-        grid = torch.cat([grid, grid.new_tensor([schedule.clean_t])])
-        place = generator.device
-        index = 2 * torch.randint(num_steps, (batch_size,), generator=generator, device=place).cpu()
-        t, middle, s = (as_times(grid[index + offset], device) for offset in range(3))
+        grid = torch.cat([grid, grid.new_full((2,), schedule.clean_t)])
+        count, stride = (2 * num_steps, 1) if every else (num_steps, 2)
+        index = stride * torch.randint(count, (len(x_0),), generator=generator, device=generator.device).cpu()
+        t, middle, s = (as_times(grid[index + offset], x_0.device) for offset in range(3))
         return t, middle, s
 
     def inference_times(self, num_steps: int) -> Tensor:

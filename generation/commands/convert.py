@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from layton.tokenizer import LaytonTokenizer
 
 _SHOWN_PROBLEMS = 10
+_PUBLISHED = {"laytongen": (2.0, 0.1), "llamagen": (7.5, 1.0)}  # guidance and temperature
 
 
 def convert_gpt(
@@ -27,6 +28,7 @@ def convert_gpt(
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     tokenizer: str | None = None,
     text_encoder: str | None = None,
+    sampling: Literal["laytongen", "llamagen"] = "laytongen",
     allow: list[str] | None = None,
 ) -> int:
     """Convert a LaCTokGen-T or LlamaGen GPT checkpoint: into a generator, or into its transformer alone.
@@ -44,6 +46,8 @@ def convert_gpt(
         dtype: of the weights on disk.
         tokenizer: embedded tokenizer or folder that made the codes; `layton convert` makes one of a released one.
         text_encoder: folder of the text encoder in transformers' format: flan-t5-xl for the released models.
+        sampling: whose published way of drawing is the default: laytongen, guidance 2 and temperature 0.1, or llamagen,
+            7.5 and 1. The checkpoints are alike, and do not say which they are.
         allow: dotted names, or their beginnings, of classes of your own that the tokenizer may name.
     """
     import torch
@@ -70,7 +74,7 @@ def convert_gpt(
         if missing or given is None or text_encoder is None:
             model.save_pretrained(folder, dtype=kind)
         else:
-            save_generator(folder, _generator(model, given, text_encoder), dtype=kind)
+            save_generator(folder, _generator(model, given, text_encoder, sampling), dtype=kind)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     hint = missing or f'now: layton generate "PROMPT" --model {out} --tokenizer {tokenizer}'
     sys.stdout.write(f"{parameters / 1e6:.0f}M parameters, {model.vocab_size} codes\n{out}\n{hint}\n")
@@ -92,7 +96,7 @@ def _missing(model: LaytonGenTransformer, *, tokenizer: str | None, text_encoder
     return f"the transformer alone: `layton generate` needs {' and '.join(lacking)} too" if lacking else ""
 
 
-def _generator(model: LaytonGenTransformer, tokenizer: LaytonTokenizer, text_encoder: str) -> Generator:
+def _generator(model: LaytonGenTransformer, tokenizer: LaytonTokenizer, text_encoder: str, sampling: str) -> Generator:
     """The model with the parts that it was trained with.
 
     Raises:
@@ -110,8 +114,8 @@ def _generator(model: LaytonGenTransformer, tokenizer: LaytonTokenizer, text_enc
     encoder = load_text_encoder(text_encoder, max_length=None if shape is None else shape.length, cleaning="deepfloyd")
     if shape is None or encoder.width != shape.dim:
         raise ValueError(f"the checkpoint takes captions {shape}, {text_encoder} gives features of {encoder.width}")
-    # LaytonGen's; LlamaGen draws at guidance 7.5 and temperature 1
-    published = SamplingDefaults(guidance_scale=2.0, temperature=0.1, top_k=min(1000, model.vocab_size))
+    guidance, temperature = _PUBLISHED[sampling]
+    published = SamplingDefaults(guidance, temperature, top_k=min(1000, model.vocab_size))
     return Generator(model, encoder.eval(), GeneratorCard(facts, encoder.fingerprint(), published))
 
 

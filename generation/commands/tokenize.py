@@ -48,6 +48,7 @@ def tokenize(
     precision: Literal["fp32", "bf16"] = "fp32",
     text_encoder: str | None = None,
     text_length: int | None = None,
+    text_cleaning: Literal["none", "deepfloyd"] = "none",
     workers: int = 0,
     cluster: str | None = None,
     device: str | None = None,
@@ -76,6 +77,8 @@ def tokenize(
         precision: of the encoder; bf16 is quicker on GPUs, changes about 3 % of the codes, and is recorded with them.
         text_encoder: also cache its features of the captions: a transformers folder or a diffusers pipeline.
         text_length: tokens of a caption that it reads.
+        text_cleaning: what is done to captions before it reads them; deepfloyd as for released models (needs
+            pip install 'layton[clean]'). A run file's text encoder must say the same.
         workers: processes that write shards, through Ray (pip install 'layton[scale]'), each with a GPU where there
             are any; 0 writes them in this one. The same bytes either way.
         cluster: address of a running Ray cluster for the workers; it must see sources and --out under the same paths.
@@ -88,8 +91,9 @@ def tokenize(
     require_least(1, {"count": count, "shard_size": shard_size, "batch_size": batch_size, "text_length": text_length})
     require_least(0, {"offset": offset, "max_bad": max_bad})
     require_shares({"chinese": chinese, "reworded": reworded})
-    if text_length is not None and text_encoder is None:
-        raise UsageError("--text-length is of --text-encoder, which is not given")
+    for option, given in {"--text-length": text_length is not None, "--text-cleaning": text_cleaning != "none"}.items():
+        if given and text_encoder is None:
+            raise UsageError(f"{option} is of --text-encoder, which is not given")
     require_least(0, {"workers": workers})
     if cluster is not None and not workers:
         raise UsageError("--cluster needs --workers, how many processes it should run")
@@ -111,6 +115,7 @@ def tokenize(
         precision=precision,
         text_encoder=None if text_encoder is None else _absolute(text_encoder),
         text_length=text_length,
+        text_cleaning=text_cleaning,
         device=device,
         allow=tuple(allow or ()),
     )
@@ -153,6 +158,7 @@ def build_job(
     precision: Literal["fp32", "bf16"],
     text_encoder: str | None,
     text_length: int | None,
+    text_cleaning: Literal["none", "deepfloyd"],
     device: str | None,
     allow: tuple[str, ...],
 ) -> TokenizeJob:
@@ -176,7 +182,9 @@ def build_job(
     )
     encoder = None
     if text_encoder is not None:
-        encoder = load_text_encoder(text_encoder, max_length=text_length).to(choose_device(device))
+        encoder = load_text_encoder(
+            text_encoder, max_length=text_length, cleaning=None if text_cleaning == "none" else text_cleaning
+        ).to(choose_device(device))
     return TokenizeJob(source, model, name, policy, shard_size, batch_size, encoder, precision=precision)
 
 

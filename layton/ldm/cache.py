@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from layton.data.cache import CachedTensors
+from layton.data.geometry import Geometry
 from layton.data.loader import collate
 from layton.data.randomness import mix
 from layton.data.sources import ImageSource, SampleSource, StoredSource, walk
@@ -34,7 +35,7 @@ class CachedLatents(SampleSource):
     of a codebook with more than 32,768, int32.
 
     Args:
-        source: Images of equal size.
+        source: Images of equal size. Latents are of this size, codes of the tokenizer's, to which images are resized.
         autoencoder: Folder of the AutoencoderKL.
         folder: Where the cache lies.
         tokenizer: Folder with ``encoder/`` and ``quantizer/`` (an export of stage 0); None caches no codes.
@@ -75,6 +76,9 @@ class CachedLatents(SampleSource):
             "num_samples": count,
             **_looks(source, count),
         }
+        side = None if tokenizer is None else code_size(tokenizer)
+        if side is not None and str(fingerprint["image_shape"]) != f"3 {side} {side}":
+            fingerprint["code_size"] = side
         if images == "stored":
             fingerprint["images"] = True
         fingerprint |= _precision_of(Path(folder))
@@ -204,11 +208,34 @@ class _Encode:
             tensors = {"latent": autoencoder.encode(images.to(memory_format=torch.channels_last)).half().contiguous()}
         if codes_of is not None:
             encoder, quantizer = codes_of
-            codes = quantizer.encode(encoder(images).float())
+            codes = quantizer.encode(encoder(at_code_size(images, code_size(str(self.folders[1])))).float())
             tensors["codes"] = codes.to(torch.int16 if quantizer.vocab_size <= 2**15 else torch.int32)
         if self.keep_images:
             tensors["image"] = ((images + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return tensors
+
+
+def code_size(tokenizer: str | Path) -> int | None:
+    """Side in pixels of the squares that a tokenizer encodes; None if the folder does not say it.
+
+    Codes are always of such squares, whatever the size of the images that are decoded from them (arXiv 2503.08377,
+    section 3: 256 tokens for an image of 1024 pixels).
+    """
+    if not (Path(tokenizer) / CONFIG_NAME).is_file():
+        return None
+    found = json.loads((Path(tokenizer) / CONFIG_NAME).read_text(encoding="utf-8")).get("image_size")
+    return None if found is None else int(found)
+
+
+def at_code_size(images: Tensor, size: int | None) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] as an encoder of ``size`` pixels takes them; as they are for None.
+
+    As `LaytonTokenizer.encode` makes them.
+    """
+    height, width = images.shape[-2:]
+    if size is None or (height, width) == (size, size):
+        return images
+    return Geometry.plan((height, width), size, policy="resize").apply(images)
 
 
 def load_code_parts(folder: str | Path, *, frozen: bool = True) -> tuple[Any, Any]:

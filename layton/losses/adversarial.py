@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 
 class PatchDiscriminator(nn.Module):
-    """Convolutional discriminator that judges patches (PatchGAN, arXiv 1611.07004), with group norm.
+    """Convolutional discriminator that judges patches of 70 pixels (PatchGAN, arXiv 1611.07004), with group norm.
 
     Group norm instead of batch norm: batches are small here, and the result must not depend on them.
 
     Args:
         width: Channels of the first layer.
-        num_layers: Strided layers.
+        num_layers: Strided layers; 3 make 70 pixels.
     """
 
     def __init__(self, width: int = 32, num_layers: int = 3) -> None:
@@ -27,7 +27,8 @@ class PatchDiscriminator(nn.Module):
                 nn.LeakyReLU(0.2),
             ]
             channels *= 2
-        layers.append(nn.Conv2d(channels, 1, 4, padding=1))
+        layers += [nn.Conv2d(channels, 2 * channels, 4, padding=1), nn.GroupNorm(8, 2 * channels), nn.LeakyReLU(0.2)]
+        layers.append(nn.Conv2d(2 * channels, 1, 4, padding=1))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:

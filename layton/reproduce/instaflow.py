@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
 
 from layton.reproduce.claim import LATENT_SCENES, Arm, Claim, Context, Pairs, Phase, Stage
 from layton.reproduce.report import Check, Outcome
@@ -85,18 +88,26 @@ def _straightness(measured: Measured, context: Context) -> dict[str, float]:
         from layton.commands.reports import write_json
 
         reflowed = context.out / "teachers" / METHOD.name
+        guidance = _pairs_guidance(context.configs / REFLOW.config)
         count = max(4, min(256, context.scale.images // 4))
         write_json(
             path,
             {
                 "teacher": straightness_of(measured.teacher, count),
-                "teacher_guided": straightness_of(measured.teacher, count, guidance_scale=5.0),
+                "teacher_guided": straightness_of(measured.teacher, count, guidance_scale=guidance),
+                "guidance": guidance,
                 "reflow": straightness_of(reflowed, count),
                 "samples": count,
             },
         )
     found: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
     return found
+
+
+def _pairs_guidance(run_file: Path) -> float:
+    """The guidance that a run file's pairs are made with."""
+    run: dict[str, Any] = yaml.safe_load(run_file.read_text(encoding="utf-8"))
+    return float(run["model"]["init_args"]["method"]["init_args"]["solver"]["guidance_scale"])
 
 
 def straightness_of(pipeline: Path, count: int, *, guidance_scale: float = 1.0, batch_size: int = 16) -> float:

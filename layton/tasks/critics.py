@@ -24,13 +24,14 @@ class CriticSettings:
     Attributes:
         kind: The discriminator: ``lora`` (a second adapter on the UNet's decoder, SCott's), ``full``, or ``heads``.
         conditional: Whether the discriminator is shown text and time.
-        stages: Which of the UNet's stages it reads.
+        stages: Which of the UNet's stages it reads; None for all, or on a code decoder those after its control branch
+            has joined, as before these nothing of the codes is to be seen.
         lora: Adapter of discriminator and fake score network; rank 64 when None.
     """
 
     kind: DiscriminatorKind = "lora"
     conditional: bool = True
-    stages: tuple[Stage, ...] = STAGES
+    stages: tuple[Stage, ...] | None = None
     lora: LoraSettings | None = None
 
 
@@ -62,12 +63,17 @@ def attach_networks(method: DistillationMethod, networks: Networks, settings: Cr
                 settings.kind,
                 lora=settings.lora,
                 conditional=settings.conditional,
-                stages=settings.stages,
+                stages=settings.stages or _default_stages(networks.teacher),
             )
         )
     matching = _distribution_matching(method)
     if matching is not None and matching.weight > 0:
         _attach_fake(matching, networks.teacher, settings.lora or LoraSettings())
+
+
+def _default_stages(teacher: Denoiser) -> tuple[Stage, ...]:
+    network = teacher.denoiser if isinstance(teacher, AdapterView) else teacher
+    return ("up",) if isinstance(network, LADD) else STAGES
 
 
 def _distribution_matching(method: DistillationMethod) -> DistributionMatching | None:

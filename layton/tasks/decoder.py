@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.denoiser import Condition
-from layton.control import SMALL_CHANNELS, LoraSettings, encode_null_caption
+from layton.control import PAPER_CHANNELS, LoraSettings, null_caption
 from layton.decoders import DiffusionDecoder
 from layton.folder import WEIGHTS_NAME, load_config, load_tensors
 from layton.ladd import CLASS_NAME, LADD, require_reader
 from layton.ldm.autoencoder import Autoencoder
-from layton.ldm.cache import load_code_parts, require_codes
+from layton.ldm.cache import at_code_size, code_size, load_code_parts, require_codes
 from layton.ldm.unet import use_fast_attention
 from layton.losses.reconstruction import psnr
 from layton.pixel_decoder import CodeReader
@@ -36,7 +36,7 @@ class DecoderTask(LaytonTask):
         optimizer: Makes the optimizer.
         lr_scheduler: Makes the learning-rate schedule.
         train_tokenizer: Train encoder and codebook jointly.
-        embedding_channels: Widths of the code embedding.
+        embedding_channels: Widths of the code embedding; 32 and 64 do for a UNet of 64 to 128 channels.
         conditioning_scale: Factor on the control branch's residuals.
         lora: Adaptors on the UNet that learn with the branch, as the released decoder has them; None for none.
         time_shift: Of the times trained at, see `layton.tasks.text_to_image.draw`. With little noise the UNet needs no
@@ -59,7 +59,7 @@ class DecoderTask(LaytonTask):
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None = None,
         train_tokenizer: bool = False,
-        embedding_channels: tuple[int, ...] = SMALL_CHANNELS,
+        embedding_channels: tuple[int, ...] = PAPER_CHANNELS,
         conditioning_scale: float = 1.0,
         lora: LoraSettings | None = None,
         time_shift: float = 1.0,
@@ -71,13 +71,13 @@ class DecoderTask(LaytonTask):
         if train_tokenizer and reader is not None:
             raise ValueError("the reader knows the codes as they are: with train_tokenizer leave it out")
         self.encoder, self.quantizer = load_code_parts(tokenizer, frozen=not train_tokenizer)
-        self.train_tokenizer = train_tokenizer
+        self.train_tokenizer, self.code_size = train_tokenizer, code_size(tokenizer)
         self.ladd = LADD.from_pipeline(
             ldm,
             code_dim=self.quantizer.code_dim,
             embedding_channels=embedding_channels,
             conditioning_scale=conditioning_scale,
-            null_embeds=encode_null_caption(ldm) if (Path(ldm) / "text_encoder").is_dir() else None,
+            null_embeds=null_caption(ldm),
             lora=lora,
         )
         if reader is not None:
@@ -124,7 +124,7 @@ class DecoderTask(LaytonTask):
             images = batch["image"]
             with torch.no_grad():
                 x_0 = self._autoencoder[0].to(self.device).encode(images).float()
-            output = self.quantizer(self.encoder(images).float())
+            output = self.quantizer(self.encoder(at_code_size(images, self.code_size)).float())
             return x_0, output.embeddings, output.loss
         x_0 = batch["latent"].float()
         codes = batch["codes"].long()

@@ -64,6 +64,18 @@ def test_exact_conversion_ends_where_ddim_ends(rand64):
     assert_close(sample(flow, z, flow_times, NONE, solver=euler), sample(vp, x_T, times, NONE))
 
 
+def test_trajectories_begin_where_a_sampler_does(rand64):
+    vp = GaussianMixtureDenoiser(rand64(3, 2), 0.3, VPSchedule())
+    coef = vp.schedule.coefficients(999.0)
+    noise, start = rand64(16, 2), float(coef.alpha / (coef.alpha + coef.sigma))
+    seen = []
+    flow = as_flow(vp)
+    predict = flow.predict
+    flow.predict = lambda z, t, condition: seen.append(z) or predict(z, t, condition)
+    straightness(flow, noise, NONE, num_steps=4, start_s=start)
+    assert_close(seen[0], noise / (coef.alpha + coef.sigma))
+
+
 @pytest.mark.parametrize(("steps", "start"), [(1, 0.0), (5, 1.0), (5, -0.1)])
 def test_nonsense_is_refused(rand64, steps, start):
     with pytest.raises(ValueError, match=r"num_steps|start_s"):

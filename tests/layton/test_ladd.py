@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from distill.adapters import adapter_parameters, add_lora
 from distill.denoiser import Condition
-from layton.control import CodeEmbedding, LoraSettings, base_state_dict, encode_null_caption, resize_codes
+from layton.control import CodeEmbedding, LoraSettings, base_state_dict, encode_null_caption, null_caption, resize_codes
 from layton.decoders.difference import Adaptation, Difference, adapt
 from layton.decoders.rebase import rebase_all, rebase_decoder
 from layton.distillation.distilled import save_lora
@@ -260,6 +260,9 @@ def test_null_caption_is_the_pipelines_own(tmp_path):
     torch.testing.assert_close(encode_null_caption(tmp_path), negative[0])
     with pytest.raises(ValueError, match="no tokenizer"):
         encode_null_caption(tmp_path / "files")
+    torch.testing.assert_close(null_caption(tmp_path), negative[0])
+    (tmp_path / "text_encoder_2").mkdir()
+    assert null_caption(tmp_path) is None, "SDXL takes zeros"
 
 
 @torch.no_grad()

@@ -160,6 +160,16 @@ def test_adversarial_stage_one_needs_latents() -> None:
     )
 
 
+def test_terms_begin_with_the_second_stage_unless_told() -> None:
+    terms = [Adversarial(), PreferenceTerm(FunctionScorer(closeness), start=3), DistributionMatching()]
+    method = MLCM(refinement=Refinement(start=7), extras=terms)
+    assert [term.start for term in terms] == [7, 3, 7]
+    assert method.parts["the adversarial term"] == 7
+    alone = Adversarial()
+    MLCM(extras=[alone])
+    assert alone.start == 0
+
+
 def test_a_term_that_is_off_costs_and_changes_nothing() -> None:
     def broken(x_0, condition):
         raise AssertionError("asked although it is off")

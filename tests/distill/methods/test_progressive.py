@@ -249,3 +249,15 @@ def test_latents_are_needed():
             step=0,
             generator=torch.Generator(),
         )
+
+
+def test_guidance_is_learnt_at_all_times_that_the_first_phase_asks_it_at():
+    method = ProgressiveDistillation(student_steps=(4, 2, 1), guidance_phase=1)
+    x_0 = torch.zeros(256, *SHAPE)
+    learnt, generator = (
+        method._times(VPSchedule(), 4, x_0, torch.Generator().manual_seed(0), every=True)[0],
+        torch.Generator(),
+    )
+    t, middle, s = method._times(VPSchedule(), 4, x_0, generator.manual_seed(0), every=False)
+    assert set(learnt.tolist()) == set(t.tolist()) | set(middle.tolist())
+    assert set(s.tolist()) == (set(t.tolist()) - {999.0}) | {VPSchedule().clean_t}

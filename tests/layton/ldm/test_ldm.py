@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_tools import tiny_tokenizer
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTokenizer
@@ -294,3 +295,26 @@ def test_the_object_of_a_cell_is_the_one_said_to_be_there() -> None:
     assert tokens[0, at[0, 1, 3]] == star and tokens[0, at[0, 13, 12]] == ring
     assert at[0, 8, 8] == 0 and (at[1] == -1).all()
     assert int((at[0] == at[0, 1, 3]).sum()) == pytest.approx(math.pi * (0.12 * 16 + 0.7) ** 2, rel=0.3)
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_codes_are_of_the_tokenizers_size_and_latents_of_the_images(tmp_path: Path, said: bool) -> None:
+    """256 tokens of an image of any size (arXiv 2503.08377), in the cache as in `LaytonTokenizer.encode`."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tok")
+    if not said:
+        (tmp_path / "tok/config.json").unlink()
+    build_autoencoder(latent_channels=4, block_out_channels=(8,) * 3, norm_num_groups=4).save_pretrained(
+        tmp_path / "vae"
+    )
+    source = ScenesSource(split="train", length=3, size=2 * tokenizer.image_size)
+    folders = {"autoencoder": str(tmp_path / "vae"), "tokenizer": str(tmp_path / "tok")}
+    cached = CachedLatents(source, folder=str(tmp_path / "cache"), images="read", **folders)
+    sample = cached.sample(1, seed=0)
+    assert sample["latent"].shape == (4, 16, 16)
+    assert sample["codes"].shape == ((tokenizer.num_tokens,) if said else (4 * tokenizer.num_tokens,))
+    if said:
+        assert torch.equal(sample["codes"].long(), tokenizer.encode(sample["image"][None])[0])
+        small = ScenesSource(split="train", length=3, size=tokenizer.image_size)
+        with pytest.raises(ValueError, match=r"code_size|image_shape"):
+            CachedLatents(small, folder=str(tmp_path / "cache"), **folders)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from layton.losses.adversarial import PatchDiscriminator, hinge_discriminator_loss, hinge_generator_loss
 from layton.losses.perceptual import PerceptualLoss, PerceptualNet
@@ -59,3 +60,14 @@ def test_hinge_losses_at_known_scores() -> None:
     assert float(hinge_discriminator_loss(real, fake)) == 0.25 + 0.5
     assert float(hinge_generator_loss(fake)) == 1.0
     assert PatchDiscriminator(8, 2)(torch.zeros(1, 3, 32, 32)).shape[1] == 1
+
+
+def test_a_patch_is_seventy_pixels() -> None:
+    torch.manual_seed(0)
+    layers = [layer for layer in PatchDiscriminator(8).layers if not isinstance(layer, nn.GroupNorm)]  # these see all
+    image = torch.randn(1, 3, 160, 160, requires_grad=True)
+    scores = nn.Sequential(*layers)(image)
+    scores[0, 0, scores.shape[2] // 2, scores.shape[3] // 2].backward()
+    assert image.grad is not None
+    rows = image.grad.abs().sum((0, 1, 3)).nonzero()
+    assert int(rows.max() - rows.min()) + 1 == 70

@@ -288,6 +288,18 @@ def test_the_target_follows_steps_and_not_batches(world: Path, tmp_path: Path) -
         torch.testing.assert_close(value.detach(), (start[name] + learnt[name].detach()) / 2)
 
 
+def test_every_head_of_the_default_critic_sees_the_codes(world: Path) -> None:
+    method = SCott(guidance_range=(1.0, 1.0), target_decay=None)
+    make_task(world, method=method, critic_optimizer=partial(torch.optim.SGD, lr=0.1))
+    critic = method.discriminator
+    assert critic is not None
+    generator = torch.Generator().manual_seed(0)
+    x_t, t = torch.randn(1, 4, 4, 4, generator=generator), torch.full((1,), 500.0)
+    codes = [Condition(spatial=torch.randn(1, 4, 4, 4, generator=generator)) for _ in range(2)]
+    one, other = (critic(x_t, t, condition, Condition()) for condition in codes)
+    assert one and all(not torch.allclose(a, b) for a, b in zip(one, other, strict=True))
+
+
 @pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 @pytest.mark.parametrize("kind", ["scott", "lora", "distribution matching"])
 def test_a_critic_learns_in_turn(world: Path, tmp_path: Path, kind: str) -> None:
