@@ -24,7 +24,8 @@ from layton.decoders import ConsistencyDecoder, DiffusionDecoder, LightDecoder
 from layton.interface import CodeDecoder
 from layton.ladd import LADD
 from layton.ldm.autoencoder import Autoencoder
-from layton.ldm.cache import load_code_parts
+from layton.ldm.cache import code_size, load_code_parts
+from layton.tasks.tokenizer import DEFAULT_SIZE
 from layton.tokenizer import LDM_FOLDER, LaytonTokenizer
 
 DISTILLED: dict[str, type[ConsistencyDecoder]] = {
@@ -46,6 +47,12 @@ def main() -> None:
         "--time_shift", type=float, default=1.0, help="of the stage-1 decoder's times, > 1 to noisy ones"
     )
     parser.add_argument("--condition_scale", type=float, default=1.0, help="of the codes in the stage-1 decoder")
+    parser.add_argument(
+        "--latents_per_token",
+        type=float,
+        default=1.0,
+        help="of the stage-1 decoder, along a side: 8 for 1024 px on SDXL",
+    )
     parser.add_argument("--consistency", type=Path, help="decoder of the stage-2 run; needs --decoder")
     parser.add_argument("--instaflow", type=Path, help="decoder of the InstaFlow run; needs --decoder")
     parser.add_argument("--hipa", type=Path, help="decoder of the HiPA run; needs --decoder")
@@ -67,7 +74,11 @@ def main() -> None:
         network.conditioning_scale = arguments.condition_scale
         autoencoder = Autoencoder.from_pretrained(arguments.ldm / "vae")
         decoders["diffusion"] = DiffusionDecoder(
-            network, autoencoder, temperature=arguments.temperature, time_shift=arguments.time_shift
+            network,
+            autoencoder,
+            temperature=arguments.temperature,
+            time_shift=arguments.time_shift,
+            latents_per_token=arguments.latents_per_token,
         )
     for name, kind in DISTILLED.items():
         folder: Path | None = getattr(arguments, name)
@@ -76,7 +87,8 @@ def main() -> None:
         if arguments.decoder is None:
             parser.error(f"--{name} needs --decoder, the stage-1 decoder that it was trained on")
         decoders[name] = kind.from_pretrained(folder, ldm=arguments.ldm, base=arguments.decoder, reader=light)
-    tokenizer = LaytonTokenizer(encoder, quantizer, decoders)
+    size = code_size(arguments.tokenizer) or DEFAULT_SIZE
+    tokenizer = LaytonTokenizer(encoder, quantizer, decoders, image_size=size)
     generator = None if arguments.laytongen is None else load_generator(arguments.laytongen)
     if generator is not None:
         generator.card.require_tokenizer(tokenizer)
