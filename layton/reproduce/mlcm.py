@@ -8,14 +8,16 @@ from layton.reproduce.claim import LATENT_SCENES, Arm, Claim, Context, Phase, St
 from layton.reproduce.report import Check, Outcome
 from layton.reproduce.students import Measured, measure_students, teacher_arm
 
+LR_END = "model.init_args.lr_scheduler.init_args.T_max"
+LCM_PHASES = (Phase(LR_END, forwards=6.0),)  # F a sample: student 3, target 1, guided teacher 2
 # 15 F a sample with 8 segments, for 80 % of the budget; then 11 F with 4. The learning rate falls to 0 over all steps.
 _PHASES = (
     Phase("model.init_args.method.init_args.progression.starts.1", forwards=15 / 0.8),
-    Phase("model.init_args.lr_scheduler.init_args.T_max", forwards=1 / (0.8 / 15 + 0.2 / 11)),
+    Phase(LR_END, forwards=1 / (0.8 / 15 + 0.2 / 11)),
 )
 
 METHOD = Arm("mlcm", "method", (Stage("train", "mlcm.yaml", phases=_PHASES),), steps=(2, 4, 8))
-BASELINE = Arm("lcm", "baseline", (Stage("train", "lcm.yaml", scenes=LATENT_SCENES),), steps=(4,))
+BASELINE = Arm("lcm", "baseline", (Stage("train", "lcm.yaml", phases=LCM_PHASES, scenes=LATENT_SCENES),), steps=(4,))
 
 
 def judge(measured: Measured, context: Context) -> list[Check]:

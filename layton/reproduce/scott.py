@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from layton.reproduce.claim import LATENT_SCENES, Arm, Claim, Context, Stage
+from layton.reproduce.claim import LATENT_SCENES, Arm, Claim, Context, Phase, Stage
+from layton.reproduce.mlcm import LCM_PHASES, LR_END
 from layton.reproduce.report import Check, Outcome
 from layton.reproduce.students import Measured, measure_students
 
-METHOD = Arm("scott", "method", (Stage("train", "scott.yaml", scenes=LATENT_SCENES),), steps=(1, 2, 4))
-BASELINE = Arm("lcm", "baseline", (Stage("train", "lcm.yaml", scenes=LATENT_SCENES),), steps=(1, 2, 4))
+# F a sample, as counted: student, its averaged target, three moves of the guided teacher, and the discriminator
+_PHASES = (Phase(LR_END, forwards=21.36),)
+
+METHOD = Arm("scott", "method", (Stage("train", "scott.yaml", phases=_PHASES, scenes=LATENT_SCENES),), steps=(1, 2, 4))
+BASELINE = Arm(
+    "lcm", "baseline", (Stage("train", "lcm.yaml", phases=LCM_PHASES, scenes=LATENT_SCENES),), steps=(1, 2, 4)
+)
 
 
 def judge(measured: Measured, context: Context) -> list[Check]:
