@@ -27,6 +27,7 @@ from layton.ldm.autoencoder import Autoencoder
 from layton.ldm.cache import code_size, load_code_parts
 from layton.tasks.tokenizer import DEFAULT_SIZE
 from layton.tokenizer import LDM_FOLDER, LaytonTokenizer
+from layton.vqgan_decoder import VQGANCodeDecoder
 
 DISTILLED: dict[str, type[ConsistencyDecoder]] = {
     "consistency": ConsistencyDecoder,
@@ -63,7 +64,7 @@ def main() -> None:
         parser.error("--planner needs --laytongen, the generator that it plans for")
     encoder, quantizer = load_code_parts(arguments.tokenizer)
     light = light_folder(arguments.tokenizer)
-    decoders: dict[str, CodeDecoder] = {"light": LightDecoder.from_pretrained(light)}
+    decoders = own_decoders(arguments.tokenizer)
     if arguments.decoder is not None:
         if arguments.ldm is None:
             parser.error("--decoder needs --ldm")
@@ -102,10 +103,18 @@ def main() -> None:
         clean_configs(arguments.out / PART)
 
 
-def light_folder(folder: Path) -> Path:
-    """Where the light decoder of an export of stage 0, or of a tokenizer folder, lies."""
-    beside = folder / "decoders" / "light"
-    return beside if beside.is_dir() else folder / "decoder"
+def light_folder(folder: Path) -> Path | None:
+    """Where the light decoder of an export of stage 0, or of a tokenizer folder, lies; a converted one has none."""
+    places = (folder / "decoders" / "light", folder / "decoder")
+    return next((place for place in places if place.is_dir()), None)
+
+
+def own_decoders(folder: Path) -> dict[str, CodeDecoder]:
+    """The decoder that needs no diffusion model: the light one, or that of a converted LlamaGen tokenizer."""
+    light, vqgan = light_folder(folder), folder / "decoders" / "vqgan"
+    if light is not None:
+        return {"light": LightDecoder.from_pretrained(light)}
+    return {"vqgan": VQGANCodeDecoder.from_pretrained(vqgan)} if vqgan.is_dir() else {}
 
 
 def copy_pipeline(source: Path, target: Path) -> None:

@@ -65,6 +65,7 @@ class ConsistencyDecoderTask(ManualTask):
         default_steps: Steps of the finished decoder when none are asked for.
         latents_per_token: Latent positions per token along one side.
         gradient_clip: Largest gradient norm, with a critic (the trainer's option does not apply there).
+        gradient_checkpointing: As for `layton.tasks.decoder.DecoderTask`.
 
     Raises:
         ValueError: If nothing is trained, a method wants guidance, or pixels are supervised at steps without times.
@@ -93,6 +94,7 @@ class ConsistencyDecoderTask(ManualTask):
         default_steps: int | None = None,
         latents_per_token: float = 1,
         gradient_clip: float = 1.0,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
         if pixel_targets not in get_args(PixelTargets):
@@ -109,6 +111,8 @@ class ConsistencyDecoderTask(ManualTask):
         self.gradient_clip = gradient_clip
         # Heads on the teacher's features by default: these cost no second copy and need no checkpoint.
         self._take(ldm, decoder, adaptation or Adaptation(), reader)
+        if gradient_checkpointing:
+            self.ladd.enable_gradient_checkpointing()
         self._light: list[nn.Module] = []  # in a list: no part of this model
         if pixel_targets == "light" and reader is not None:
             self._light = [PixelDecoder.from_pretrained(reader).requires_grad_(False)]

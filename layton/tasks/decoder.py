@@ -45,6 +45,8 @@ class DecoderTask(LaytonTask):
             (`layton.ladd.LADD.listen_to`); None trains as the paper does.
         start: Finished ``decoder/`` to go on from, of equal shape; it may have learnt on an earlier state of the LDM,
             without adaptors, and without the reader.
+        gradient_checkpointing: Backward passes compute blocks anew instead of keeping what is in them: less memory for
+            a third more time.
         preview_steps: Sampling steps of the pictures made while training.
 
     Raises:
@@ -65,6 +67,7 @@ class DecoderTask(LaytonTask):
         time_shift: float = 1.0,
         reader: str | None = None,
         start: str | None = None,
+        gradient_checkpointing: bool = False,
         preview_steps: int = 25,
     ) -> None:
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
@@ -80,6 +83,8 @@ class DecoderTask(LaytonTask):
             null_embeds=null_caption(ldm),
             lora=lora,
         )
+        if gradient_checkpointing:
+            self.ladd.enable_gradient_checkpointing()
         if reader is not None:
             self.ladd.listen_to(CodeReader.from_pretrained(reader))
         if start is not None:

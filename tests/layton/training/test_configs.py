@@ -42,6 +42,13 @@ def test_overlays_parse_over_a_run(tmp_path: Path, path: Path, capsys: pytest.Ca
         assert capsys.readouterr().out.count(changed) == 1
 
 
+@pytest.mark.parametrize("path", sorted((CONFIGS / "layton").glob("*.yaml")), ids=lambda path: path.stem)
+def test_published_arrangements_parse(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = CONFIGS / "data" / "images_1024.yaml"
+    assert main(["fit", "--config", str(path), "--data", str(data), "--print_config"]) == 0
+    assert "ldm: models/sdxl" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("path", sorted((CONFIGS / "mini").glob("*.yaml")), ids=lambda path: path.stem)
 def test_embedded_runs_parse(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = CONFIGS / "data" / "scenes_256.yaml"
