@@ -118,13 +118,13 @@ def own_decoders(folder: Path) -> dict[str, CodeDecoder]:
 
 
 def copy_pipeline(source: Path, target: Path) -> None:
-    """Copy a StableDiffusionPipeline folder with its weights in fp16."""
-    from diffusers import StableDiffusionPipeline
+    """Copy a diffusers pipeline folder with its weights in fp16."""
+    from diffusers import DiffusionPipeline
 
     if source.resolve() == target.resolve():
         return
     shutil.rmtree(target, ignore_errors=True)
-    pipeline = StableDiffusionPipeline.from_pretrained(source, torch_dtype=torch.float16, local_files_only=True)
+    pipeline = DiffusionPipeline.from_pretrained(source, local_files_only=True).to(torch.float16)
     pipeline.save_pretrained(target, safe_serialization=True)
     clean_configs(target)
 
