@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import register_multi_grad_hook
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.hooks import RemovableHandle
 
+_DEEPEST = 3  # dots in the name of a stage within a denoiser, such as ``denoiser.unet.down_blocks.0``
 BACKWARD = 2.0  # gradients of inputs and of weights, each about one forward; the same for LoRA, by convention
 
 
@@ -80,31 +80,26 @@ class Budget:
         if not cost > 0:
             raise ValueError(f"cost must be > 0, got {cost}")
 
-        features: list[Tensor] = []
-        running = False  # blocks that gradient checkpointing repeats later are not meant
+        call: _Call | None = None  # blocks that gradient checkpointing repeats later belong to none
 
         def before_forward(_: nn.Module, args: tuple[Any, ...]) -> None:
-            nonlocal running
-            features.clear()
-            running = True
+            nonlocal call
+            call = _Call(lambda samples: self.add(BACKWARD * cost * samples, account))
 
         def after_block(_: nn.Module, args: tuple[Any, ...], output: object) -> None:
-            if running and torch.is_grad_enabled():
-                features.extend(tensor for tensor in _tensors(output) if tensor.requires_grad)
+            if call is not None:
+                call.await_gradients(output)
 
         def after_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-            nonlocal running
+            nonlocal call
             samples = len(next(_tensors((args, kwargs))))
             self.add(cost * samples, account)
-            differentiable = [tensor for tensor in (*features, *_tensors(output)) if tensor.requires_grad]
-            if torch.is_grad_enabled() and differentiable:
-                register_multi_grad_hook(
-                    differentiable, lambda _: self.add(BACKWARD * cost * samples, account), mode="any"
-                )
-            features.clear()
-            running = False
+            if call is not None:
+                call.samples = samples
+                call.await_gradients(output)
+            call = None
 
-        blocks = [module for module in network.modules() if module is not network and any(module.children())]
+        blocks = [part for name, part in network.named_modules() if name and _is_stage(name, part)]
         return _Handles(
             network.register_forward_pre_hook(before_forward),
             *(block.register_forward_hook(after_block) for block in blocks),
@@ -132,6 +127,35 @@ class Budget:
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Go on counting from what ``state_dict`` gave."""
         self.accounts = {account: float(value) for account, value in state.items()}
+
+
+class _Call:
+    """One call of a network, through which gradients may come back: each backward pass is reported once.
+
+    It keeps none of the network's tensors alive, or checkpointing would have nothing to free.
+    """
+
+    def __init__(self, report: Callable[[int], None]) -> None:
+        self.report, self.samples, self._pass = report, 0, -1
+
+    def await_gradients(self, output: object) -> None:
+        if torch.is_grad_enabled():
+            for tensor in _tensors(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(self._came)
+
+    def _came(self, _: Tensor) -> None:
+        this = (
+            torch._C._current_graph_task_id()
+        )  # as torch's own register_multi_grad_hook, which would keep the tensors
+        if this != self._pass:
+            self._pass = this
+            self.report(self.samples)
+
+
+def _is_stage(name: str, part: nn.Module) -> bool:
+    """Whether somebody may read what a part puts out: stages of a network, not the thousands of parts within these."""
+    return name.count(".") <= _DEEPEST and any(part.children())
 
 
 def flop_counter() -> FlopCounterMode:

@@ -10,6 +10,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from layton.modules import variant_of
+
 # model_type of a transformers config -> class that holds the text encoder alone; AutoModel for all others
 _ENCODER_CLASSES = {
     "t5": "T5EncoderModel",
@@ -74,6 +76,7 @@ def load_model(folder: Path) -> nn.Module:
                 use_safetensors=True,
                 trust_remote_code=False,
                 dtype=torch.float32,
+                variant=variant_of(folder),
                 output_loading_info=True,
             )
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -178,9 +178,11 @@ def encode_null_caption(folder: str | Path) -> Tensor:
         if not (root / needed).is_dir():
             raise ValueError(f"{root} has no {needed} to encode the empty caption with")
     tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer", local_files_only=True)
-    text_encoder = CLIPTextModel.from_pretrained(
-        root / "text_encoder", local_files_only=True, use_safetensors=True
-    ).eval()
+    place = root / "text_encoder"
+    stored = CLIPTextModel.from_pretrained(
+        place, local_files_only=True, use_safetensors=True, variant=variant_of(place)
+    )
+    text_encoder = stored.float().eval()
     tokens = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
     return cast(Tensor, text_encoder(tokens.input_ids)[0][0])
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
+
+_LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")
 
 
 def choose_device(device: str | None) -> torch.device:
-    """The device of a name; by default the accelerator if there is one, else the processor.
+    """The device of a name; by default the accelerator if there is one, of several this process's own, else the CPU.
 
     Raises:
         ValueError: If there is no such device.
     """
     if device is None:
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found if found is not None else torch.device("cpu")
+        if found is None:
+            return torch.device("cpu")
+        rank = int(next((os.environ[name] for name in _LOCAL_RANKS if name in os.environ), 0))
+        return torch.device(found.type, rank) if 0 < rank < torch.accelerator.device_count() else found
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:

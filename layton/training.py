@@ -120,6 +120,9 @@ class TrainingCLI(LightningCLI):
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         config["default_root_dir"] = str(self.run_dir)
         config["logger"] = self._loggers(config.get("logger"))
+        if config.get("strategy") in (None, "auto") and _several_devices(config):
+            # what Lightning would take, but for methods with critics and terms that begin later
+            config["strategy"] = "ddp_find_unused_parameters_true"
         extra = [self._get(self.config_init, key) for key in self._parser(self.subcommand).callback_keys]
         configured = config.get("callbacks") or []
         configured = list(configured) if isinstance(configured, list) else [configured]
@@ -290,6 +293,19 @@ def _resume_path(resume: str, checkpoints: Path) -> str | None:
     if not Path(resume).is_file():
         raise UsageError(f"--resume must be 'auto', 'never' or a checkpoint file, got {resume!r}")
     return str(Path(resume).absolute())
+
+
+def _several_devices(trainer: dict[str, Any]) -> bool:
+    """Whether a trainer's options ask for more than one device."""
+    devices = trainer.get("devices")
+    if devices in (None, "auto", -1, "-1"):
+        alone = trainer.get("accelerator") == "cpu" or not torch.accelerator.is_available()
+        count = 1 if alone else torch.accelerator.device_count()
+    elif isinstance(devices, str):
+        count = len(devices.split(",")) if "," in devices else int(devices)
+    else:
+        count = devices if isinstance(devices, int) else len(devices)
+    return count * int(trainer.get("num_nodes") or 1) > 1
 
 
 def _missing(configured: list[Callback], config: dict[str, Any], *, checkpointing: bool) -> list[Callback]:

@@ -48,6 +48,7 @@ from distill.stacked import StackedUNet2DConditionModel
 from layton.control import base_state_dict
 from layton.distillation.few_step_schedulers import FlowMatchUNetScheduler, few_step_scheduler
 from layton.folder import CONFIG_NAME, load_tensors, save_config, save_tensors, write_atomically
+from layton.ldm.teacher import pipeline_variant
 
 FEW_STEP_NAME = "few_step.json"
 LORA_NAME = "pytorch_lora_weights.safetensors"
@@ -257,8 +258,11 @@ def student_pipeline(teacher: Path, export: Path, folder: Path) -> Path:
     try:
         shutil.copytree(teacher, part, ignore=shutil.ignore_patterns(name), copy_function=_link)
         (part / name).mkdir()
-        for file in (CONFIG_NAME, NETWORK_NAME):
-            _link(str(export / file), str(part / name / file))
+        # diffusers looks for one variant in all parts, or for none
+        variant = pipeline_variant(teacher)
+        network = NETWORK_NAME if variant is None else NETWORK_NAME.replace(".safetensors", f".{variant}.safetensors")
+        for file, target in ((CONFIG_NAME, CONFIG_NAME), (NETWORK_NAME, network)):
+            _link(str(export / file), str(part / name / target))
         if load_sampling(export).prediction == "flow":
             _be_flow(part)
         part.replace(folder)

@@ -11,7 +11,7 @@ from typing import Any
 from distill.condition import Condition
 from distill.methods.pairs import DEFAULT_SOLVER, TeacherSolver
 from distill.models import denoiser_from_pipeline
-from layton.assets import resolve
+from layton.assets import find_pipeline
 from layton.data.cache import require_same
 from layton.data.sources import SampleSource
 from layton.devices import choose_device
@@ -120,10 +120,11 @@ def open_or_make(
     Raises:
         CacheMismatchError: The folder holds pairs made by something else.
     """
-    pipe = open_pipeline(pipeline)
+    root = find_pipeline(pipeline)
+    pipe = open_pipeline(root)
     shape = latent_shape_of(pipe, latent_size)
     plan = plan_of(shape)
-    teacher_id = teacher_digest(Path(pipeline) if Path(pipeline).is_dir() else resolve(pipeline, part="ldm"))
+    teacher_id = teacher_digest(root)
     encoder = PromptEncoder(pipe, latent_size=shape[1:], guidance_scale=network_guidance)
     if encoder.has_guidance and network_guidance != NETWORK_GUIDANCE:
         teacher_id += f"-told-{network_guidance:g}"
@@ -131,24 +132,39 @@ def open_or_make(
         teacher_id += f"-away-{hashlib.sha256(negative_prompt.encode()).hexdigest()[:8]}"
     wanted = plan.fingerprint(teacher=teacher_id, captions=captions_digest(prompts, plan))
     folder = str(folder_for(Path(folder), wanted)) if beside else folder
-    if (Path(folder) / CACHE_NAME).is_file():
-        source = PairSource(folder)
-        require_same(Path(folder), source.cache.fingerprint, wanted)
-        return source
-    place = choose_device(device)
-    teacher = denoiser_from_pipeline(pipe, latent_size=shape[1:]).eval().to(place)
-    null = encoder.null(negative_prompt, device=place) if plan.solver.is_guided else None
-
-    def condition_of(batch: Mapping[str, Any]) -> Condition:
-        return encoder(batch["caption"], device=place)
-
+    made = _made_before(folder, wanted)
+    if made is not None:
+        return made
     with lock_folder(Path(folder), wait=True):  # of several ranks one makes them, and the others find them made
+        made = _made_before(folder, wanted)
+        if made is not None:
+            return made
+        place = choose_device(device)
+        teacher = denoiser_from_pipeline(pipe, latent_size=shape[1:]).eval().to(place)
+        null = encoder.null(negative_prompt, device=place) if plan.solver.is_guided else None
+
+        def condition_of(batch: Mapping[str, Any]) -> Condition:
+            return encoder(batch["caption"], device=place)
+
         made = generate_pairs(
             teacher, prompts, condition_of, folder, plan, teacher_id=teacher_id, null=null, progress=progress or _say
         )
     if made is None:  # cannot happen with one worker
         raise RuntimeError(f"{folder}: parts are missing")
     return made
+
+
+def _made_before(folder: str, wanted: Mapping[str, Any]) -> PairSource | None:
+    """Pairs that are there, whole.
+
+    Raises:
+        CacheMismatchError: They were made by something else.
+    """
+    if not (Path(folder) / CACHE_NAME).is_file():
+        return None
+    source = PairSource(folder)
+    require_same(Path(folder), source.cache.fingerprint, wanted)
+    return source
 
 
 def teacher_digest(pipeline: Path) -> str:

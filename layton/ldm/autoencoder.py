@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from layton.modules import require_weights, variant_of
+
+_AT_ONCE = 2**20  # pixels
 
 
 def build_autoencoder(
@@ -111,7 +114,9 @@ class Autoencoder(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w), the mean of the posterior."""
         config = self.model.config
-        latents = self.model.encode(images.to(self.model.dtype)).latent_dist.mode()
+        with _no_float16(images.device):
+            parts = _parts(images.to(self.model.dtype), pixels=images.shape[-2] * images.shape[-1])
+            latents = torch.cat([self.model.encode(part).latent_dist.mode() for part in parts])
         return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -122,13 +127,28 @@ class Autoencoder(nn.Module):
         """
         config = self.model.config
         unscaled = (latents / config.scaling_factor + (config.shift_factor or 0.0)).to(self.model.dtype)
-        alone = latents.device.type == "cpu" and not torch.is_grad_enabled()
-        parts = unscaled.split(1) if alone else (unscaled,)
-        return torch.cat([self.model.decode(part).sample for part in parts])
+        pixels = latents.shape[-2] * latents.shape[-1] * self.downsample_factor**2
+        with _no_float16(latents.device):
+            parts = _parts(unscaled, pixels=_AT_ONCE if latents.device.type == "cpu" else pixels)
+            return torch.cat([self.model.decode(part).sample for part in parts])
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] through the latent and back, clamped to [-1, 1]."""
         return self.decode(self.encode(images)).float().clamp(-1, 1)
+
+
+def _parts(batch: Tensor, *, pixels: int) -> tuple[Tensor, ...]:
+    """A batch in parts of as many images, of so many pixels each, as are worked on at once where no gradient is kept.
+
+    SDXL's autoencoder takes 2.5 GB for each image of 1024 pixels.
+    """
+    return (batch,) if torch.is_grad_enabled() else batch.split(max(1, _AT_ONCE // pixels))
+
+
+def _no_float16(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast to float16, in which SDXL's autoencoder (``force_upcast``) overflows; bfloat16 may be."""
+    rough = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
+    return torch.autocast(device.type, enabled=False) if rough else nullcontext()
 
 
 def load_autoencoder(folder: Path | str) -> AutoencoderKL:

@@ -132,6 +132,12 @@ class PromptEncoder:
         ids = torch.tensor([[*self._image_size, 0, 0, *self._image_size]], dtype=embeds.dtype, device=embeds.device)
         return ids.repeat(len(embeds), 1)
 
+    def leave(self, device: torch.device) -> None:
+        """Take the text encoders off an accelerator; a later call brings them back."""
+        if device.type != "cpu":
+            for encoder in self._encoders():
+                encoder.to("cpu")
+
     def _encoders(self) -> list[nn.Module]:
         found = [getattr(self.pipe, name, None) for name in _ENCODERS]
         return [encoder for encoder in found if isinstance(encoder, nn.Module)]

@@ -23,6 +23,8 @@ class LatentDataModule(ImageDataModule):
         train: Pictures to train on.
         autoencoder: Folder of the AutoencoderKL, usually ``PIPELINE/vae``.
         cache: Folder of the caches.
+        in_memory: All latents in memory, in every process; otherwise they are read from disk one by one (131 kB for an
+            image of 1024 pixels).
         validation: Pictures to validate on.
         test: Pictures to test on.
         weights: As in `ImageDataModule`.
@@ -39,6 +41,7 @@ class LatentDataModule(ImageDataModule):
         *,
         autoencoder: str,
         cache: str = "runs/cache",
+        in_memory: bool = True,
         validation: list[ImageSource] | ImageSource | None = None,
         test: list[ImageSource] | ImageSource | None = None,
         weights: list[float] | None = None,
@@ -59,7 +62,7 @@ class LatentDataModule(ImageDataModule):
             num_workers=num_workers,
             seed=seed,
         )
-        self.autoencoder, self.cache = Path(autoencoder), Path(cache)
+        self.autoencoder, self.cache, self.in_memory = Path(autoencoder), Path(cache), in_memory
 
     def prepare_data(self) -> None:
         """Encode what is not in the cache yet, in one process."""
@@ -88,4 +91,6 @@ class LatentDataModule(ImageDataModule):
             if not isinstance(source, CachedLatents):
                 # Two pipelines may have one autoencoder and other sizes, or a folder of images may have grown.
                 folder = self.cache / f"latents-{digest(self.autoencoder)}" / f"{role}-{name_for(source)}"
-                sources[index] = CachedLatents(source, autoencoder=str(self.autoencoder), folder=str(folder))
+                sources[index] = CachedLatents(
+                    source, autoencoder=str(self.autoencoder), folder=str(folder), in_memory=self.in_memory
+                )

@@ -15,6 +15,7 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase
 
+from layton.modules import variant_of
 from layton.scenes import caption, sample_scene
 from layton.scenes.placed import DIAMETER_TOKENS, SQUARE_TOKENS
 
@@ -103,7 +104,10 @@ def read_text_parts(pipeline: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """
     try:
         tokenizer = CLIPTokenizer.from_pretrained(pipeline / "tokenizer", local_files_only=True)
-        model = CLIPTextModel.from_pretrained(pipeline / "text_encoder", local_files_only=True, use_safetensors=True)
+        place = pipeline / "text_encoder"
+        model = CLIPTextModel.from_pretrained(
+            place, local_files_only=True, use_safetensors=True, variant=variant_of(place)
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"{pipeline}: tokenizer or text_encoder cannot be read ({error})") from error
     return tokenizer, model.float()

@@ -114,6 +114,7 @@ def resolved_run(
     own = {"runs/cache": context.out / "cache", "runs/pairs": stage_folder(context, arm, stage) / "pairs"}
     change = None if stage.overlay is None else context.configs / stage.overlay
     run: dict[str, Any] = moved(read_run(context.configs / stage.config, change, quick), {**places, **own})
+    run["trainer"].setdefault("devices", 1)  # more would be processes that run `layton reproduce` once more
     set_scenes(run, size=image_size, places=hears_places(places[TEACHER_PLACE]))
     budget = context.scale.budget * arm.budget * stage.share
     prepaid = 0.0

@@ -309,6 +309,7 @@ class DistillTask(ManualTask):
         # Text and latents are made as the pipeline makes them, whatever the precision of training.
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             condition = condition_of_batch(batch)
+            encoded = condition is not None
             if condition is None:
                 condition = self.prompts(batch["caption"], device=self.device)
             elif self.prompts.has_guidance:  # of a cache, whatever it was made with
@@ -317,6 +318,8 @@ class DistillTask(ManualTask):
                 # Kept for training, which cannot differentiate what is made in validation's inference mode.
                 with torch.inference_mode(False), torch.no_grad():
                     self._null = self.prompts.null(self.negative_prompt, device=self.device)
+                if encoded:
+                    self.prompts.leave(self.device)  # prompts come encoded: the encoders are not needed again
             x_0 = batch["latent"].float() if "latent" in batch else None
             if x_0 is None and "image" in batch and self.method.needs_latents:
                 x_0 = self.autoencoder.encode(batch["image"].float())

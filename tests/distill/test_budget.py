@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.nn import functional as F
 
@@ -136,3 +139,30 @@ def test_products_with_weights_in_mkls_order_count() -> None:
     weight = torch.ops.mkl._mkl_reorder_linear_weight(plain, 2)
     counted = count_flops(lambda: torch.ops.mkl._mkl_linear.default(rows, weight, plain, None, 8))
     assert counted == 2 * 4 * 2 * 32 * 64
+
+
+def test_a_watched_network_keeps_nothing_alive_that_it_would_have_freed():
+    """Else gradient checkpointing would have nothing to free."""
+
+    class Blocks(Denoiser):
+        def __init__(self):
+            super().__init__(VPSchedule(), "eps")
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+            self.seen = []
+
+        def forward(self, x_t, t, condition):
+            for block in self.blocks:
+                x_t = torch.utils.checkpoint.checkpoint(self.run, block, x_t, use_reentrant=False)
+                alive = [ref() is not None for ref in self.seen]
+                assert not any(alive)
+            return x_t
+
+        def run(self, block, x):
+            y = block(x)
+            self.seen.append(weakref.ref(y))
+            return y * 1.0
+
+    budget, denoiser = Budget(), Blocks()
+    budget.watch(denoiser)
+    denoiser(X, T, CONDITION).square().mean().backward()
+    assert budget.total == 3 * B

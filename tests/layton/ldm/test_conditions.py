@@ -11,10 +11,13 @@ import small_pipelines as tiny
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
+from distill.few_step import FewStepSampling
 from distill.models import denoiser_from_pipeline
+from generation.text_encoders import text_encoder as load_text_encoder
 from layton.assets import find_pipeline
 from layton.commands.text_to_image import TextToImage
-from layton.control import load_unet
+from layton.control import encode_null_caption, load_unet
+from layton.distillation.distilled import save_distilled, student_pipeline
 from layton.distillation.instaflow import InstaFlowPipeline
 from layton.errors import UsageError
 from layton.ldm.autoencoder import load_autoencoder
@@ -168,6 +171,14 @@ def test_folders_that_hold_the_fp16_variant_alone_are_read(tmp_path: Path) -> No
         assert all(unet.state_dict()[name].equal(weight.float()) for unet in unets)
     vae = load_autoencoder(tmp_path / "vae").state_dict()
     assert all(vae[name].equal(weight.float()) for name, weight in pipe.vae.state_dict().items())
+    null = encode_null_caption(tmp_path)
+    assert null.dtype == torch.float32 and null.isfinite().all()
+    assert load_text_encoder(str(tmp_path)).width == null.shape[-1]
+    export = tmp_path.with_name("export")  # a student of it is a pipeline that can be opened, too
+    sampling = FewStepSampling(times=((999.0,),), prediction="eps")
+    save_distilled(denoiser_from_pipeline(open_pipeline(tmp_path)), export, sampling)
+    student = open_pipeline(student_pipeline(tmp_path, export, tmp_path.with_name("student"))).unet.state_dict()
+    assert all(student[name].equal(weight.float()) for name, weight in pipe.unet.state_dict().items())
 
 
 def test_cached_conditions_are_told_the_guidance_of_the_run_and_not_of_the_cache() -> None:

@@ -318,3 +318,28 @@ def test_codes_are_of_the_tokenizers_size_and_latents_of_the_images(tmp_path: Pa
         small = ScenesSource(split="train", length=3, size=tokenizer.image_size)
         with pytest.raises(ValueError, match=r"code_size|image_shape"):
             CachedLatents(small, folder=str(tmp_path / "cache"), **folders)
+
+
+def test_large_images_are_worked_on_one_by_one_where_no_gradient_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_autoencoder()
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    whole = model.encode(images)
+    assert whole.requires_grad, "with gradients a batch stays one"
+    seen: list[int] = []
+    encode = model.model.encode
+    monkeypatch.setattr(model.model, "encode", lambda part: seen.append(len(part)) or encode(part))
+    monkeypatch.setattr("layton.ldm.autoencoder._AT_ONCE", 2 * 32 * 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode(images), whole)
+    assert seen == [2, 2]
+
+
+def test_half_precision_does_not_reach_the_autoencoder() -> None:
+    """SDXL's overflows in float16."""
+    model = tiny_autoencoder()
+    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    plain = model.decode(latents)
+    with torch.autocast("cpu", torch.float16):
+        assert model.decode(latents).equal(plain) and model.encode(plain).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.decode(latents).dtype == torch.bfloat16

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import small_pipelines as tiny
@@ -21,7 +22,7 @@ from layton.cli import _one_line, main
 from layton.folder import load_tensors
 from layton.ldm.conditions import PromptEncoder
 from layton.lock import lock_folder
-from layton.training import _quiet, load_task
+from layton.training import _quiet, _several_devices, load_task
 
 
 def fit(run: Path, *args: str) -> int:
@@ -199,3 +200,19 @@ def test_captions_that_are_cut_are_told_once_in_a_run() -> None:
         assert "blue ring" in told.getvalue()
     finally:
         logging.getLogger("diffusers").removeHandler(handler)
+
+
+@pytest.mark.parametrize(
+    ("options", "several"),
+    [
+        ({"devices": 1}, False),
+        ({"devices": 2}, True),
+        ({"devices": "2"}, True),
+        ({"devices": "0,3"}, True),
+        ({"devices": [3]}, False),
+        ({"devices": "auto", "accelerator": "cpu"}, False),
+        ({"devices": 1, "num_nodes": 2}, True),
+    ],
+)
+def test_several_devices_are_known(options: dict[str, Any], several: bool) -> None:
+    assert _several_devices(options) is several
