@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, Trainer
 from distill.adapters import STUDENT, LoraSettings, adapter_state_dict
 from distill.method import MethodOutput
 from distill.methods.lcm import LCM
-from distill.methods.mlcm import MLCM
+from distill.methods.mlcm import MLCM, Progression
 from distill.methods.scott import SCott
 from distill.moves import SolverSettings
 from layton.callbacks import SafeCheckpoint
@@ -138,6 +138,21 @@ def test_a_student_begins_with_an_earlier_one(folder: Path, tmp_path: Path) -> N
     again = make(folder, LCM(target_decay=0.9), adapter=None, initial=str(tmp_path / "whole"))
     for network in (again.student, again.networks.target):
         assert same(network_of(whole.student).state_dict(), network_of(network).state_dict())
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux"])
+def test_frozen_weights_may_be_of_half_the_bytes(kind: str, tmp_path: Path) -> None:
+    tiny.build(kind).save_pretrained(tmp_path / "teacher")
+    method = MLCM(guidance_scale=1.5 if kind != "flux" else 1.0, progression=Progression((2,), (0,)))
+    task = make(tmp_path / "teacher", method, frozen_dtype="bfloat16", preview_steps=(1,), latent_size=tiny.SIZE)
+    assert {p.dtype for p in task.trainable_parameters()} == {torch.float32}
+    frozen = [p.dtype for p in task.networks.teacher.denoiser.parameters() if not p.requires_grad]
+    assert frozen.count(torch.bfloat16) > len(frozen) / 2
+    start = weights(task)
+    fit(task, 2, tmp_path)
+    assert not same(start, weights(task)) and all(value.isfinite().all() for value in weights(task).values())
+    with pytest.raises(ValueError, match="frozen_dtype"):
+        make(tmp_path / "teacher", MLCM(), frozen_dtype="bfloat16", adapter=None)
 
 
 def test_a_student_can_be_exported_in_half_the_bytes(folder: Path, tmp_path: Path) -> None:
