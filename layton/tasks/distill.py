@@ -198,6 +198,8 @@ class DistillTask(ManualTask):
         attach_networks(method, networks, critic)
         method.prepare(networks)
         self.method = method
+        # Copies of weights, the same on all ranks: DDP would send them around before every forward pass.
+        self._ddp_params_and_buffers_to_ignore = [f"method.{name}" for name, _ in method.named_buffers()]
 
     def setup(self, stage: str) -> None:
         """Refuse pairs that a teacher made otherwise than is asked for, and pick the attention that is quick here.
