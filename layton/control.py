@@ -116,8 +116,10 @@ def load_unet(folder: Path | str) -> UNet2DConditionModel:
     """The UNet of a diffusers folder, in the type it is stored in; safetensors only, no network.
 
     Raises:
-        ValueError: Weights are missing.
+        ValueError: There is none, or weights are missing.
     """
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{folder} holds no UNet: there is no config.json")
     unet: UNet2DConditionModel = UNet2DConditionModel.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, variant=variant_of(folder)
     )

@@ -151,6 +151,7 @@ def _scalars(path: Path) -> Iterator[tuple[str, str]]:
     if size > MAX_BYTES:
         raise UsageError(f"{path} has {size} bytes; a run file has at most {MAX_BYTES}")
     aliases = 0
+    anchors: list[bool] = []  # per open mapping or sequence whether it has an anchor
     stack: list[str | None] = []  # per open mapping the key that waits for its value; "" in sequences
     mappings: list[bool] = []
     try:
@@ -159,14 +160,18 @@ def _scalars(path: Path) -> Iterator[tuple[str, str]]:
             if tag is not None and (not tag.startswith("tag:yaml.org,2002:") or "python" in tag):
                 raise UsageError(f"{path}: tag {tag!r} is not allowed in a run file")
             aliases += isinstance(event, yaml.AliasEvent)
+            if isinstance(event, yaml.AliasEvent) and any(anchors):
+                raise UsageError(f"{path}: an alias within something that has an anchor itself, as bombs have")
             if len(stack) > MAX_DEPTH or aliases > MAX_ALIASES:
                 raise UsageError(f"{path} is nested deeper than {MAX_DEPTH} or has more than {MAX_ALIASES} aliases")
             if isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
                 stack.pop()
                 mappings.pop()
+                anchors.pop()
                 _value_done(stack, mappings)
             elif isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
                 mappings.append(isinstance(event, yaml.MappingStartEvent))
+                anchors.append(event.anchor is not None)
                 stack.append(None if mappings[-1] else "")
             elif isinstance(event, yaml.ScalarEvent) and stack and mappings[-1] and stack[-1] is None:
                 stack[-1] = event.value

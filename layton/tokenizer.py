@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import shutil
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +79,7 @@ class LaytonTokenizer(ImageTokenizer):
         if decoders or default_decoder is not None:
             self.decoder(self.default_decoder)
         self.image_size = image_size
+        self.ldm: Path | None = None  # where the decoders' latent diffusion model was read from
         side = image_size // encoder.downsample_factor
         self.grid = (side, side)
         self.num_tokens = side * side
@@ -119,6 +122,8 @@ class LaytonTokenizer(ImageTokenizer):
         low, high = (float(value) for value in images.aminmax())
         if not -1.01 <= low <= high <= 1.01:
             raise ValueError(f"images must lie in [-1, 1], got [{low:g}, {high:g}] (uint8 or [0, 1] images?)")
+        if 0 <= low < 0.1 and high > 0.9:  # as ToTensor makes them, whose codes would be none of the right ones
+            warnings.warn(f"images span [{low:.2f}, {high:.2f}]: encode takes [-1, 1], not [0, 1]", stacklevel=2)
         if images.shape[2:] != (self.image_size, self.image_size):
             images = Geometry.plan((images.shape[2], images.shape[3]), self.image_size, policy=policy).apply(images)
         images = images.to(self.device, dtype_of(self.encoder))
@@ -151,6 +156,8 @@ class LaytonTokenizer(ImageTokenizer):
             ValueError: For codes that are out of range or of wrong number, an unknown decoder, or steps that it was
                 not trained for.
         """
+        if not len(codes):
+            raise ValueError("there must be codes of at least one image, got none")
         self.quantizer.check_codes(codes, grid=self.grid)
         embeddings = self.quantizer.codes_to_embeddings(codes.to(self.device), self.grid)
         return self.decoder(decoder).decode(
@@ -168,6 +175,8 @@ class LaytonTokenizer(ImageTokenizer):
         Raises:
             ValueError: If there is no image, or the policy is unknown.
         """
+        if isinstance(images, Image.Image) or not all(isinstance(image, Image.Image) for image in images):
+            raise TypeError("images must be a list of PIL images; `layton.data.images.load_image` reads files safely")
         if not images:
             raise ValueError("no images to encode")
         fitted = [fit_image(plain_rgb(image), self.image_size, policy=policy) for image in images]
@@ -230,7 +239,9 @@ class LaytonTokenizer(ImageTokenizer):
         return self.quantizer.fingerprint()
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write all parts but the latent diffusion model, whose diffusers folder belongs beside them as ``ldm/``.
+        """Write all parts, and beside them as ``ldm/`` a copy of the latent diffusion model that they were loaded with.
+
+        Of a tokenizer made of parts, its diffusers folder has to be put there.
 
         Args:
             folder: Where to write.
@@ -259,6 +270,8 @@ class LaytonTokenizer(ImageTokenizer):
             "decoders": classes,
             "default_decoder": self.default_decoder,
         }
+        if self.ldm is not None and self.ldm.resolve() != (root / LDM_FOLDER).resolve():
+            shutil.copytree(self.ldm, root / LDM_FOLDER, dirs_exist_ok=True)
         save_config(root, config)
 
     @staticmethod
@@ -325,6 +338,7 @@ class LaytonTokenizer(ImageTokenizer):
             image_size=int(cast(int, config["image_size"])),
             default_decoder=default if default in loaded else None,
         )
+        tokenizer.ldm = place if any(decoder.needs_ldm for decoder in loaded.values()) else None
         return tokenizer.eval()
 
 

@@ -43,6 +43,7 @@ def generate(
     candidates: int | None = None,
     layout: Path | None = None,
     no_layout: bool = False,
+    unconditional: bool = False,
     weights: Weights | None = None,
     compile: bool = False,
     batch_size: int = 16,
@@ -76,6 +77,7 @@ def generate(
         layout: where objects shall stand, a JSON file such as [{"labels": ["star", "red"], "x": 0.3, "y": 0.5,
             "diameter": 0.25}]; by default the model's own planner says it, if there is one.
         no_layout: draw from the prompt alone, without the planner.
+        unconditional: accept an empty prompt, for pictures of anything.
         weights: of the model while it draws: bf16, or int8 on a CPU, to be quicker; by default as they are saved.
         compile: compile decoding first, which takes a quarter to half a minute: for many batches of the same size.
         batch_size: images drawn at once, each with its candidates; memory does not grow with the number of images.
@@ -110,6 +112,8 @@ def generate(
     require_sampling(sampling)
     if num_images > MAX_IMAGES:
         raise UsageError(f"--num-images must be at most {MAX_IMAGES}, got {num_images}")
+    if not prompt.strip() and not unconditional:
+        raise UsageError("the prompt is empty: say what to draw, or --unconditional")
     if layout is not None and no_layout:
         raise UsageError("give --layout or --no-layout, not both")
     placed = None if layout is None else read_layout(layout)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import inspect
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser
 
 from layton.commands import Command
 from layton.errors import UsageError
+
+_SECONDS_BETWEEN_LINES = 30.0
 
 
 def call_function(name: str, command: Command, args: Sequence[str]) -> int:
@@ -110,7 +113,7 @@ def _underscored(word: str) -> str:
 
 
 def progress(total: int | None, text: str) -> Any:
-    """A progress bar on standard error for long work; invisible when that is no terminal.
+    """A progress bar on standard error for long work; a line every half minute when that is no terminal.
 
     Args:
         total: number of steps, None when unknown.
@@ -121,4 +124,25 @@ def progress(total: int | None, text: str) -> Any:
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    return tqdm(total=total, desc=text, disable=not sys.stderr.isatty())
+    return tqdm(total=total, desc=text) if sys.stderr.isatty() else _Lines(total, text)
+
+
+class _Lines:
+    """What a log is told of long work."""
+
+    def __init__(self, total: int | None, text: str) -> None:
+        self.total, self.text, self.n = total, text, 0
+        self._said = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, n: int = 1) -> None:
+        self.n += n
+        if time.monotonic() - self._said >= _SECONDS_BETWEEN_LINES:
+            self._said = time.monotonic()
+            whole = "" if self.total is None else f" of {self.total:,}"
+            sys.stderr.write(f"layton: {self.text}: {self.n:,}{whole}\n")

@@ -21,6 +21,7 @@ from layton.losses.reconstruction import psnr
 from layton.pixel_decoder import CodeReader
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
 from layton.tasks.text_to_image import draw
+from layton.tasks.tokenizer import tell_health
 
 
 class DecoderTask(LaytonTask):
@@ -110,6 +111,7 @@ class DecoderTask(LaytonTask):
         terms = {"diffusion": self._diffusion(x_0, embeddings, self.step_generator("diffusion", device="cpu"))}
         if self.train_tokenizer:
             terms["codebook"] = codebook_loss
+            tell_health(self, self.quantizer)
         return self.log_losses(terms, batch_size=len(x_0))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

@@ -75,9 +75,7 @@ class TokenizerTask(LaytonTask):
         """Loss of one batch, ()."""
         output = self.quantizer(self.encoder(batch["image"]).float())
         decoded = self.decoder(output.embeddings).float()
-        if self.global_step % HEALTH_INTERVAL == 0:
-            health = self.quantizer.health()
-            self.log_dict({"train/usage": health.usage, "train/perplexity": health.perplexity})
+        tell_health(self, self.quantizer)
         return self._losses(batch["image"], decoded, output.loss)
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
@@ -203,10 +201,13 @@ class AdversarialTokenizerTask(TokenizerTask, ManualTask):
         images, step = batch["image"], self.global_step
         output = self.quantizer(self.encoder(images).float())
         decoded = self.decoder(output.embeddings).float()
+        tell_health(self, self.quantizer)
         loss = self._losses(images, decoded, output.loss)
         ramp = min(1.0, max(0.0, (step - self.start_step + 1) / max(1, self.ramp_steps)))
         if ramp > 0:
-            loss = loss + self.adversarial_weight * ramp * hinge_generator_loss(self.discriminator(decoded).float())
+            adversarial = hinge_generator_loss(self.discriminator(decoded).float())
+            self.log("train/adversarial", adversarial.detach())  # beside train/loss, which is of all other terms
+            loss = loss + self.adversarial_weight * ramp * adversarial
         with self.turn_of(generator_optimizer):
             self.learn(generator_optimizer, loss)
         if step >= self.start_step - self.lead_steps:
@@ -215,6 +216,13 @@ class AdversarialTokenizerTask(TokenizerTask, ManualTask):
             self.log("train/discriminator", judge_loss.detach())
             with self.turn_of(judge_optimizer):
                 self.learn(judge_optimizer, judge_loss, counted=False)
+
+
+def tell_health(task: LaytonTask, quantizer: Quantizer) -> None:
+    """Log, every so many steps, how much of a codebook that learns is in use; it warns where that collapses."""
+    if quantizer.training and task.global_step % HEALTH_INTERVAL == 0:
+        health = quantizer.health()
+        task.log_dict({"train/usage": health.usage, "train/perplexity": health.perplexity})
 
 
 def source_masks(keys: list[str]) -> dict[str, Tensor]:

@@ -193,3 +193,27 @@ def test_importing_the_package_and_the_command_line_is_light() -> None:
     heavy = "{'torch', 'diffusers', 'transformers', 'lightning', 'timm', 'torchmetrics'}"
     code = f"import sys, layton, layton.cli; found = {heavy} & set(sys.modules); assert not found, found"
     subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603
+
+
+def test_a_saved_tokenizer_comes_with_the_diffusion_model_of_its_decoders(tmp_path: Path) -> None:
+    names = ["light", "consistency", "diffusion"]
+    model = LaytonTokenizer.from_pretrained("mini", decoders=names)
+    model.save_pretrained(tmp_path / "copy")
+    copy = LaytonTokenizer.from_pretrained(tmp_path / "copy", decoders=names)
+    codes = torch.zeros(1, model.num_tokens, dtype=torch.long)
+    assert torch.equal(copy.decode(codes), model.decode(codes))
+    (tmp_path / "copy/ldm/unet/config.json").unlink()
+    with pytest.raises(ValueError, match="holds no UNet"):
+        LaytonTokenizer.from_pretrained(tmp_path / "copy", decoders=names)
+
+
+def test_what_is_no_picture_is_told() -> None:
+    model = tiny()
+    size = model.image_size
+    with pytest.warns(UserWarning, match=r"takes \[-1, 1\], not \[0, 1\]"):
+        model.encode(torch.linspace(0, 1, 3 * size * size).view(1, 3, size, size))
+    for wrong in ("a.jpg", ["a.jpg"], Image.new("RGB", (8, 8))):
+        with pytest.raises(TypeError, match="list of PIL images"):
+            model.encode_images(wrong)
+    with pytest.raises(ValueError, match="at least one image"):
+        model.decode(torch.zeros(0, model.num_tokens, dtype=torch.long))

@@ -66,3 +66,8 @@ def test_values_that_can_never_be_right(
 def test_what_jsonargparse_refuses(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words.split()) == 2
     assert "error:" in capsys.readouterr().err
+
+
+def test_an_empty_prompt_has_to_be_meant(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["generate", "  ", "--out", str(tmp_path / "o")]) == 2
+    assert "--unconditional" in capsys.readouterr().err and not (tmp_path / "o").exists()

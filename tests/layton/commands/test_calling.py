@@ -6,7 +6,7 @@ from types import ModuleType
 import pytest
 
 from layton.commands import Command
-from layton.commands.calling import call_function
+from layton.commands.calling import call_function, progress
 
 seen: list[tuple[str, bool, int]] = []
 
@@ -40,3 +40,10 @@ def test_a_switch_needs_no_value(
     monkeypatch.setitem(sys.modules, "toy_commands", module)
     assert call_function("toy", Command("toy_commands", "toy", "a toy"), words) == 0
     assert seen.pop() == expected
+
+
+def test_logs_are_told_of_long_work(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layton.commands.calling._SECONDS_BETWEEN_LINES", 0.0)
+    with progress(2000, "encode") as bar:
+        bar.update(1500)
+    assert capsys.readouterr().err == "layton: encode: 1,500 of 2,000\n" and bar.n == 1500

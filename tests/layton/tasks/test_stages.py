@@ -237,7 +237,7 @@ def test_adversarial_stage_0_trains_the_judge_before_it_counts(tmp_path: Path) -
     }
     run = run_file(model, source("train", 8), source("validation", 4))
     steps = {"every_n_train_steps": 2, "keep": -1}
-    run["trainer"] |= {"max_steps": 5, "val_check_interval": 1, "accumulate_grad_batches": 2}
+    run["trainer"] |= {"max_steps": 5, "val_check_interval": 1, "accumulate_grad_batches": 2, "log_every_n_steps": 1}
     run["trainer"]["callbacks"].append({"class_path": "layton.callbacks.SafeCheckpoint", "init_args": steps})
     fit(tmp_path, "adversarial", run)
     newest = torch.load(tmp_path / "adversarial/checkpoints/step=00000005.ckpt", weights_only=True)
@@ -247,6 +247,8 @@ def test_adversarial_stage_0_trains_the_judge_before_it_counts(tmp_path: Path) -
     assert LaytonTokenizer.from_pretrained(tmp_path / "adversarial/export").image_size == SIZE
     saved = {int(path.stem.removeprefix("step=")) for path in (tmp_path / "adversarial" / "checkpoints").glob("*.ckpt")}
     assert saved == {2, 4, 5}  # steps of the tokenizer: the judge's are not counted
+    logged = (tmp_path / "adversarial/logs/version_0/metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train/adversarial", "train/usage", "train/perplexity"} <= set(logged)
 
 
 def test_text_to_image_run_then_stage_1_on_its_export(tmp_path: Path) -> None:

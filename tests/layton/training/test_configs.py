@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,11 @@ def test_run_files_that_share_a_cache_agree_on_what_is_in_it() -> None:
     assert len(caches) > 3
     for folder, makers in caches.items():
         assert len(makers) == 1, (folder, makers)
+
+
+def test_every_folder_of_run_files_is_installed() -> None:
+    project = tomllib.loads((CONFIGS.parent / "pyproject.toml").read_text())
+    installed = project["tool"]["setuptools"]["data-files"]
+    folders = {path.parent.relative_to(CONFIGS.parent).as_posix() for path in CONFIGS.rglob("*.yaml")}
+    assert {f"share/layton/{folder}" for folder in folders} <= installed.keys()
+    assert all(installed[f"share/layton/{folder}"] == [f"{folder}/*.yaml"] for folder in folders)

@@ -33,6 +33,7 @@ def hostile(folder: Path) -> dict[str, str]:
         "deep": "model: " + "[" * 100_000,
         "deep mapping": "model: " + "{a: " * 100_000,
         "aliases": bomb,
+        "few aliases": "\n".join(bomb.splitlines()[:32]) + "\n",
         "large": "a: " + "x" * MAX_BYTES,
         "binary": "\x00\x01",
     }
