@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from layton.errors import UsageError
@@ -15,8 +16,9 @@ INDEX_FILES = ("config.json", "model_index.json", "few_step.json")
 def resolve(name: Path | str, *, part: str = "") -> Path:
     """The folder that ``name`` means.
 
-    A path that exists wins; otherwise the name of an embedded model, of which ``part`` is a sub-folder. Finished
-    weights win over interim ones (those of a training that goes on).
+    A path that exists wins; otherwise the name of an embedded model, of which ``part`` is a sub-folder, finished
+    weights before interim ones (those of a training that goes on); or a name on the Hugging Face hub, of which nothing
+    is downloaded: only what lies in its local cache is found.
 
     Args:
         name: A folder, or the name of an embedded model such as ``"mini"``.
@@ -32,6 +34,9 @@ def resolve(name: Path | str, *, part: str = "") -> Path:
         embedded = root / str(name) / part
         if Path(name).name == str(name) and any((embedded / index).is_file() for index in INDEX_FILES):
             return embedded
+    cached = _cached(str(name), INDEX_FILES)
+    if cached is not None:
+        return cached
     known = sorted(path.name for path in ASSETS.glob("*") if path.is_dir() and path.name != "interim")
     raise ValueError(f"{name!s} is neither a folder nor an embedded model with {part or 'weights'} (known: {known})")
 
@@ -52,16 +57,16 @@ def find_pipeline(name: Path | str) -> Path:
     if folder.is_dir():
         raise UsageError(f"{name} is no diffusers pipeline folder: it holds neither {index} nor ldm/{index}")
     try:
-        return resolve(name, part="ldm")
+        found = resolve(name, part="ldm")
+        if not (found / index).is_file():
+            raise ValueError(f"{found} holds no {index}")
     except ValueError as error:
-        cached = _cached(str(name))
-        if cached is None:
-            raise UsageError(f"no pipeline folder at {name}, nor one of this name in the Hugging Face cache") from error
-        return cached
+        raise UsageError(f"no pipeline folder at {name}, nor one of this name in the Hugging Face cache") from error
+    return found
 
 
-def _cached(name: str) -> Path | None:
-    """Newest snapshot of a hub's repository in the local cache that holds a pipeline."""
+def _cached(name: str, wanted: Collection[str]) -> Path | None:
+    """Newest snapshot of a hub's repository in the local cache that holds one of some files."""
     if name.count("/") != 1 or name.startswith((".", "/")):
         return None
     from huggingface_hub import snapshot_download
@@ -71,4 +76,4 @@ def _cached(name: str) -> Path | None:
         folder = Path(snapshot_download(name, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError):
         return None
-    return folder if (folder / INDEX_FILES[1]).is_file() else None
+    return folder if any((folder / index).is_file() for index in wanted) else None

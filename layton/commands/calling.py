@@ -37,7 +37,7 @@ def call_function(name: str, command: Command, args: Sequence[str]) -> int:
     """
     function: Callable[..., int | None] = getattr(import_module(command.module), command.function)
     parser = function_parser(function, program=f"layton {name}")
-    given = parser.parse_args(_flags_spelt_out(function, [_underscored(word) for word in args])).as_dict()
+    given = parser.parse_args(_words_of(function, [_underscored(word) for word in args])).as_dict()
     figures = given.get("json")
     if isinstance(figures, Path) and figures.is_dir():
         raise UsageError(f"--json {figures} is a folder, and a file is to be written")
@@ -103,6 +103,29 @@ def _flags_spelt_out(function: Callable[..., Any], words: list[str]) -> list[str
         f"{word}=true" if word in flags and after.lower() not in ("true", "false", "yes", "no") else word
         for word, after in pairwise([*words, ""])
     ]
+
+
+def _words_of(function: Callable[..., Any], words: list[str]) -> list[str]:
+    return _flags_spelt_out(function, _lists_joined(function, words))
+
+
+def _lists_joined(function: Callable[..., Any], words: list[str]) -> list[str]:
+    """``--config a --config b`` as ``--config a b``: of an option that is repeated, argparse keeps the last alone."""
+    hints, at_the_end = get_type_hints(function), list(words)
+    lists = [name for name in inspect.signature(function).parameters if _item_type(hints[name]) is not None]
+    for option in [f"--{name}" for name in lists]:
+        if sum(word.partition("=")[0] == option for word in words) < 2:
+            continue
+        values, rest, taking = [], [], False
+        for word in at_the_end:
+            name, equals, value = word.partition("=")
+            taking = name == option or (taking and not word.startswith("--"))
+            if not taking:
+                rest.append(word)
+            elif name != option or equals:
+                values.append(value if name == option else word)
+        at_the_end = [*rest, option, *values]
+    return at_the_end
 
 
 def _underscored(word: str) -> str:

@@ -180,7 +180,8 @@ class CodesFile:
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
-            raise ValueError(f"{path}: no such file")
+            tokens = " (tokens of a dataset: `layton data decode`)" if path.is_dir() else ""
+            raise ValueError(f"{path}: no such file{tokens}")
         try:
             self._file = safe_open(str(path), framework="pt")
         except (SafetensorError, OSError) as error:

@@ -6,7 +6,7 @@ from types import ModuleType
 import pytest
 
 from layton.commands import Command
-from layton.commands.calling import call_function, progress
+from layton.commands.calling import _lists_joined, call_function, progress
 
 seen: list[tuple[str, bool, int]] = []
 
@@ -47,3 +47,12 @@ def test_logs_are_told_of_long_work(capsys: pytest.CaptureFixture[str], monkeypa
     with progress(2000, "encode") as bar:
         bar.update(1500)
     assert capsys.readouterr().err == "layton: encode: 1,500 of 2,000\n" and bar.n == 1500
+
+
+def test_a_list_may_be_given_in_parts() -> None:
+    def command(*, config: list[str], other: list[str] | None = None, x: int = 0) -> None: ...
+
+    words = ["--config", "a", "--x", "1", "--config=b", "--config", "c", "d", "--other", "e"]
+    assert _lists_joined(command, words) == ["--x", "1", "--other", "e", "--config", "a", "b", "c", "d"]
+    once = ["--config", "a", "b", "--x", "1"]
+    assert _lists_joined(command, once) == once

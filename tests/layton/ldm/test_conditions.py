@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from distill.few_step import FewStepSampling
 from distill.models import denoiser_from_pipeline
 from generation.text_encoders import text_encoder as load_text_encoder
-from layton.assets import find_pipeline
+from layton.assets import find_pipeline, resolve
 from layton.commands.text_to_image import TextToImage
 from layton.control import encode_null_caption, load_unet
 from layton.distillation.distilled import save_distilled, student_pipeline
@@ -130,7 +130,8 @@ def test_a_pipeline_that_the_hub_gave_before_is_found_by_its_name(
     (tmp_path / "hub" / "models--org--name" / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
-    assert find_pipeline("org/name").resolve() == snapshot.resolve()
+    assert find_pipeline("org/name").resolve() == resolve("org/name").resolve() == snapshot.resolve()
+    assert load_text_encoder("org/name").width == load_text_encoder(str(snapshot)).width
     for absent in ("org/other", "org/name/more", "./org/name"):
         with pytest.raises(UsageError, match="no pipeline folder at"):
             find_pipeline(absent)
