@@ -24,6 +24,7 @@ _END_OF_ARCHIVE = 2 * _BLOCK  # two blocks of zeros (POSIX.1-2001, pax interchan
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 _IMAGE, _TEXT, _JSON = 0, 1, 2
 _KIND = {"jpg": _IMAGE, "jpeg": _IMAGE, "png": _IMAGE, "webp": _IMAGE, "txt": _TEXT, "json": _JSON}
+_NAMED = 4  # kinds of members in a message
 _ABSENT = -1
 _MAX_NAME_BYTES = 255
 
@@ -140,7 +141,7 @@ class _Builder:
         self.keys.append(key)
         self.rows.append([members[kind][1:] if kind in members else (_ABSENT, 0) for kind in (_IMAGE, _TEXT, _JSON)])
 
-    def close(self) -> None:
+    def close(self, ignored: Counter[str]) -> None:
         """Close the last sample, and see whether the shard held any and all were whole."""
         self.finish()
         if self.halves:
@@ -149,7 +150,8 @@ class _Builder:
                 f"({len(self.halves)} such; captions='optional' accepts them)"
             )
         if not self.keys and not self.missing:
-            raise ShardError(f"{self.name}: holds no samples")
+            others = ", ".join(f"{count} {kind}" for kind, count in ignored.most_common(_NAMED))
+            raise ShardError(f"{self.name}: holds no samples" + (f" (passed over: {others})" if others else ""))
 
 
 def index_shard(path: Path, *, captions: Captions = "required") -> ShardIndex:
@@ -172,7 +174,7 @@ def index_shard(path: Path, *, captions: Captions = "required") -> ShardIndex:
             builder, ignored = _Builder(name, captions), Counter[str]()
             for member in _members(file, name, status.st_size):
                 _classify(member, builder, ignored)
-            builder.close()
+            builder.close(ignored)
     except OSError as error:
         raise ShardError(f"{name}: cannot be read ({error.strerror or error})") from error
     spans = np.array(builder.rows, dtype=np.int64).reshape(-1, 3, 2)

@@ -78,7 +78,7 @@ def members(kit, *names):
         (("1.jpg", "2.jpg", "2.txt"), r"half a sample: key '1'"),
         (("1.jpg", "1.txt", "2.jpg"), r"half a sample: key '2'"),
         ((), r"holds no samples"),
-        (("1.cls", "README"), r"holds no samples"),
+        (("1.cls", "2.cls", "README"), r"holds no samples \(passed over: 2 \.cls"),
     ],
 )
 def test_ambiguous_shards_are_refused_by_name(kit, tmp_path, names, message):
