@@ -145,9 +145,8 @@ class _Call:
                     tensor.register_hook(self._came)
 
     def _came(self, _: Tensor) -> None:
-        this = (
-            torch._C._current_graph_task_id()
-        )  # as torch's own register_multi_grad_hook, which would keep the tensors
+        # as torch's own register_multi_grad_hook tells passes apart, which would keep the tensors
+        this = torch._C._current_graph_task_id()
         if this != self._pass:
             self._pass = this
             self.report(self.samples)

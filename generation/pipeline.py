@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -40,7 +39,7 @@ from generation.text_encoders import TextCut, TextEncoder, TextFeatures
 from generation.transformer import LaytonGenTransformer
 from layton import assets
 from layton.interface import Generators
-from layton.tokenizer import LDM_FOLDER, LaytonTokenizer
+from layton.tokenizer import LaytonTokenizer
 
 MAX_IMAGES = 10_000
 UNPLANNED = (
@@ -94,7 +93,6 @@ class LaytonGenPipeline:
         self.text_encoder = generator.text_encoder.eval()
         self.planner = None if generator.planner is None else generator.planner.eval()
         self.tokenizer = tokenizer.eval()
-        self._ldm: Path | None = None
         self._packed: PackedCopy[LaytonGenTransformer] = PackedCopy()
 
     @classmethod
@@ -131,9 +129,7 @@ class LaytonGenPipeline:
         beside = judge_beside(place)
         if judge is None and beside is not None:
             judge = CaptionJudge.from_pretrained(beside, allow=allow)
-        pipeline = cls(generator, LaytonTokenizer.from_pretrained(place, decoders=decoders, allow=allow), judge)
-        pipeline._ldm = place / LDM_FOLDER if (place / LDM_FOLDER).is_dir() else None
-        return pipeline
+        return cls(generator, LaytonTokenizer.from_pretrained(place, decoders=decoders, allow=allow), judge)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write tokenizer, latent diffusion model and, in ``laytongen/``, the generator: the layout of ``mini``.
@@ -146,7 +142,7 @@ class LaytonGenPipeline:
             ValueError: If a part that belongs in the folder is not known, or cannot be stored as ``dtype``.
         """
         root = Path(folder)
-        if self._ldm is None and any(decoder.needs_ldm for decoder in self.tokenizer.decoders.values()):
+        if self.tokenizer.ldm is None and any(decoder.needs_ldm for decoder in self.tokenizer.decoders.values()):
             raise ValueError(
                 "the latent diffusion model of the tokenizer's decoders is not at hand: load the pipeline with the "
                 "tokenizer's folder instead of a LaytonTokenizer"
@@ -154,8 +150,6 @@ class LaytonGenPipeline:
         if self.transformer.config.get("int8") and dtype not in (None, torch.float32):
             raise ValueError(f"an int8 transformer is saved as it is: give no dtype, got {dtype}")
         self.tokenizer.save_pretrained(root, dtype=dtype)
-        if self._ldm is not None and self._ldm.resolve() != (root / LDM_FOLDER).resolve():
-            shutil.copytree(self._ldm, root / LDM_FOLDER, dirs_exist_ok=True)
         if self.judge is not None:
             self.judge.save_pretrained(root / JUDGE_PART, dtype=dtype)
         parts = Generator(self.transformer, self.text_encoder, self.card, self.planner)

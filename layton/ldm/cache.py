@@ -190,6 +190,7 @@ class _Encode:
 
     def __init__(self, autoencoder: str, tokenizer: str | None, *, keep_images: bool = False) -> None:
         self.folders = (autoencoder, tokenizer)
+        self.code_size = None if tokenizer is None else code_size(tokenizer)
         self.keep_images = keep_images
         self.parts: tuple[Autoencoder, Any] | None = None
 
@@ -208,7 +209,7 @@ class _Encode:
             tensors = {"latent": autoencoder.encode(images.to(memory_format=torch.channels_last)).half().contiguous()}
         if codes_of is not None:
             encoder, quantizer = codes_of
-            codes = quantizer.encode(encoder(at_code_size(images, code_size(str(self.folders[1])))).float())
+            codes = quantizer.encode(encoder(at_code_size(images, self.code_size)).float())
             tensors["codes"] = codes.to(torch.int16 if quantizer.vocab_size <= 2**15 else torch.int32)
         if self.keep_images:
             tensors["image"] = ((images + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -89,7 +89,7 @@ class DistillTask(ManualTask):
         latent_size: h = w; by default what the pipeline makes by default.
         gradient_clip: Largest gradient norm of either optimizer; 0 does not clip.
         frozen_dtype: Of weights that do not learn, network and text encoders; bfloat16 halves their memory beside
-            adaptors, which stay float32 (FLUX: 34 GB in place of 67).
+            adaptors, which stay float32.
         gradient_checkpointing: What backward passes of the network compute again instead of keeping
             (`distill.recompute`): ``cheap`` all but products and convolutions, which takes little time; true whole
             blocks, for the price of a forward pass; false nothing.

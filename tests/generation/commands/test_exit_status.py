@@ -26,6 +26,7 @@ WRONG = [
     "tokenize scenes --out o --offset -1",
     "tokenize scenes --out o --text-length 9",
     "convert gpt x.pt --out o --num-tokens 0",
+    "tokenize scenes --out o --text-cleaning deepfloyd",
     "convert gpt x.pt --out o --num-heads 0",
     "data check scenes",
     "evaluate sceneval --per-task 0",
