@@ -7,8 +7,9 @@ from torch import nn
 
 
 def quick_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16; float32 on CPUs without matrix units, where bfloat16 is from slower to twenty times as slow."""
-    if device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
+    """bfloat16; float32 on CPUs that do not multiply it, where it is from slower to twenty times as slow."""
+    cpu = torch.cpu
+    if device.type == "cpu" and not (cpu._is_amx_tile_supported() or cpu._is_avx512_bf16_supported()):
         return torch.float32
     return torch.bfloat16
 

@@ -12,16 +12,19 @@ import json
 import os
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
+from numpy.typing import NDArray
 from webdataset.shardlists import expand_urls
 
 from layton.data.images import DEFAULT_LIMITS, ImageError, ImageLimits, load_image
+from layton.data.shard_indexes import index_shards
 from layton.data.sources import StoredImage, StoredSource
-from layton.data.tar import Captions, ShardError, ShardIndex, Span, index_shard
+from layton.data.tar import Captions, ShardError, ShardIndex, Span
 from layton.data.transforms import SampleTransform
 from layton.data.types import Split, check_split, split_of_key
 
@@ -63,18 +66,12 @@ class ShardSource(StoredSource):
         self.paths = expand_shards(shards)
         self.split = check_split(split)
         self.limits = limits or DEFAULT_LIMITS
-        self.indexes = [index_shard(path, captions=captions) for path in self.paths]
+        self.indexes = index_shards(self.paths, captions=captions)
         if not repeated_keys:
             _check_unique(self.indexes)
         self.ignored = sum((index.ignored for index in self.indexes), Counter[str]())
-        self._rows = [[row for row, key in enumerate(index.keys) if self._wanted(key)] for index in self.indexes]
-        self._ends = list(accumulate(len(rows) for rows in self._rows))
-        self._keys = [
-            f"{index.path.stem}/{index.keys[row]}"
-            for index, rows in zip(self.indexes, self._rows, strict=True)
-            for row in rows
-        ]
-        if not self._keys:
+        self._keys = _ShardKeys(self.indexes, self._wanted)
+        if not len(self._keys):
             raise ValueError(f"split {split!r} of {len(self.paths)} shards ({self.paths[0]}, ...) holds no images")
         for index in self.indexes:
             missing = [key for key in index.missing if self._wanted(key)]
@@ -88,7 +85,9 @@ class ShardSource(StoredSource):
 
     def stamp(self) -> str:
         """See `StoredSource.stamp`; of every shard the size, and some of its bytes."""
-        found = hashlib.sha256("\n".join(self._keys).encode("utf-8", "replace"))
+        found = hashlib.sha256()
+        for number, key in enumerate(self._keys):
+            found.update(("\n" * (number > 0) + key).encode("utf-8", "replace"))
         for path in self.paths:
             size = path.stat().st_size
             with path.open("rb") as shard:
@@ -105,8 +104,8 @@ class ShardSource(StoredSource):
             ImageError: If the image or its caption is broken.
             ShardError: If the shard changed since it was indexed.
         """
-        shard_number, row = self._locate(index)
-        shard, key = self.indexes[shard_number], self._keys[index]
+        shard, row = self._locate(index)
+        key = self._keys[index]
         span = shard.image(row)
         if span.size > self.limits.max_bytes:
             raise ImageError(f"{key}: {span.size} bytes, more than the {self.limits.max_bytes} allowed")
@@ -119,13 +118,12 @@ class ShardSource(StoredSource):
         Args:
             index: In [0, len).
         """
-        shard_number, row = self._locate(index)
-        return self._files.read(self.indexes[shard_number], self.indexes[shard_number].image(row))
+        shard, row = self._locate(index)
+        return self._files.read(shard, shard.image(row))
 
-    def _locate(self, index: int) -> tuple[int, int]:
-        shard_number = bisect.bisect_right(self._ends, index)
-        start = self._ends[shard_number - 1] if shard_number else 0
-        return shard_number, self._rows[shard_number][index - start]
+    def _locate(self, index: int) -> tuple[ShardIndex, int]:
+        number, row = self._keys.locate(index)
+        return self.indexes[number], row
 
     def _wanted(self, key: str) -> bool:
         return self.split is None or split_of_key(key) == self.split
@@ -191,13 +189,57 @@ def absolute_pattern(pattern: str) -> str:
     return pattern if _SCHEME.match(pattern) else os.path.abspath(pattern)
 
 
+class _ShardKeys(Sequence[str]):
+    """Keys "shard/key" of the wanted samples, put together when they are asked for: a row number is all each takes."""
+
+    def __init__(self, indexes: Sequence[ShardIndex], wanted: Callable[[str], bool]) -> None:
+        self._indexes = indexes
+        self._rows = [
+            np.fromiter((row for row, key in enumerate(index.keys) if wanted(key)), dtype=np.int32) for index in indexes
+        ]
+        self._ends = list(accumulate(len(rows) for rows in self._rows))
+
+    def __len__(self) -> int:
+        """How many."""
+        return self._ends[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        """One key, or a list of some."""
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        number, row = self.locate(range(len(self))[index])
+        shard = self._indexes[number]
+        return f"{shard.path.stem}/{shard.keys[row]}"
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Number of the shard, and the sample's row in it; the index is in [0, len)."""
+        number = bisect.bisect_right(self._ends, index)
+        start = self._ends[number - 1] if number else 0
+        return number, int(self._rows[number][index - start])
+
+
 def _check_unique(indexes: list[ShardIndex]) -> None:
+    """No key in two shards. Digests of 8 bytes are compared; keys of equal digests are then looked at themselves."""
+    digests = np.concatenate([_digests(index.keys) for index in indexes])
+    alike, counts = np.unique(digests, return_counts=True)
+    suspects = set(alike[counts > 1].tolist())
     owner: dict[str, Path] = {}
-    for index in indexes:
-        for key in index.keys:
+    for index in indexes if suspects else ():
+        for row in np.flatnonzero(np.isin(_digests(index.keys), list(suspects))).tolist():
+            key = index.keys[row]
             if key in owner:
                 raise ShardError(f"key {key!r} is in both {owner[key]} and {index.path} (repeated_keys accepts that)")
             owner[key] = index.path
+
+
+def _digests(keys: Sequence[str]) -> NDArray[np.int64]:
+    return np.fromiter((hash(key) for key in keys), dtype=np.int64, count=len(keys))
 
 
 class _OpenShards:

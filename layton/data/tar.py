@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from layton.data.texts import PackedTexts
 
 Captions = Literal["required", "optional"]
 
@@ -53,7 +55,7 @@ class ShardIndex:
     Attributes:
         path: The shard.
         stamp: Size in bytes and time of modification in ns when it was indexed.
-        keys: Keys of the samples that have an image, in the order of the shard.
+        keys: Keys of the samples that have an image, in the order of the shard; packed, as there may be millions.
         spans: (n, 3, 2) int64, offset and size of image, text and JSON; offset -1 where there is none.
         missing: Keys with a caption but no image.
         ignored: How many members were passed over, by reason.
@@ -61,7 +63,7 @@ class ShardIndex:
 
     path: Path
     stamp: tuple[int, int]
-    keys: list[str]
+    keys: Sequence[str]
     spans: NDArray[np.int64]
     missing: list[str]
     ignored: Counter[str]
@@ -179,7 +181,7 @@ def index_shard(path: Path, *, captions: Captions = "required") -> ShardIndex:
         raise ShardError(f"{name}: cannot be read ({error.strerror or error})") from error
     spans = np.array(builder.rows, dtype=np.int64).reshape(-1, 3, 2)
     stamp = (status.st_size, status.st_mtime_ns)
-    return ShardIndex(path, stamp, builder.keys, spans, builder.missing, ignored)
+    return ShardIndex(path, stamp, PackedTexts(builder.keys), spans, builder.missing, ignored)
 
 
 def _check_kind(name: str, size: int, head: bytes) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 class PackedTexts(Sequence[str]):
@@ -25,6 +26,29 @@ class PackedTexts(Sequence[str]):
             ends.append(len(content))
         self._content = np.frombuffer(content, dtype=np.uint8)
         self._ends = np.frombuffer(ends, dtype=np.int64) if ends else np.zeros(0, dtype=np.int64)
+
+    @classmethod
+    def of_arrays(cls, content: NDArray[np.uint8], ends: NDArray[np.int64]) -> PackedTexts:
+        """Texts from what `arrays` gave.
+
+        Args:
+            content: (n,) uint8.
+            ends: (count,) int64, rising.
+
+        Raises:
+            ValueError: They do not fit together.
+        """
+        rising = np.concatenate([[0], ends, [len(content)]])
+        if content.dtype != np.uint8 or ends.dtype != np.int64 or (np.diff(rising) < 0).any():
+            raise ValueError("no packed texts: their ends do not rise up to the length of the content")
+        texts = cls()
+        texts._content, texts._ends = content, ends
+        return texts
+
+    @property
+    def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """UTF-8 of all texts (n,), and where each ends in it (count,)."""
+        return self._content, self._ends
 
     def __len__(self) -> int:
         """How many."""

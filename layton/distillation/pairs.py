@@ -29,6 +29,7 @@ from layton.data.randomness import mix
 from layton.data.sources import SampleSource
 from layton.distillation.pair_files import claim_folder, is_there, write_part
 from layton.folder import write_atomically
+from layton.precision import quick_dtype
 
 ConditionOf = Callable[[Mapping[str, Any]], Condition]
 """Batch of samples (``caption`` a list of B texts, tensors (B, ...)) to its condition."""
@@ -229,10 +230,11 @@ def _solve(
 ) -> Tensor:
     """The teacher's latents on the CPU; noise is moved to where its weights are.
 
-    An accelerator multiplies in bfloat16, several times as fast; states stay float32, and latents are kept as float16.
+    Products are bfloat16's where that is quicker; states stay float32, and latents are kept as float16.
     """
     device = next(iter([*teacher.parameters(), *teacher.buffers()]), noise).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
+    dtype = quick_dtype(device)
+    with torch.autocast(device.type, dtype, enabled=dtype is torch.bfloat16):
         return solver.solve(teacher, noise.to(device), condition, null).float().cpu()
 
 

@@ -107,7 +107,7 @@ def test_a_key_in_two_shards_names_both(kit, tmp_path):
         kit.shard(tmp_path / f"{name}.tar", ["000001"])
     with pytest.raises(ShardError, match=r"'000001' is in both .*a\.tar and .*b\.tar"):
         source(str(tmp_path / "*.tar"))
-    assert source(str(tmp_path / "*.tar"), repeated_keys=True).keys == ["a/000001", "b/000001"]
+    assert source(str(tmp_path / "*.tar"), repeated_keys=True).keys[:] == ["a/000001", "b/000001"]
 
 
 def test_ranges_of_shards_as_webdataset_writes_them(kit, tmp_path):
@@ -173,12 +173,12 @@ def test_links_devices_and_folders_are_ignored(kit, tmp_path):
         odd.append(info)
     shard = kit.write_tar(tmp_path / "s.tar", [*odd, *kit.sample_members("000001")])
     data = source(str(shard))
-    assert data.keys == ["s/000001"] and data.ignored == {"not a regular file": 5}
+    assert data.keys[:] == ["s/000001"] and data.ignored == {"not a regular file": 5}
 
 
 def test_dotted_prefixes_and_folders_become_keys(kit, tmp_path):
     shard = kit.write_tar(tmp_path / "s.tar", members(kit, "./a/1.jpg", "./a/1.txt", "b/1.jpg", "b/1.txt"))
-    assert index_shard(shard).keys == ["a/1", "b/1"]
+    assert list(index_shard(shard).keys) == ["a/1", "b/1"]
 
 
 def test_broken_images_are_replaced_the_same_way_every_time(kit, tmp_path):

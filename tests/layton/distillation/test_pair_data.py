@@ -36,7 +36,8 @@ def test_pairs_of_a_pipeline_follow_its_prompts_and_guidance(tmp_path):
     latent = solver.solve(
         denoiser_from_pipeline(pipe), sample["noise"][None], Condition(embeds=text), Condition(embeds=empty)
     )
-    assert_close(sample["latent"].float(), latent[0], rtol=5e-3, atol=5e-3)
+    # made in bfloat16 where that is quicker
+    assert (sample["latent"].float() - latent[0]).norm() < 0.02 * latent[0].norm()
     assert_close(pairs().sample(1, seed=3)["latent"], sample["latent"], rtol=0, atol=0)  # read, not made
     # Of another rule, or another teacher, they go beside the first: these stay what they are.
     guided = pairs(TeacherSolver("ddim", 3, guidance_scale=3.0))

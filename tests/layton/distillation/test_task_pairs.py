@@ -155,7 +155,8 @@ def test_pairs_hold_both_sides_as_the_autoencoder_sees_them(folder: Path, tmp_pa
     for name, side in (("noise", before), ("latent", after)):
         with torch.no_grad():
             wanted = autoencoder.encode(side[5]["image"][None])[0]
-        assert_close(sample[name].float(), wanted, rtol=1e-2, atol=1e-2)
+        # encoded in bfloat16 where that is quicker
+        assert (sample[name].float() - wanted).norm() < 0.02 * wanted.norm()
 
 
 def test_pictures_that_are_no_pairs_are_refused(folder: Path, tmp_path: Path):
