@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,13 +18,15 @@ from layton.errors import UsageError
 
 if TYPE_CHECKING:
     from generation.layout import PlacedObject
+    from generation.text_encoders import TextCut
 
 _SLUG_LENGTH = 60
 
 
 def generate(
-    prompt: str,
+    prompts: list[str] | None = None,
     *,
+    prompt_file: Path | None = None,
     out: Path = Path("generated"),
     model: str = "mini",
     tokenizer: str | None = None,
@@ -52,19 +54,20 @@ def generate(
     allow: list[str] | None = None,
     json: Path | None = None,
 ) -> None:
-    """Draw images from a prompt; the same prompt and seed give the same picture.
+    """Draw images from prompts; the same prompt and seed give the same picture.
 
     Files are named by number, prompt and seed, such as 0000-a_red_circle-5.png.
 
     Args:
-        prompt: what to draw.
+        prompts: what to draw; each prompt in quotation marks.
+        prompt_file: a text file with a prompt on each line, drawn after those on the command line.
         out: folder for the PNG files; made if needed.
         model: embedded model or folder with a generator.
         tokenizer: its tokenizer, where it does not lie beside the generator.
         decoder: name of the code decoder; the tokenizer's own choice by default.
         steps: network evaluations of the decoder; its own number by default.
-        seed: of the first image; the following images count up from it.
-        num_images: how many.
+        seed: of the first image of each prompt; the following ones count up from it.
+        num_images: how many of each prompt.
         guidance_scale: of classifier-free guidance; 1 is none; the model's own by default.
         guidance_schedule: constant, or how guidance grows from 1 over the tokens: linear, or cosine.
         guidance_start: first token that is guided.
@@ -75,7 +78,7 @@ def generate(
         min_entropy: where the model is surer of the next code than so many nats, that is drawn plainly; 0 for nowhere.
         candidates: images drawn for each one that is kept: the one that the judge beside the tokenizer likes best.
         layout: where objects shall stand, a JSON file such as [{"labels": ["star", "red"], "x": 0.3, "y": 0.5,
-            "diameter": 0.25}]; by default the model's own planner says it, if there is one.
+            "diameter": 0.25}], for every prompt; by default the model's own planner says it, if there is one.
         no_layout: draw from the prompt alone, without the planner.
         unconditional: accept an empty prompt, for pictures of anything.
         weights: of the model while it draws: bf16, or int8 on a CPU, to be quicker; by default as they are saved.
@@ -110,15 +113,15 @@ def generate(
         no_layout,
     )
     require_sampling(sampling)
-    if num_images > MAX_IMAGES:
-        raise UsageError(f"--num-images must be at most {MAX_IMAGES}, got {num_images}")
-    if not prompt.strip() and not unconditional:
-        raise UsageError("the prompt is empty: say what to draw, or --unconditional")
+    wanted = _prompts(prompts or [], prompt_file, unconditional=unconditional)
+    if len(wanted) * num_images > MAX_IMAGES:
+        raise UsageError(f"at most {MAX_IMAGES} images at a time, got {len(wanted)} prompts times {num_images}")
     if layout is not None and no_layout:
         raise UsageError("give --layout or --no-layout, not both")
     placed = None if layout is None else read_layout(layout)
     seeds = range(seed, seed + num_images)
-    names = [picture_name(number, prompt, each) for number, each in enumerate(seeds)]
+    images = [(prompt, each) for prompt in wanted for each in seeds]
+    names = [picture_name(number, *image) for number, image in enumerate(images)]
     there = [name for name in names if (out / name).exists()]
     if there and not overwrite:
         raise UsageError(f"{out / there[0]} exists already: take another --out, or say --overwrite")
@@ -138,29 +141,59 @@ def generate(
     )
     loaded = time.perf_counter()
     told: list[Sequence[PlacedObject] | None] = []
-    cut: list[str] = []
-    batches = -(-num_images // batch_size)
-    with staged(out) as folder, progress(batches * draw.pipeline.num_tokens, "generate") as bar:
-        for start in range(0, num_images, batch_size):
-            part = seeds[start : start + batch_size]
+    cut: dict[int, TextCut] = {}  # by prompt, whose images may lie in several batches
+    batches = list(_batches(len(wanted), num_images, batch_size))
+    with staged(out) as folder, progress(len(batches) * draw.pipeline.num_tokens, "generate") as bar:
+        for which, part in batches:
             drawn = draw.draw(
-                [prompt],
-                [torch.Generator().manual_seed(each) for each in part],
+                [wanted[number] for number in which],
+                [torch.Generator().manual_seed(seed + each) for _ in which for each in part],
                 images_per_prompt=len(part),
-                layouts=None if placed is None else [placed],
+                layouts=None if placed is None else [placed] * len(which),
                 callback=lambda _: bar.update(1),
             )
-            told += drawn.layouts
-            cut = [str(each) for each in drawn.cut]  # of one prompt, alike in every batch
-            for name, image in zip(names[start:], drawn.images, strict=False):
+            cut |= {which[each.index]: replace(each, index=which[each.index]) for each in drawn.cut}
+            for name, image in zip(names[len(told) :], drawn.images, strict=False):
                 Image.fromarray(image).save(folder / name)
+            told += drawn.layouts
     seconds = time.perf_counter() - loaded
-    sys.stdout.write(f"{out}: {', '.join(names[:4])}{' ...' * (num_images > 4)} in {seconds:.1f} s\n")
+    sys.stdout.write(f"{out}: {', '.join(names[:4])}{' ...' * (len(names) > 4)} in {seconds:.1f} s\n")
     if json is not None:
         times = {"loading": loaded - started, "drawing": seconds}
-        settings = {**draw.settings(told=placed is not None), "prompt": prompt, "seed": seed}
+        settings = {**draw.settings(told=placed is not None), "prompts": wanted, "seed": seed, "num_images": num_images}
         where = [None if each is None else [asdict(item) for item in each] for each in told]
-        write_json(json, {"settings": settings, "seconds": times, "files": names, "layouts": where, "cut": cut})
+        record = {"files": names, "prompts": [prompt for prompt, _ in images], "seeds": [each for _, each in images]}
+        record |= {"layouts": where, "cut": [str(each) for each in cut.values()]}
+        write_json(json, {"settings": settings, "seconds": times, **record})
+
+
+def _prompts(given: Sequence[str], file: Path | None, *, unconditional: bool) -> list[str]:
+    """What is to be drawn.
+
+    Raises:
+        UsageError: It is not said, or an empty prompt is not meant.
+        ValueError: The file cannot be read, or holds no prompt.
+    """
+    from layton.data.prompts import PromptFile
+
+    found = list(given)
+    if file is not None:
+        source = PromptFile(str(file))
+        found += [source.sample(number, seed=0)["caption"] for number in range(len(source))]
+    if not found:
+        raise UsageError("say what to draw: a prompt, or --prompt-file")
+    if not all(prompt.strip() for prompt in found) and not unconditional:
+        raise UsageError("a prompt is empty: say what to draw, or --unconditional")
+    return found
+
+
+def _batches(num_prompts: int, num_images: int, batch_size: int) -> Iterator[tuple[range, range]]:
+    """Prompts and images of each that are drawn together: some whole prompts, or a part of one."""
+    together = max(1, batch_size // num_images)
+    for first in range(0, num_prompts, together):
+        for start in range(0, num_images, batch_size):
+            prompts = range(first, min(first + together, num_prompts))
+            yield prompts, range(start, min(start + batch_size, num_images))
 
 
 def picture_name(number: int, prompt: str, seed: int) -> str:

@@ -77,6 +77,40 @@ def test_every_setting_of_sampling_reaches_the_picture(model: str, tmp_path: Pat
     assert len(pictures) == 7
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_several_prompts_are_drawn_as_each_alone(model: str, tmp_path: Path, batch_size: int) -> None:
+    listed, figures = tmp_path / "prompts.txt", tmp_path / "f.json"
+    listed.write_text("a blue star\n\n  two red rings  \n", encoding="utf-8")
+    words = ["--model", model, "--seed", "5", "--num-images", "2"]
+    many = ["--prompt-file", str(listed), "--out", str(tmp_path / "many"), "--batch-size", str(batch_size)]
+    assert main(["generate", "a red circle", *words, *many, "--json", str(figures)]) == 0
+    told = json.loads(figures.read_text())
+    assert told["settings"]["prompts"] == ["a red circle", "a blue star", "two red rings"]
+    assert told["prompts"] == [prompt for prompt in told["settings"]["prompts"] for _ in range(2)]
+    assert told["seeds"] == [5, 6] * 3 and len(told["layouts"]) == 6
+    assert sorted(path.name for path in (tmp_path / "many").iterdir()) == told["files"]
+    assert main(["generate", "two red rings", *words, "--out", str(tmp_path / "one")]) == 0
+    for name, alone in zip(told["files"][4:], sorted((tmp_path / "one").iterdir()), strict=True):
+        assert (tmp_path / "many" / name).read_bytes() == alone.read_bytes()
+
+
+def test_what_to_draw_has_to_be_said(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", model, "--out", str(tmp_path / "out")]
+    blank = tmp_path / "blank.txt"
+    blank.write_text("\n")
+    for given, status, message in (
+        ([], 2, "say what to draw"),
+        (["a star", " "], 2, "a prompt is empty"),
+        (["--prompt-file", str(tmp_path / "none.txt")], 1, "cannot be read"),
+        (["--prompt-file", str(blank)], 1, "no prompts"),
+        (["a star", "a ring", "--num-images", "5001"], 2, "2 prompts times 5001"),
+    ):
+        assert main(["generate", *given, *words]) == status
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_cut_prompt_is_told_once_however_many_images(model: str, tmp_path: Path) -> None:
     words = ["generate", "a red circle " * 50, "--model", model, "--out", str(tmp_path / "out"), "--num-images", "3"]
     with pytest.warns(PromptCutWarning) as told:
