@@ -42,6 +42,7 @@ def tokenize(
     reworded: float = 0.0,
     textures: list[Texture] | None = None,
     repeated_keys: bool = False,
+    class_folders: bool = False,
     shard_size: int = 4096,
     batch_size: int = 16,
     max_bad: int = 0,
@@ -71,6 +72,7 @@ def tokenize(
         reworded: share of scene captions said in another way than the canonical one.
         textures: only scenes with one of these backgrounds; all by default.
         repeated_keys: accept shards that use the same keys; images are told apart by the shard's name as well.
+        class_folders: captions are the names of the folders in which the images lie, such as ImageNet's.
         shard_size: images in a shard.
         batch_size: images encoded at once.
         max_bad: broken images that are accepted.
@@ -110,6 +112,7 @@ def tokenize(
         reworded=reworded,
         textures=textures,
         repeated_keys=repeated_keys,
+        class_folders=class_folders,
         shard_size=shard_size,
         batch_size=batch_size,
         precision=precision,
@@ -153,6 +156,7 @@ def build_job(
     reworded: float,
     textures: list[Texture] | None,
     repeated_keys: bool,
+    class_folders: bool,
     shard_size: int,
     batch_size: int,
     precision: Literal["fp32", "bf16"],
@@ -179,6 +183,7 @@ def build_job(
         reworded=reworded,
         textures=textures,
         repeated_keys=repeated_keys,
+        class_folders=class_folders,
     )
     encoder = None
     if text_encoder is not None:
@@ -204,6 +209,7 @@ def open_source(
     reworded: float,
     textures: list[Texture] | None = None,
     repeated_keys: bool = False,
+    class_folders: bool = False,
 ) -> tuple[ImageSource, str]:
     """The images that are meant, and a name for them.
 
@@ -218,6 +224,8 @@ def open_source(
     known: Split | None = None if split == "all" else check_split(split)
     if not sources:
         raise UsageError("nothing to tokenize: name shards, a folder of images, or scenes")
+    if list(sources) == [SCENES] and class_folders:
+        raise UsageError("--class-folders is for one folder of images")
     if list(sources) == [SCENES]:
         scenes = ScenesSource(
             split=known or "train",
@@ -237,7 +245,10 @@ def open_source(
     folder = Path(sources[0]) if len(sources) == 1 and Path(sources[0]).is_dir() else None
     name = " ".join([Path(item).name for item in sources] + ([] if known is None else [known]))
     if folder is not None and not any(folder.glob("*.tar")):
-        return ImageFolderSource(str(folder), split=known, max_bad=None), name
+        name += " by classes" * class_folders
+        return ImageFolderSource(str(folder), split=known, classes=class_folders, max_bad=None), name
+    if class_folders:
+        raise UsageError("--class-folders is for one folder of images")
     shards = [str(folder / "*.tar")] if folder is not None else list(sources)
     images = ShardSource(shards, split=known, captions="optional", repeated_keys=repeated_keys, max_bad=None)
     return images, name

@@ -25,17 +25,19 @@ class ImageFolderSource(StoredSource):
 
     A caption comes from `captions.jsonl` or `metadata.jsonl` at the top (one {"file_name": ..., "caption" or "text":
     ...} a line, the layout of Hugging Face's imagefolder), else from a .txt file beside the image, else it is empty.
+    With ``classes`` it is the name of the folder at the top in which the image lies, as ImageNet's are.
 
     Args:
         folder: Where the images are.
         split: Keep only this split (`split_of_key` of the file's stem); None for all.
+        classes: Whether folders at the top are classes, and their names the captions.
         transform: Makes tensors of equal size; a centre crop to 256 pixels by default.
         max_bad: How many different broken or missing images are tolerated; None for any number.
         limits: What is refused from an image's header.
 
     Raises:
         ValueError: If the folder is missing, holds no image of the split, two images share a key, or the captions
-            file is malformed.
+            file is malformed, or an image belongs to no class.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class ImageFolderSource(StoredSource):
         folder: str,
         *,
         split: Split | None = "train",
+        classes: bool = False,
         transform: SampleTransform | None = None,
         max_bad: int | None = 100,
         limits: ImageLimits | None = None,
@@ -54,7 +57,7 @@ class ImageFolderSource(StoredSource):
         self.split = check_split(split)
         self.limits = limits or DEFAULT_LIMITS
         files = _find_images(self.folder)
-        self._captions = _read_captions(self.folder)
+        self._captions = _class_names(self.folder, files) if classes else _read_captions(self.folder)
         for name in sorted(set(self._captions) - {path.as_posix() for path in files}):
             self.bad.record(f"{name}: a caption without an image")
         self._files = [path for path in files if self.split is None or split_of_key(path.stem) == self.split]
@@ -115,6 +118,14 @@ def _find_images(folder: Path) -> list[Path]:
             (Path(parent) / name).relative_to(folder) for name in names if Path(name).suffix.lower() in _SUFFIXES
         )
     return sorted(found)
+
+
+def _class_names(folder: Path, files: list[Path]) -> dict[str, str]:
+    """File name to class."""
+    alone = [path for path in files if len(path.parts) == 1]
+    if alone:
+        raise ValueError(f"{folder / alone[0]}: lies in no class's folder")
+    return {path.as_posix(): path.parts[0] for path in files}
 
 
 def _unique_keys(folder_name: str, files: list[Path]) -> list[str]:

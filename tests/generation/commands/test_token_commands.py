@@ -183,6 +183,21 @@ def test_shards_that_use_the_same_keys_are_taken_on_request(tmp_path: Path, caps
     assert "must be local files, got 's3://bucket/x.tar'" in capsys.readouterr().err
 
 
+def test_folders_of_classes_give_captions_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    for number, name in enumerate(("n01440764", "n01443537")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (SIZE, SIZE), (200, 30, 30)).save(tmp_path / "images" / name / f"{number}.png")
+    options = ["--tokenizer", str(tmp_path / "tokenizer"), "--class-folders"]
+    assert main(["tokenize", str(tmp_path / "images"), "--out", str(tmp_path / "out"), *options]) == 0
+    found = TokenShards(str(tmp_path / "out"), split=None)
+    assert [found.sample(i, seed=0)["caption"] for i in range(2)] == ["n01440764", "n01443537"]
+    capsys.readouterr()
+    for sources in ("scenes", str(tmp_path / "*.tar")):
+        assert main(["tokenize", sources, "--out", str(tmp_path / "other"), *options]) == 2
+        assert "--class-folders is for one folder of images" in capsys.readouterr().err
+
+
 def test_wrong_calls_end_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "tokenizer"
     tiny_tokenizer().save_pretrained(folder)

@@ -35,6 +35,17 @@ def test_integer_names_split_modulo_five_and_others_by_hash(folder):
     assert make(folder, split="train").keys == ["pets/2", "pets/3", "pets/4", "pets/sub/cat"]
 
 
+def test_folders_at_the_top_are_classes_where_that_is_said(folder):
+    with pytest.raises(ValueError, match=r"0\.jpg: lies in no class's folder"):
+        make(folder, classes=True)
+    for number in range(5):
+        (folder / "dog" / "big").mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.jpg").rename(folder / "dog" / "big" / f"{number}.jpg")
+    data, plain = make(folder, classes=True), make(folder)
+    assert [data[i]["caption"] for i in range(6)] == ["dog"] * 5 + ["sub"]
+    assert data.stamp() != plain.stamp() and data.keys == plain.keys
+
+
 def test_a_captions_file_wins_and_its_orphans_are_named(folder):
     (folder / "metadata.jsonl").write_text(
         '{"file_name": "1.jpg", "text": "from the list"}\n\n{"file_name": "../../etc/passwd", "text": "x"}\n'
