@@ -70,6 +70,17 @@ def timesteps(
     return torch.linspace(0, total - 1, num_steps, dtype=torch.float64).round().flip(0)
 
 
+def uniform_flow_times(schedule: NoiseSchedule, num_steps: int) -> Tensor:
+    """Times (N,) float64 that divide the flow time from the schedule's noisy end to the image equally."""
+    if isinstance(schedule, FlowSchedule):
+        return timesteps(FlowSchedule(schedule.num_train_timesteps), num_steps, "trailing")
+    start = 1.0 / (1.0 + schedule.lambda_t(schedule.terminal_t))
+    s = start + (1.0 - start) * torch.arange(num_steps, dtype=torch.float64) / num_steps
+    times = schedule.t_from_lambda((1.0 - s) / s).round()
+    times[0] = schedule.terminal_t
+    return times
+
+
 def timesteps_from_config(
     schedule: NoiseSchedule, num_steps: int, config: Mapping[str, object], *, num_tokens: int | None = None
 ) -> Tensor:

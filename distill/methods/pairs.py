@@ -18,7 +18,7 @@ from distill.denoiser import Denoiser, GuidedDenoiser
 from distill.method import DistillBatch
 from distill.noise import Generators, gaussian_like
 from distill.samplers import Solver, ddim, dpmpp_2m, euler, heun, sample
-from distill.timesteps import timesteps
+from distill.timesteps import timesteps, uniform_flow_times
 
 SolverName = Literal["ddim", "dpmpp_2m", "euler", "heun"]
 
@@ -30,10 +30,12 @@ class TeacherSolver:
     """How a teacher turns noise into a latent: solver, steps and guidance.
 
     Times are ``trailing`` (they start at the noisiest one, arXiv 2305.08891), for noise and latent to belong to the
-    whole trajectory. On a flow these are InstaFlow's ``1000 (1 - i / N)``.
+    whole trajectory. On a flow these are InstaFlow's ``1000 (1 - i / N)``; those of ``euler`` divide the flow time
+    equally on other schedules, too, which is what a rectified flow wants, in whatever clock its network thinks.
 
     Attributes:
-        name: ``dpmpp_2m`` (the paper's DPM-Solver class), ``ddim``, ``euler`` (equal to DDIM) or ``heun``.
+        name: ``dpmpp_2m`` (the paper's DPM-Solver class), ``ddim``, ``euler`` (DDIM at equal steps of the flow time) or
+            ``heun``.
         num_steps: Steps N; 25 in the paper.
         guidance_scale: w of classifier-free guidance, 1 is none. The paper's: 5 for SD 1.5, 1.5 for a 2-rectified flow.
 
@@ -79,7 +81,8 @@ class TeacherSolver:
         Returns:
             (B, C, h, w) clean latents, without gradient.
         """
-        times = timesteps(teacher.schedule, self.num_steps, "trailing")
+        schedule, count = teacher.schedule, self.num_steps
+        times = uniform_flow_times(schedule, count) if self.name == "euler" else timesteps(schedule, count, "trailing")
         network = guided(teacher, self.guidance_scale, null)
         return sample(network, noise, times, condition, solver=_SOLVERS[self.name], final_t=teacher.schedule.clean_t)
 

@@ -26,7 +26,7 @@ from distill.method import DistillationMethod, DistillBatch, MethodOutput, Netwo
 from distill.methods.pairs import DEFAULT_SOLVER, Pair, TeacherSolver, pair_of
 from distill.parameterization import like
 from distill.schedules import FlowSchedule, NoiseSchedule, VPSchedule, as_times
-from distill.timesteps import timesteps
+from distill.timesteps import uniform_flow_times
 
 Reading = Literal["exact", "reinterpret"]
 
@@ -182,17 +182,6 @@ def interpolate(schedule: NoiseSchedule, pair: Pair, s: Tensor) -> tuple[Tensor,
         return x_t, t
     beyond = like((t >= schedule.terminal_t).to(torch.float32), x_t)
     return torch.where(beyond > 0, pair.noise, x_t), t
-
-
-def uniform_flow_times(schedule: NoiseSchedule, num_steps: int) -> Tensor:
-    """Times (N,) float64 that divide the flow time from the schedule's noisy end to the image equally."""
-    if isinstance(schedule, FlowSchedule):
-        return timesteps(FlowSchedule(schedule.num_train_timesteps), num_steps, "trailing")
-    start = 1.0 / (1.0 + schedule.lambda_t(schedule.terminal_t))
-    s = start + (1.0 - start) * torch.arange(num_steps, dtype=torch.float64) / num_steps
-    times = schedule.t_from_lambda((1.0 - s) / s).round()
-    times[0] = schedule.terminal_t
-    return times
 
 
 def _gain(student: Denoiser, t: Tensor) -> Tensor:

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from distill.condition import Condition
 from distill.denoiser import Denoiser, GuidedDenoiser
-from distill.methods.reflow import VelocityDenoiser, uniform_flow_times
+from distill.methods.reflow import VelocityDenoiser
 from distill.models import UNetDenoiser
 from distill.noise import Generators, gaussian_like
 from distill.samplers import euler, sample
 from distill.schedules import FlowSchedule
+from distill.timesteps import uniform_flow_times
 from layton.ldm.teacher import checked_index, pipeline_variant, require_whole
 
 OutputType = Literal["pil", "pt", "latent"]

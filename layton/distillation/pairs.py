@@ -72,6 +72,8 @@ class PairPlan:
     def fingerprint(self, *, teacher: str, captions: str) -> dict[str, str | int | float | bool]:
         """What identifies the set: this plan, the teacher's digest and that of the captions (`captions_digest`)."""
         solver = {f"solver_{name}": value for name, value in asdict(self.solver).items()}
+        if self.solver.name == "euler":
+            solver["solver_times"] = "flow"  # before, they were those of DDIM
         return {
             "kind": "pairs",
             "teacher": teacher,

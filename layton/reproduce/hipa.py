@@ -8,7 +8,7 @@ from layton.reproduce.instaflow import PROGRESSIVE
 from layton.reproduce.report import Check, Outcome
 from layton.reproduce.students import Measured, drawer_of, measure_students, place_of
 
-_GUIDED_PAIR = 50.0  # 25 guided steps
+_GUIDED_PAIR = 20.0  # 10 guided steps
 _SPECTRUM_IMAGES = 512
 
 METHOD = Arm(

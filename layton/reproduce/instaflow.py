@@ -12,26 +12,38 @@ from layton.reproduce.claim import LATENT_SCENES, Arm, Claim, Context, Pairs, Ph
 from layton.reproduce.report import Check, Outcome
 from layton.reproduce.students import Measured, measure_students
 
-_GUIDED_PAIR = 50.0  # 25 guided steps
+_GUIDED_PAIR, _STRAIGHT_PAIR = 20.0, 6.0  # 10 guided steps of the teacher; 6 plain ones of the rectified flow
 _METHOD = "model.init_args.method.init_args"
-_PERCEPTUAL = Phase(f"{_METHOD}.perceptual_start", forwards=3 / 0.6)  # 3 F a sample; 60 % of training by L2 alone
-# Phases of equal length, the last one twice as long: 7 F a sample under guidance in the first, then 5 F.
-# The learning rate falls to 0 within each phase, as in the paper (arXiv 2202.00512, section 5).
-_ALL_PHASES = 7 + 3 * 5 + 2 * 5
+_LR_END = "model.init_args.lr_scheduler.init_args.T_max"  # the learning rate falls to 0 over all steps
+_PERCEPTUAL_SAMPLE = 5.5  # decoding a square and the perceptual network, forwards and back, cost 2.5 F
+_REFLOW_PHASES = (Phase(_LR_END, forwards=3.0),)
+_ONE_STEP_PHASES = (
+    Phase(f"{_METHOD}.perceptual_start", forwards=3 / 0.6),  # 3 F a sample; 60 % of training by L2 alone
+    Phase(_LR_END, forwards=1 / (0.6 / 3 + 0.4 / _PERCEPTUAL_SAMPLE)),
+)
+# Phases of equal length, the last one twice as long: 7 F a sample under guidance in the first, then 5 F. The learning
+# rate falls to 0 within each phase, as in the paper (arXiv 2202.00512, section 5); a little longer than the budget, so
+# that the last step does not begin another one.
+_ALL_PHASES = 0.98 * (7 + 3 * 5 + 2 * 5)
 PROGRESSIVE_PHASES = (
     Phase(f"{_METHOD}.steps_per_phase", forwards=_ALL_PHASES),
     Phase("model.init_args.lr_scheduler.init_args.T_0", forwards=_ALL_PHASES),
 )
 
-REFLOW = Stage("reflow", "reflow.yaml", share=0.5, pairs=Pairs(0.5, _GUIDED_PAIR))
+REFLOW = Stage("reflow", "reflow.yaml", share=0.5, pairs=Pairs(0.4, _GUIDED_PAIR), phases=_REFLOW_PHASES)
 ONE_STEP = Stage(
-    "one_step", "one_step.yaml", share=0.5, teacher="reflow", pairs=Pairs(0.5, _GUIDED_PAIR), phases=(_PERCEPTUAL,)
+    "one_step",
+    "one_step.yaml",
+    share=0.5,
+    teacher="reflow",
+    pairs=Pairs(0.25, _STRAIGHT_PAIR),
+    phases=_ONE_STEP_PHASES,
 )
 METHOD = Arm("instaflow", "method", (REFLOW, ONE_STEP), steps=(1,))
 DIRECT = Arm(
     "direct",
     "baseline",
-    (Stage("train", "direct.yaml", pairs=Pairs(0.5, _GUIDED_PAIR), phases=(_PERCEPTUAL,)),),
+    (Stage("train", "direct.yaml", pairs=Pairs(0.4, _GUIDED_PAIR), phases=_ONE_STEP_PHASES),),
     steps=(1,),
 )
 PROGRESSIVE = Arm(

@@ -11,10 +11,11 @@ from distill.condition import Condition
 from distill.denoiser import Denoiser
 from distill.method import DistillBatch, Networks
 from distill.methods.pairs import Pair, TeacherSolver, pair_of
-from distill.methods.reflow import Reflow, VelocityDenoiser, flow_times, interpolate, uniform_flow_times
+from distill.methods.reflow import Reflow, VelocityDenoiser, flow_times, interpolate
 from distill.samplers import euler, sample
 from distill.schedules import FlowSchedule, VPSchedule
 from distill.straightness import straightness
+from distill.timesteps import uniform_flow_times
 from distill.toy import GaussianMixtureDenoiser
 
 NONE = Condition()
