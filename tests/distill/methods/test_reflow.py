@@ -207,6 +207,15 @@ def test_inference_times_divide_the_flow_equally():
         Reflow().inference_times(3)
 
 
+def test_euler_pairs_divide_the_flow_time_whatever_the_schedule():
+    torch.manual_seed(0)
+    network, noise = MLP(VPSchedule(), "v"), noise_of(8, 3)
+    times = uniform_flow_times(network.schedule, 5)
+    wanted = sample(network, noise, times, NONE, solver=euler, final_t=network.schedule.clean_t)
+    assert_close(TeacherSolver("euler", 5).solve(network, noise, NONE), wanted, rtol=0, atol=0)
+    assert not torch.equal(TeacherSolver("ddim", 5).solve(network, noise, NONE), wanted)
+
+
 def test_the_same_seed_gives_the_same_loss_and_the_teacher_gets_no_gradient():
     torch.manual_seed(0)
     student, teacher = MLP(VPSchedule(), "eps"), MLP(VPSchedule(), "eps")

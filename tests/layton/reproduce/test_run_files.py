@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pytest
 import yaml
 
+from distill.methods.pairs import TeacherSolver
 from layton.cli import main
 from layton.commands.reproduce import CLAIMS, find_claim_configs
 from layton.ldm.text import build_text_encoder, build_tokenizer, tell_places
@@ -116,10 +117,12 @@ def test_pairs_and_phases_come_out_of_the_budget(tmp_path: Path) -> None:
     stage = instaflow.DIRECT.stages[0]
     run = resolved_run(instaflow.DIRECT, stage, measurement, {TEACHER_PLACE: tmp_path}, image_size=256)
     source = run["data"]["init_args"]["train"][0]["init_args"]
-    half = measurement.scale.budget / 2
-    assert source["num_pairs"] == source["prompts"]["init_args"]["length"] == half // 50
-    assert run["trainer"]["callbacks"][0]["init_args"]["prepaid"] == pytest.approx(half, rel=1e-3)
-    steps = half / (run["data"]["init_args"]["batch_size"] * 3)  # that could be trained if the losses cost nothing
+    budget, share, each = measurement.scale.budget, stage.pairs.share, TeacherSolver(**source["solver"]).evaluations()
+    assert each == stage.pairs.forwards
+    assert source["num_pairs"] == source["prompts"]["init_args"]["length"] == budget * share // each
+    assert run["trainer"]["callbacks"][0]["init_args"]["prepaid"] == pytest.approx(share * budget, rel=1e-3)
+    rest = (1 - share) * budget
+    steps = rest / (run["data"]["init_args"]["batch_size"] * 3)  # that could be trained if the losses cost nothing
     assert run["model"]["init_args"]["method"]["init_args"]["perceptual_start"] == pytest.approx(0.6 * steps, rel=1e-2)
     assert source["folder"].startswith(str(tmp_path / "arms" / "direct"))
     assert Phase("x", 5.0).step(1000, 10) == 20 and Phase("x", 5.0).step(1, 10) == 1 and Pairs(0.5, 50).count(10) == 1
