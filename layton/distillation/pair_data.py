@@ -18,8 +18,8 @@ from layton.devices import choose_device
 from layton.distillation.pair_files import CACHE_NAME, folder_for
 from layton.distillation.pairs import PairPlan, PairSource, captions_digest, generate_pairs
 from layton.ldm.cache import digest
-from layton.ldm.conditions import NETWORK_GUIDANCE, PromptEncoder, latent_shape_of
-from layton.ldm.teacher import open_pipeline
+from layton.ldm.conditions import NETWORK_GUIDANCE, PromptEncoder, latent_shape_of, takes_guidance
+from layton.ldm.teacher import open_outline, open_pipeline
 from layton.lock import lock_folder
 
 _NETWORKS = ("unet", "transformer")
@@ -121,12 +121,11 @@ def open_or_make(
         CacheMismatchError: The folder holds pairs made by something else.
     """
     root = find_pipeline(pipeline)
-    pipe = open_pipeline(root)
-    shape = latent_shape_of(pipe, latent_size)
+    outline = open_outline(root)  # pairs that are there need no teacher
+    shape = latent_shape_of(outline, latent_size)
     plan = plan_of(shape)
     teacher_id = teacher_digest(root)
-    encoder = PromptEncoder(pipe, latent_size=shape[1:], guidance_scale=network_guidance)
-    if encoder.has_guidance and network_guidance != NETWORK_GUIDANCE:
+    if takes_guidance(outline) and network_guidance != NETWORK_GUIDANCE:
         teacher_id += f"-told-{network_guidance:g}"
     if negative_prompt is not None and plan.solver.is_guided:
         teacher_id += f"-away-{hashlib.sha256(negative_prompt.encode()).hexdigest()[:8]}"
@@ -139,7 +138,8 @@ def open_or_make(
         made = _made_before(folder, wanted)
         if made is not None:
             return made
-        place = choose_device(device)
+        pipe, place = open_pipeline(root), choose_device(device)
+        encoder = PromptEncoder(pipe, latent_size=shape[1:], guidance_scale=network_guidance)
         teacher = denoiser_from_pipeline(pipe, latent_size=shape[1:]).eval().to(place)
         null = encoder.null(negative_prompt, device=place) if plan.solver.is_guided else None
 

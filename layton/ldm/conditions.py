@@ -60,7 +60,7 @@ class PromptEncoder:
     @property
     def has_guidance(self) -> bool:
         """Whether conditions hold ``guidance_scale``: the network takes guidance as an input (FLUX dev)."""
-        return isinstance(self.pipe, FluxPipeline) and bool(self.pipe.transformer.config.guidance_embeds)
+        return takes_guidance(self.pipe)
 
     def told(self, condition: Condition) -> Condition:
         """A condition (B, ...) with this encoder's guidance scale for the network's input.
@@ -141,6 +141,11 @@ class PromptEncoder:
     def _encoders(self) -> list[nn.Module]:
         found = [getattr(self.pipe, name, None) for name in _ENCODERS]
         return [encoder for encoder in found if isinstance(encoder, nn.Module)]
+
+
+def takes_guidance(pipe: DiffusionPipeline) -> bool:
+    """Whether a pipeline's network takes guidance as an input (FLUX dev)."""
+    return isinstance(pipe, FluxPipeline) and bool(pipe.transformer.config.guidance_embeds)
 
 
 def latent_shape_of(pipe: DiffusionPipeline, latent_size: int | None = None) -> tuple[int, int, int]:

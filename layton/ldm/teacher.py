@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -52,18 +54,46 @@ def open_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> 
     """
     root = find_pipeline(folder)
     index = checked_index(root)
-    classes = {kind.__name__: kind for kind in PIPELINES}
-    name = index.get("_class_name")
-    if not isinstance(name, str) or name not in classes:
-        raise ValueError(f"{root} holds a {name!r}; it must be one of {', '.join(classes)}")
+    kind = _pipeline_class(root, index)
     left_out: dict[str, Any] = {key: None for key in _UNUSED if key in index}
     if "requires_safety_checker" in index:
         left_out["requires_safety_checker"] = False
-    pipe = _load(classes[name], root, left_out, dtype)
+    pipe = _load(kind, root, left_out, dtype)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
     return pipe
+
+
+def open_outline(folder: str | Path) -> DiffusionPipeline:
+    """The same pipeline without any weights, for what its shape says: a network on the meta device, and no other part.
+
+    Raises:
+        UsageError: There is no such folder.
+        ValueError: It holds no such pipeline, or its network's configuration cannot be read.
+    """
+    root = find_pipeline(folder)
+    index = checked_index(root)
+    kind = _pipeline_class(root, index)
+    parts: dict[str, Any] = {key: None for key, value in index.items() if isinstance(value, list)}
+    name = "unet" if "unet" in parts else "transformer"
+    try:
+        library, network = index[name]
+        network_class = getattr(import_module(library), network)
+        config = network_class.load_config(root / name, local_files_only=True)
+    except (KeyError, TypeError, AttributeError, OSError) as error:
+        raise ValueError(f"{root / name} cannot be read ({' '.join(str(error).split())})") from error
+    with torch.device("meta"):
+        parts[name] = network_class.from_config(config)
+    return kind(**{key: value for key, value in parts.items() if key in inspect.signature(kind.__init__).parameters})
+
+
+def _pipeline_class(root: Path, index: Mapping[str, Any]) -> type[DiffusionPipeline]:
+    classes = {kind.__name__: kind for kind in PIPELINES}
+    name = index.get("_class_name")
+    if not isinstance(name, str) or name not in classes:
+        raise ValueError(f"{root} holds a {name!r}; it must be one of {', '.join(classes)}")
+    return classes[name]
 
 
 def _load(kind: type[DiffusionPipeline], root: Path, left_out: dict[str, Any], dtype: torch.dtype) -> DiffusionPipeline:

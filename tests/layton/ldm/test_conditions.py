@@ -21,8 +21,8 @@ from layton.distillation.distilled import save_distilled, student_pipeline
 from layton.distillation.instaflow import InstaFlowPipeline
 from layton.errors import UsageError
 from layton.ldm.autoencoder import load_autoencoder
-from layton.ldm.conditions import PromptEncoder, latent_shape_of
-from layton.ldm.teacher import open_pipeline
+from layton.ldm.conditions import PromptEncoder, latent_shape_of, takes_guidance
+from layton.ldm.teacher import open_outline, open_pipeline
 
 PROMPTS = ["a red circle", "two blue stars"]
 KINDS = ["sd", "sd-v", "sdxl", "sd3", "flux"]
@@ -119,6 +119,24 @@ def test_folders_open_frozen_and_equal(kind: str, tmp_path: Path) -> None:
     assert torch.equal(one, two)
     modules = [part for part in opened.components.values() if isinstance(part, torch.nn.Module)]
     assert modules and not any(m.training or any(p.requires_grad for p in m.parameters()) for m in modules)
+
+
+@pytest.mark.parametrize("kind", ["sd-v", "sdxl", "sd3", "flux"])
+def test_an_outline_says_the_shape_without_any_weights(kind: str, tmp_path: Path) -> None:
+    tiny.build(kind).save_pretrained(tmp_path / "pipe")
+    opened = open_pipeline(tmp_path / "pipe")
+    for file in tmp_path.rglob("*.safetensors"):
+        file.unlink()
+    outline = open_outline(tmp_path / "pipe")
+    assert latent_shape_of(outline) == latent_shape_of(opened) and latent_shape_of(outline, 4)[1:] == (4, 4)
+    assert takes_guidance(outline) == takes_guidance(opened) == (kind == "flux")
+    network = getattr(outline, "unet", None) or outline.transformer
+    assert all(parameter.is_meta for parameter in network.parameters())
+    next(
+        path for path in (tmp_path / "pipe").glob("*/config.json") if path.parent.name in ("unet", "transformer")
+    ).unlink()
+    with pytest.raises(ValueError, match="cannot be read"):
+        open_outline(tmp_path / "pipe")
 
 
 def test_a_pipeline_that_the_hub_gave_before_is_found_by_its_name(
