@@ -201,7 +201,9 @@ def test_pairs_are_the_decoder_s_own_samples(world: Path, tmp_path: Path) -> Non
     tokenizer = LaytonTokenizer.from_pretrained(world)
     embeddings = tokenizer.quantizer.codes_to_embeddings(batch["codes"].long(), (4, 4))
     expected = tokenizer.decoder("diffusion").sample(batch["noise"], embeddings, num_steps=4, generator=[])  # type: ignore[operator]
-    torch.testing.assert_close(batch["latent"].float(), expected, rtol=2e-3, atol=2e-3)
+    assert (
+        batch["latent"].float() - expected
+    ).norm() < 0.02 * expected.norm()  # made in bfloat16 where that is quicker
     again = make_pairs(world, tmp_path / "pairs")
     assert torch.equal(again.sample(3, seed=1)["latent"], samples[3]["latent"])
     with pytest.raises(CacheMismatchError, match="seed"):
@@ -266,7 +268,9 @@ def test_a_student_that_listens_is_a_teacher_and_is_not_hipas(world: Path, tmp_p
         assert embeddings is not None
         sampler = DiffusionDecoder(task.ladd, task._autoencoder[0])
         expected = sampler.sample(batch["noise"], embeddings, num_steps=4, generator=[])
-    torch.testing.assert_close(batch["latent"].float(), expected, rtol=2e-3, atol=2e-3)
+    assert (
+        batch["latent"].float() - expected
+    ).norm() < 0.02 * expected.norm()  # made in bfloat16 where that is quicker
     with pytest.raises(ValueError, match="stage 1 has to listen to 'light' itself"):
         make_task(world, "hipa", method=METHODS["hipa"](), reader=reader)
 

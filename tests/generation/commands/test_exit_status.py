@@ -9,6 +9,7 @@ import pytest
 from layton.cli import main
 
 WRONG = [
+    "generate",
     "generate a --num-images 0",
     "generate a --num-images 10001",
     "generate a --batch-size 0",
@@ -48,7 +49,6 @@ UNKNOWN = [
     "tokenize scenes --out o --split tests",
     "tokenize scenes --out o --precision fp8",
     "data check o --split tests",
-    "generate",
 ]
 
 
