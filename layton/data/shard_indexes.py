@@ -69,7 +69,7 @@ def _place_of(path: Path) -> Path:
 
 
 def _keep(index: ShardIndex, place: Path) -> None:
-    content, ends = index.keys.arrays if isinstance(index.keys, PackedTexts) else PackedTexts(index.keys).arrays
+    content, ends = index.keys.arrays
     metadata = {
         "format": _FORMAT,
         "stamp": json.dumps(index.stamp),

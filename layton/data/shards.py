@@ -15,7 +15,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from layton.data.images import DEFAULT_LIMITS, ImageError, ImageLimits, load_ima
 from layton.data.shard_indexes import index_shards
 from layton.data.sources import StoredImage, StoredSource
 from layton.data.tar import Captions, ShardError, ShardIndex, Span
+from layton.data.texts import LazyTexts
 from layton.data.transforms import SampleTransform
 from layton.data.types import Split, check_split, split_of_key
 
@@ -189,7 +190,7 @@ def absolute_pattern(pattern: str) -> str:
     return pattern if _SCHEME.match(pattern) else os.path.abspath(pattern)
 
 
-class _ShardKeys(Sequence[str]):
+class _ShardKeys(LazyTexts):
     """Keys "shard/key" of the wanted samples, put together when they are asked for: a row number is all each takes."""
 
     def __init__(self, indexes: Sequence[ShardIndex], wanted: Callable[[str], bool]) -> None:
@@ -203,17 +204,9 @@ class _ShardKeys(Sequence[str]):
         """How many."""
         return self._ends[-1]
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        """One key, or a list of some."""
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
-        number, row = self.locate(range(len(self))[index])
+    def at(self, place: int) -> str:
+        """See `LazyTexts.at`."""
+        number, row = self.locate(place)
         shard = self._indexes[number]
         return f"{shard.path.stem}/{shard.keys[row]}"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -63,7 +63,7 @@ class ShardIndex:
 
     path: Path
     stamp: tuple[int, int]
-    keys: Sequence[str]
+    keys: PackedTexts
     spans: NDArray[np.int64]
     missing: list[str]
     ignored: Counter[str]

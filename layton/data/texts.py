@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Sequence
 from typing import overload
@@ -10,7 +11,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class PackedTexts(Sequence[str]):
+class LazyTexts(Sequence[str]):
+    """A list of texts that are put together when they are asked for."""
+
+    @abstractmethod
+    def at(self, place: int) -> str:
+        """The text at a place in [0, len)."""
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        """One text, or a list of some."""
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        return self.at(range(len(self))[index])
+
+
+class PackedTexts(LazyTexts):
     """A list of texts that takes their bytes and 8 more for each, where Python's own takes a hundred.
 
     Forked loader workers share it: reading a text changes no count of references in what they have in common.
@@ -54,16 +75,7 @@ class PackedTexts(Sequence[str]):
         """How many."""
         return len(self._ends)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        """One text, or a list of some."""
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
+    def at(self, place: int) -> str:
+        """See `LazyTexts.at`."""
         start = int(self._ends[place - 1]) if place else 0
         return self._content[start : int(self._ends[place])].tobytes().decode("utf-8", "surrogatepass")
