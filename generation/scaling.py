@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from generation.tokenizing import ShardResult, ShardWriter, TokenizeJob
-
-JobMaker = Callable[[], TokenizeJob]
+from generation.isolation import IsolatedShardWriter
+from generation.tokenizing import JobMaker, ShardResult, ShardWriter
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +21,13 @@ class RayRunner:
         make_job: Makes the job in each worker; must be picklable, and what it reads must be there on every machine.
         workers: Actors; each takes one GPU where there are any, else one CPU.
         address: Of a running Ray cluster, which must see the output folder under the same path; None starts Ray here.
+        isolate: Each actor has a process of its own do it, so that images that end it are found and passed over.
     """
 
     make_job: JobMaker
     workers: int
     address: str | None = None
+    isolate: bool = False
 
     def __call__(self, out: Path, numbers: Sequence[int]) -> Iterator[ShardResult]:
         """Results in the order in which shards are finished.
@@ -48,7 +49,7 @@ class RayRunner:
             gpus = torch.cuda.device_count() if self.address is None else ray.cluster_resources().get("GPU", 0)
             written = shards.map(
                 _Worker,
-                fn_constructor_args=(self.make_job, str(out.resolve())),
+                fn_constructor_args=(self.make_job, str(out.resolve()), self.isolate),
                 concurrency=self.workers,
                 num_cpus=0 if gpus else 1,
                 num_gpus=1 if gpus else 0,
@@ -63,9 +64,13 @@ class RayRunner:
 class _Worker:
     """In an actor: the job, made once, and its shards."""
 
-    def __init__(self, make_job: JobMaker, out: str) -> None:
+    def __init__(self, make_job: JobMaker, out: str, isolate: bool) -> None:
         torch.set_num_threads(1)
-        self._write = ShardWriter(make_job(), Path(out))
+        self._write: Callable[[int], ShardResult]
+        if isolate:
+            self._write = IsolatedShardWriter(make_job, Path(out), num_threads=1)
+        else:
+            self._write = ShardWriter(make_job(), Path(out))
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         result = asdict(self._write(int(row["number"])))

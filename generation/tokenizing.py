@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from layton.modules import weights_digest
 from layton.tokenizer import LaytonTokenizer
 
 Progress = Callable[[int], object]
+JobMaker = Callable[[], "TokenizeJob"]
 ShardRunner = Callable[[Path, Sequence[int]], "Iterator[ShardResult]"]
 
 
@@ -169,8 +169,22 @@ class ShardWriter:
         self.job, self.out, self.header = job, out, job.header()
         self._written = _hashes(out)
 
-    def __call__(self, number: int, *, on_progress: Progress | None = None) -> ShardResult:
-        """Write shard ``number``, unless it is there."""
+    def __call__(
+        self,
+        number: int,
+        *,
+        on_progress: Progress | None = None,
+        on_begin: Progress | None = None,
+        passed_over: Mapping[int, str] | None = None,
+    ) -> ShardResult:
+        """Write shard ``number``, unless it is there.
+
+        Args:
+            number: Of the shard.
+            on_progress: Told how many inputs are done with, several at a time.
+            on_begin: Told which input is begun with, in any thread.
+            passed_over: Inputs that are not touched, and why.
+        """
         job = self.job
         start = number * job.shard_size
         indices = range(start, min(start + job.shard_size, len(job.source)))
@@ -178,9 +192,15 @@ class ShardWriter:
         shard = _finished(path, self.header, len(indices), sha256=self._written.get(path.name))
         reused, cut = shard is not None, 0
         if shard is None:
-            shard, cut = _make(job, indices, on_progress)
+            shard, cut = _make(job, indices, _Loader(job, on_begin, passed_over or {}), on_progress)
             write_shard(path, self.header, shard)
         return ShardResult(number, len(shard), tuple(shard.skipped), sha256_of(path), reused, cut)
+
+    def try_alone(self, index: int) -> None:
+        """Read and encode one input and keep nothing of it: to find the one that fails."""
+        item = _Loader(self.job)(index)
+        if not isinstance(item, ImageError):
+            self.job.encode(item.sample["image"][None])
 
 
 def tokenize_dataset(
@@ -292,13 +312,16 @@ def _finished(path: Path, header: TokenHeader, inputs: int, *, sha256: str | Non
     return shard if found == header and len(shard) + len(shard.skipped) == inputs else None
 
 
-def _make(job: TokenizeJob, indices: Sequence[int], on_progress: Progress | None) -> tuple[TokenShard, int]:
+def _make(
+    job: TokenizeJob, indices: Sequence[int], load: _Loader, on_progress: Progress | None
+) -> tuple[TokenShard, int]:
     codes: list[Tensor] = []
     sizes: list[tuple[int, int]] = []
     keys: list[str] = []
     captions: list[str] = []
     skipped: list[str] = []
-    for batch in batched(_load_all(job, indices), job.batch_size):
+    threads = min(8, os.cpu_count() or 1)
+    for batch in batched(in_threads(load, indices, num_threads=threads), job.batch_size):
         good = [item for item in batch if not isinstance(item, ImageError)]
         skipped += [str(item) for item in batch if isinstance(item, ImageError)]
         if good:
@@ -322,23 +345,31 @@ class _Square:
     size: tuple[int, int]  # before it became square
 
 
-def _load_all(job: TokenizeJob, indices: Sequence[int]) -> Iterator[_Square | ImageError]:
-    threads = min(8, os.cpu_count() or 1)
-    return in_threads(partial(_load, job), indices, num_threads=threads)
+@dataclass(frozen=True, slots=True)
+class _Loader:
+    """Reads inputs of a job."""
 
+    job: TokenizeJob
+    on_begin: Progress | None = None
+    passed_over: Mapping[int, str] = field(default_factory=dict)
 
-def _load(job: TokenizeJob, index: int) -> _Square | ImageError:
-    source = job.source
-    if not isinstance(source, StoredSource):
-        sample = source.sample(index, seed=job.seed)
-        return _Square(sample, (sample["image"].shape[-2], sample["image"].shape[-1]))
-    try:
-        stored = source.load(index)
-    except ImageError as error:
-        return error
-    square, geometry = fit_image(stored.image, job.tokenizer.image_size, policy=job.policy)
-    sample = ImageSample(image=to_tensor(square), caption=stored.caption, key=stored.key)
-    return _Square(sample, geometry.original_size)
+    def __call__(self, index: int) -> _Square | ImageError:
+        source = self.job.source
+        if index in self.passed_over:
+            name = source.keys[index] if isinstance(source, StoredSource) else f"input {index}"
+            return ImageError(f"{name}: {self.passed_over[index]}")
+        if self.on_begin is not None:
+            self.on_begin(index)
+        if not isinstance(source, StoredSource):
+            sample = source.sample(index, seed=self.job.seed)
+            return _Square(sample, (sample["image"].shape[-2], sample["image"].shape[-1]))
+        try:
+            stored = source.load(index)
+        except ImageError as error:
+            return error
+        square, geometry = fit_image(stored.image, self.job.tokenizer.image_size, policy=self.job.policy)
+        sample = ImageSample(image=to_tensor(square), caption=stored.caption, key=stored.key)
+        return _Square(sample, geometry.original_size)
 
 
 @torch.no_grad()

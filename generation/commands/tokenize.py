@@ -21,7 +21,7 @@ from layton.errors import UsageError
 from layton.scenes import Texture
 
 if TYPE_CHECKING:
-    from generation.tokenizing import TokenizeJob
+    from generation.tokenizing import ShardRunner, TokenizeJob
     from layton.data.sources import ImageSource
 
 SCENES = "scenes"
@@ -52,6 +52,7 @@ def tokenize(
     text_cleaning: Literal["none", "deepfloyd"] = "none",
     workers: int = 0,
     cluster: str | None = None,
+    isolate: bool = False,
     device: str | None = None,
     allow: list[str] | None = None,
     json: Path | None = None,
@@ -84,6 +85,8 @@ def tokenize(
         workers: processes that write shards, through Ray (pip install 'layton[scale]'), each with a GPU where there
             are any; 0 writes them in this one. The same bytes either way.
         cluster: address of a running Ray cluster for the workers; it must see sources and --out under the same paths.
+        isolate: encode in a process of its own (each worker in one), so that an image that crashes it, or takes all
+            memory, is found and passed over as a broken one; the model is in memory once more.
         device: where to run; the accelerator if there is one.
         allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
         json: write figures to this file as well.
@@ -123,11 +126,15 @@ def tokenize(
         allow=tuple(allow or ()),
     )
     job = make_job()
-    elsewhere = None
+    elsewhere: ShardRunner | None = None
     if workers:
         from generation.scaling import RayRunner
 
-        elsewhere = RayRunner(make_job, workers, cluster)
+        elsewhere = RayRunner(make_job, workers, cluster, isolate)
+    elif isolate:
+        from generation.isolation import IsolatedRunner
+
+        elsewhere = IsolatedRunner(make_job)
     with progress(len(job.source), "tokenize") as bar:
         report = tokenize_dataset(job, out, on_progress=bar.update, elsewhere=elsewhere)
     seconds = time.perf_counter() - started
