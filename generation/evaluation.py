@@ -22,6 +22,7 @@ from layton.metrics.frechet import bootstrap_spread, frechet_distance_of_feature
 from layton.metrics.image import round_to_uint8
 from layton.metrics.protocol import library_versions
 from layton.metrics.report import FrechetScore
+from layton.ranks import own_share
 from layton.reproduce.evaluation import Draw
 
 Features = Callable[[Tensor], Tensor]
@@ -99,15 +100,16 @@ def evaluate_generation(
         drawn = draw(list(captions), [seed + total + row for row in range(len(captions))])
         made = rearrange(torch.from_numpy(np.stack(list(drawn))), "b h w c -> b c h w").float() / 127.5 - 1
         images = round_to_uint8(images)
+        own = own_share(range(len(captions)))  # metrics add up what all processes count
         sizes |= {tuple(images.shape[-2:]), tuple(made.shape[-2:])}
         texts.update("\n".join([*captions, ""]).encode("utf-8", "replace"))
         for number, batch in enumerate((images, made)):
             if extract is not None:
                 pairs[number].append(extract(batch))
-            if inception is not None:
-                inception.update(((batch + 1) * 127.5).round().to(torch.uint8), real=number == 0)
-        if clip is not None:
-            scores.update(clip(made, captions)[:, None])
+            if inception is not None and len(own):
+                inception.update(((batch[own] + 1) * 127.5).round().to(torch.uint8), real=number == 0)
+        if clip is not None and len(own):
+            scores.update(clip(made[own], [captions[row] for row in own])[:, None])
         total += len(captions)
         if on_progress is not None:
             on_progress(len(captions))

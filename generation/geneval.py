@@ -16,7 +16,9 @@ from typing import Any
 
 from PIL import Image
 
+from layton.commands.images import batched
 from layton.folder import write_atomically
+from layton.ranks import num_ranks, own_rank, said_by_first
 from layton.reproduce.evaluation import Draw
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -106,6 +108,8 @@ def run_geneval(
 ) -> int:
     """Draw all prompts into the official layout; run again, it goes on where it was interrupted.
 
+    Where several processes do it together, ``draw`` gives each of them all images, and the first one writes.
+
     Args:
         draw: ``(texts, seeds) -> images``, uint8 (H, W, 3) each.
         prompts: What to draw.
@@ -124,23 +128,27 @@ def run_geneval(
     if images_per_prompt < 1 or seed < 0:
         raise ValueError(f"images_per_prompt must be >= 1 and seed >= 0, got {images_per_prompt} and {seed}")
     record = {**settings, "images_per_prompt": images_per_prompt, "seed": seed, "prompts": len(prompts)}
-    _claim(out, record)
-    drawn = 0
-    for index, prompt in enumerate(prompts):
-        folder = out / f"{index:05d}"
-        names = [f"{number:04d}.png" for number in range(images_per_prompt)]
-        line = json.dumps(dict(prompt.line))
-        if not _is_done(folder, line, names):
-            images = draw([prompt.prompt] * images_per_prompt, [seed + number for number in range(images_per_prompt)])
-            if len(images) != images_per_prompt:
-                raise ValueError(f"asked for {images_per_prompt} images, got {len(images)}")
-            for name, image in zip(names, images, strict=True):
-                write_atomically(folder / "samples" / name, partial(Image.fromarray(image).save, format="PNG"))
-            write_atomically(folder / "metadata.jsonl", partial(_write_text, text=line + "\n"))
-            drawn += images_per_prompt
+    if own_rank() == 0:
+        _claim(out, record)
+    names = [f"{number:04d}.png" for number in range(images_per_prompt)]
+    lines = [json.dumps(dict(prompt.line)) for prompt in prompts]
+    folders = [out / f"{index:05d}" for index in range(len(prompts))]
+    left = said_by_first([n for n, line in enumerate(lines) if not _is_done(folders[n], line, names)])
+    if on_progress is not None:
+        on_progress((len(prompts) - len(left)) * images_per_prompt)
+    seeds = [seed + number for number in range(images_per_prompt)]
+    for group in batched(left, num_ranks()):
+        texts = [prompts[n].prompt for n in group for _ in seeds]
+        images = draw(texts, seeds * len(group))
+        if len(images) != len(texts):
+            raise ValueError(f"asked for {len(texts)} images, got {len(images)}")
+        for place, n in enumerate(group if own_rank() == 0 else ()):
+            for name, image in zip(names, images[place * images_per_prompt :], strict=False):
+                write_atomically(folders[n] / "samples" / name, partial(Image.fromarray(image).save, format="PNG"))
+            write_atomically(folders[n] / "metadata.jsonl", partial(_write_text, text=lines[n] + "\n"))
         if on_progress is not None:
-            on_progress(images_per_prompt)
-    return drawn
+            on_progress(len(texts))
+    return len(left) * images_per_prompt
 
 
 def summarise_results(path: Path) -> GenEvalScores:

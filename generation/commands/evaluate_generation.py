@@ -14,6 +14,7 @@ from layton.commands.calling import progress
 from layton.commands.reports import write_json
 from layton.data.types import Share
 from layton.errors import UsageError
+from layton.ranks import num_ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,7 +92,7 @@ def evaluate_generation(
     require_least(0, {"seed": seed, "resamples": resamples})
     if resamples == 1:
         raise UsageError("--resamples must be 0 or at least 2: one draw has no spread")
-    images = open_images(data, split=split, count=count, size=size, batch_size=batch_size)
+    images = open_images(data, split=split, count=count, size=size, batch_size=batch_size * num_ranks())
     if images.count < 2:
         raise UsageError(f"two sets are compared: at least two images are needed, got {images.count}")
     sampling = SamplingChoice(

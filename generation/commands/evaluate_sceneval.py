@@ -87,8 +87,10 @@ def evaluate_sceneval(
     )
     from layton.metrics.protocol import library_versions
     from layton.quiet import cut_captions_told_once
+    from layton.ranks import num_ranks, own_rank
     from layton.sceneval import make_prompts, read_prompts, run_sceneval
 
+    out = out if own_rank() == 0 else None
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not empty: images of another run there would be counted as this one's")
     specs = make_prompts(per_task) if prompts is None else read_prompts(prompts)
@@ -111,7 +113,7 @@ def evaluate_sceneval(
             specs,
             images_per_prompt,
             out,
-            batch_size=batch_size,
+            batch_size=batch_size * num_ranks(),
             seed=seed,
             on_progress=lambda done, _: bar.update(done - bar.n),
         )

@@ -27,6 +27,20 @@ class Draws(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _SharedDraws:
+    """Draws a part of the images in each of several processes, and has all of them in every one."""
+
+    draw: Draws
+
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[NDArray[np.uint8]]:
+        from layton.ranks import all_gather_items, own_share
+
+        own = own_share(list(zip(prompts, seeds, strict=True)))
+        drawn = self.draw([prompt for prompt, _ in own], [seed for _, seed in own]) if own else []
+        return all_gather_items(drawn)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Drawer:
     """A loaded model and every setting that decides its pictures.
 
@@ -91,7 +105,7 @@ def load_drawer(
             device=device,
             allow=allow or (),
         )
-        return Drawer(draw, draw.settings())
+        return Drawer(_SharedDraws(draw), draw.settings())
     others: dict[str, object] = {"tokenizer": tokenizer, "decoder": decoder, "weights": weights}
     others["allow"] = None if planner is not None else allow
     _refuse({**others, **dict.fromkeys(choice.given(), True)}, "LaytonGen's, not a diffusion model's")
@@ -145,7 +159,7 @@ def _diffusion(
         "planner": planner,
         "planner_weights": None if rewrite is None else weights_digest(rewrite.text_encoder, rewrite.planner),
     }
-    return Drawer(replace(draw, rewrite=rewrite), settings)
+    return Drawer(_SharedDraws(replace(draw, rewrite=rewrite)), settings)
 
 
 def _text_to_image(

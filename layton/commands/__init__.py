@@ -18,6 +18,7 @@ class Command(NamedTuple):
     module: str
     function: str
     help: str
+    shared: bool = False  # whether several processes, begun by torchrun, can do it together
 
 
 COMMANDS: dict[str, Command] = {
@@ -41,20 +42,25 @@ COMMANDS: dict[str, Command] = {
         "editing, inpainting and super-resolution in one step, scored on scenes",
     ),
     "evaluate codebook": Command(
-        "layton.commands.evaluate_codebook", "evaluate_codebook", "how much of the codebook images use"
+        "layton.commands.evaluate_codebook", "evaluate_codebook", "how much of the codebook images use", shared=True
     ),
     "evaluate decoders": Command(
-        "layton.commands.evaluate_decoders", "evaluate_decoders", "steps, quality and speed of all decoders, one table"
+        "layton.commands.evaluate_decoders",
+        "evaluate_decoders",
+        "steps, quality and speed of all decoders, one table",
+        shared=True,
     ),
     "evaluate geneval": Command(
         "generation.commands.evaluate_geneval",
         "evaluate_geneval",
         "images in GenEval's layout for its scorer, or the scorer's results summed up",
+        shared=True,
     ),
     "evaluate generation": Command(
         "generation.commands.evaluate_generation",
         "evaluate_generation",
         "generated images against real ones: FD-effnet, CLIP score, with protocol",
+        shared=True,
     ),
     "evaluate next_codes": Command(
         "generation.commands.evaluate_next_codes",
@@ -65,9 +71,13 @@ COMMANDS: dict[str, Command] = {
         "layton.commands.evaluate_reconstruction",
         "evaluate_reconstruction",
         "every measure of a tokenizer or an autoencoder, with references and protocol",
+        shared=True,
     ),
     "evaluate sceneval": Command(
-        "generation.commands.evaluate_sceneval", "evaluate_sceneval", "does a text-to-image model draw what it is told?"
+        "generation.commands.evaluate_sceneval",
+        "evaluate_sceneval",
+        "does a text-to-image model draw what it is told?",
+        shared=True,
     ),
     "export": Command("layton.commands.export", "export", "a training checkpoint's averaged weights as model folders"),
     "generate": Command("generation.commands.generate", "generate", "text to image with LaytonGen"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -42,7 +43,22 @@ def call_function(name: str, command: Command, args: Sequence[str]) -> int:
     if isinstance(figures, Path) and figures.is_dir():
         raise UsageError(f"--json {figures} is a folder, and a file is to be written")
     positional = [given.pop(parameter.name) for parameter in _positional(function)]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _together(name, command, function, positional, given)
     status = function(*positional, **given)
+    return 0 if status is None else int(status)
+
+
+def _together(
+    name: str, command: Command, function: Callable[..., int | None], positional: list[Any], given: dict[str, Any]
+) -> int:
+    """Call a function in one of several processes that ``torchrun`` began; the first one tells and writes."""
+    if not command.shared:
+        raise UsageError(f"layton {name} runs in one process, and torchrun began {os.environ['WORLD_SIZE']}")
+    from layton.ranks import joined_ranks
+
+    with joined_ranks() as first:
+        status = function(*positional, **(given if first or "json" not in given else given | {"json": None}))
     return 0 if status is None else int(status)
 
 

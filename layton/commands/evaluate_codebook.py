@@ -50,7 +50,7 @@ def evaluate_codebook(
         for names, count in groups
     ]
     statistics = CodebookStatistics(model.vocab_size)
-    with progress(sum(images.count for images in opened), "encode") as bar:
+    with progress(sum(len(images.numbers) for images in opened), "encode") as bar:
         for images in opened:
             for batch in images:
                 statistics.update(model.encode(batch).cpu())

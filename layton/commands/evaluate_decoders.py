@@ -210,7 +210,7 @@ def measure(variants: Sequence[Variant], images: EvaluationImages, name: str) ->
         model=f"{name}, codebook {first.model.fingerprint()}",
         **decoding_facts(first.model, first.decoder, num_steps=first.steps, conditioning_scale=None, seed=first.seed),
     )
-    with progress(images.count, "evaluate") as bar:
+    with progress(len(images.numbers), "evaluate") as bar:
         return evaluate_reconstruction(
             first.reconstruct, images, protocol=protocol, references=variants[1:], bootstrap=0, on_batch=bar.update
         )

@@ -119,7 +119,7 @@ def measure(subject: Subject, images: EvaluationImages) -> ReconstructionReport:
         preprocessing=images.preprocessing,
         **subject.facts,
     )
-    with progress(images.count, "evaluate") as bar:
+    with progress(len(images.numbers), "evaluate") as bar:
         return evaluate_reconstruction(
             subject.reconstruct,
             images,

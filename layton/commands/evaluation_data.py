@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from layton.commands.images import batched, in_threads
 from layton.data.types import Share, Split
+from layton.ranks import num_ranks, own_share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,13 +50,18 @@ class EvaluationImages:
             return f"rendered at {self.size} pixels"
         return f"central square scaled to {self.size} pixels, Pillow's bicubic filter"
 
+    @property
+    def numbers(self) -> Sequence[int]:
+        """Those of this process, where several share the images."""
+        return own_share(range(self.count))
+
     def __iter__(self) -> Iterator[Tensor]:
-        """Batches (B, 3, S, S) in [-1, 1], from the first."""
+        """Batches (B, 3, S, S) in [-1, 1] of this process's images, from the first."""
         import torch
 
         load = partial(_load, self.source)
         threads = min(8, os.cpu_count() or 1)
-        for batch in batched(in_threads(load, range(self.count), num_threads=threads), self.batch_size):
+        for batch in batched(in_threads(load, self.numbers, num_threads=threads), self.batch_size):
             yield torch.stack(batch)
 
     def tell_share(self) -> None:
@@ -101,7 +107,10 @@ def open_images(
         shards = [str(folder / "*.tar")] if folder is not None else list(data)
         source = ShardSource(shards, split=part, transform=Fit(size), captions="optional", max_bad=0)
     total = len(source)
-    return EvaluationImages(source, name, split, min(count or total, total), size, batch_size)
+    found = EvaluationImages(source, name, split, min(count or total, total), size, batch_size)
+    if not found.numbers:
+        raise ValueError(f"{found.count} images cannot be shared by {num_ranks()} processes")
+    return found
 
 
 def scenes_of(split: Share) -> Split:

@@ -51,7 +51,7 @@ class ObjectsKept:
 def objects_kept(
     reconstruct: Callable[[Tensor], Tensor], count: int, *, split: Split, size: int, batch_size: int
 ) -> ObjectsKept:
-    """Reconstruct scenes and look for their objects.
+    """Reconstruct scenes and look for their objects; several processes share the scenes.
 
     Args:
         reconstruct: Images (B, 3, H, W) in [-1, 1] to the same.
@@ -64,10 +64,12 @@ def objects_kept(
         ValueError: If there is no scene to look at.
     """
     import numpy as np
+    import torch
 
     from layton.commands.images import batched
     from layton.commands.reconstruction import stack
     from layton.data.images import to_image
+    from layton.ranks import all_reduce_sum, own_share
     from layton.scenes import render, sample_scene, split_seeds
 
     if count < 1:
@@ -75,8 +77,9 @@ def objects_kept(
     from PIL import Image
 
     verdicts: Counter[str] = Counter()
-    with progress(count, "objects") as bar:
-        for seeds in batched(split_seeds(split, count), batch_size):
+    own = own_share(split_seeds(split, count))
+    with progress(len(own), "objects") as bar:
+        for seeds in batched(own, batch_size):
             scenes = [sample_scene(seed) for seed in seeds]
             drawn = [render(scene, size) for scene in scenes]
             results = reconstruct(stack([Image.fromarray(pixels) for pixels in drawn]))
@@ -86,7 +89,9 @@ def objects_kept(
                 verdicts["kept_alone"] += not missing and not extra
                 verdicts["originals"] += not compare(scene, pixels)[0]
             bar.update(len(seeds))
-    shares = {name: verdicts[name] / count for name in ("kept", "kept_alone", "originals")}
+    names = ("kept", "kept_alone", "originals")
+    totals = all_reduce_sum(torch.tensor([verdicts[name] for name in names])).tolist()
+    shares = {name: total / count for name, total in zip(names, totals, strict=True)}
     return ObjectsKept(**shares, scenes=count, size=size)
 
 

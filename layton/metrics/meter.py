@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.distributed import get_world_size, is_available, is_initialized
 
 from layton.metrics.aggregate import NamedMeans
 from layton.metrics.codebook import CodebookStatistics
@@ -19,11 +18,7 @@ from layton.metrics.image import PSNR_CAP, mean_squared_error, psnr, ssim
 from layton.metrics.perceptual import feature_distance
 from layton.metrics.protocol import Protocol
 from layton.metrics.report import COLOUR_NAMES, FrechetScore, ReconstructionReport, Scores
-
-
-def num_ranks() -> int:
-    """Number of processes that share the images."""
-    return get_world_size() if is_available() and is_initialized() else 1
+from layton.ranks import all_gather_shares, has_ranks
 
 
 class Meter:
@@ -100,7 +95,7 @@ class Meter:
         absent: Mapping[str, str],
     ) -> ReconstructionReport:
         """Sums everything up, over all ranks."""
-        if num_ranks() > 1:  # the collectives of an accelerator take only its own tensors
+        if has_ranks():  # the collectives of an accelerator take only its own tensors
             for metric in (*self.means.values(), *self.gains.values(), *self.distances.values()):
                 metric.to(self.device)
             if statistics is not None:
@@ -129,7 +124,7 @@ class Meter:
         if name in self.distances:
             spread = None
             if self.features:
-                originals, images = (torch.cat(self.features[key]) for key in ("originals", name))
+                originals, images = (all_gather_shares(torch.cat(self.features[key])) for key in ("originals", name))
                 spread = bootstrap_spread(originals, images, num_resamples=bootstrap)
             scores["fd_effnet"] = FrechetScore(float(self.distances[name].compute()), count, spread)
         if name in self.inception:

@@ -14,7 +14,7 @@ from layton.metrics.codebook import CodebookStatistics
 from layton.metrics.effnet import NETWORK, EfficientNetLite0
 from layton.metrics.external import ExternalMeasures
 from layton.metrics.image import DATA_RANGE, PSNR_CAP, round_to_uint8
-from layton.metrics.meter import Meter, num_ranks
+from layton.metrics.meter import Meter
 from layton.metrics.protocol import Protocol
 from layton.metrics.references import NUM_COMPONENTS, Reference, fit_references, require_reiterable
 from layton.metrics.report import ReconstructionReport
@@ -50,8 +50,8 @@ def evaluate_reconstruction(
 ) -> ReconstructionReport:
     """Measures a model's reconstructions, with the two references on the same images.
 
-    Reconstructions are rounded to 8 bits before anything is measured. On several ranks, each with its share of the
-    images, figures are those of all images (sums are reduced); the bootstrap spread is left out there.
+    Reconstructions are rounded to 8 bits before anything is measured. On several ranks, each with every n-th of the
+    images (`layton.ranks.own_share`), figures are those of all images.
 
     Args:
         model: An object with ``reconstruct(images)``, or any function of images; bind steps, scale and generator with
@@ -74,8 +74,7 @@ def evaluate_reconstruction(
 
     Raises:
         ValueError: No images, wrong shapes, values that are not finite, batches that can be walked through only once
-            while references must be fitted, several ranks without fitted references, or ``encode`` without
-            ``vocab_size``.
+            while references must be fitted, or ``encode`` without ``vocab_size``.
     """
     reconstruct = model.reconstruct if isinstance(model, Reconstructs) else model
     absent = {} if external is None else dict(external.absent)
@@ -88,7 +87,7 @@ def evaluate_reconstruction(
     if statistics is None:
         absent["codebook"] = "the model has no codes (encode and vocab_size)"
     methods = {"model": reconstruct} | {reference.name: reference.reconstruct for reference in references}
-    meter = Meter(tuple(methods), network, external, keep_features=bootstrap > 1 and num_ranks() == 1)
+    meter = Meter(tuple(methods), network, external, keep_features=bootstrap > 1)
     for images in map(_images, batches):
         originals = round_to_uint8(images)
         results = {name: _checked(name, method(originals), originals) for name, method in methods.items()}
@@ -155,10 +154,6 @@ def _checked_codes(codes: Tensor, originals: Tensor) -> Tensor:
 
 
 def _fit(batches: Iterable[Batch], num_components: int) -> Sequence[Reference]:
-    if num_ranks() > 1:
-        raise ValueError(
-            "on several ranks give references fitted beforehand: each rank sees only its share of the images"
-        )
     require_reiterable(batches)
     return fit_references(_Rounded(batches), num_components=num_components)
 

@@ -5,7 +5,7 @@
 - `PatchPCA`: what a *linear* autoencoder with as many numbers as the latent can do (unquantised): f = 16, 16 channels.
 
 Both are fitted on images and say on which: fitted on the evaluated images themselves, the references are at their
-strongest.
+strongest. On several ranks they are fitted on the images of all.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
+
+from layton.ranks import all_gather_rows, all_reduce_sum
 
 GRID = 16
 MAX_COLOURS = 16_384
@@ -90,7 +92,7 @@ class Palette:
         means = [rearrange(cell_means(images, grid), "b c h w -> (b h w) c").cpu() for images in batches]
         if not means:
             raise ValueError("no images to choose a palette from")
-        return cls(choose_colours(torch.cat(means), max_colours), grid, fitted_on)
+        return cls(choose_colours(all_gather_rows(torch.cat(means)), max_colours), grid, fitted_on)
 
     def encode(self, images: Tensor) -> Tensor:
         """Index of the colour of each cell: (B, 3, H, W) -> (B, grid * grid) int64, row-major."""
@@ -163,7 +165,8 @@ class PatchPCA:
             outer += patches.T @ patches
         if count == 0:
             raise ValueError("no images to fit the components on")
-        mean = total / count
+        count = int(all_reduce_sum(torch.tensor(count)))
+        mean, outer = all_reduce_sum(total) / count, all_reduce_sum(outer)
         vectors = torch.linalg.eigh(outer / count - torch.outer(mean, mean)).eigenvectors
         components = vectors.flip(1)[:, :num_components].T.contiguous()  # eigh sorts by rising eigenvalue
         return cls(mean.float(), components.float(), patch_size, fitted_on)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vector_quantize_pytorch.vector_quantize_pytorch import Codebook
 
 from layton.nearest import Metric, nearest_codes
-from layton.quantizers.distributed import all_gather_rows, all_reduce_sum, broadcast_from_first
+from layton.ranks import all_gather_rows, all_reduce_sum, broadcast_from_first
 
 _START, _REVIVE = 0, 1  # purposes of random numbers, so that no two draws share a seed
 

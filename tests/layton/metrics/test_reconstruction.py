@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed
-import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,7 +18,7 @@ from layton.metrics.image import psnr, round_to_uint8
 from layton.metrics.protocol import Protocol
 from layton.metrics.reconstruction import evaluate_reconstruction
 from layton.metrics.references import fit_references
-from layton.metrics.report import ReconstructionReport, save_json
+from layton.metrics.report import save_json
 
 PROTOCOL = Protocol(dataset="noise", split="test", preprocessing="none", model="toy", seeds={"images": 0})
 fast = partial(evaluate_reconstruction, protocol=PROTOCOL, perceptual=False)
@@ -207,42 +205,3 @@ def test_means_of_two_ranks_equal_those_of_one():
     assert expected["a"].standard_error == pytest.approx(values[:, 0].std().item() / 3, rel=1e-5)
     with pytest.raises(ValueError, match="not finite: b"):
         whole.update(torch.tensor([[1.0, math.inf]]))
-
-
-def _rank(rank: int, store: str, out: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    try:
-        report = _distributed_report(images(6).chunk(2)[rank].split(2))
-        if rank == 0:
-            report.save(Path(out))
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def _distributed_report(batches: tuple[Tensor, ...]) -> ReconstructionReport:
-    references = fit_references([images(6)], num_components=4)
-    return evaluate_reconstruction(Toy(), batches, protocol=PROTOCOL, references=references, bootstrap=0)
-
-
-@pytest.mark.slow
-def test_two_processes_report_what_one_reports(tmp_path: Path):
-    pytest.importorskip("timm")
-    context = torch.multiprocessing.get_context("spawn")
-    workers = [
-        context.Process(target=_rank, args=(r, str(tmp_path / "store"), str(tmp_path / "two"))) for r in range(2)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-        assert worker.exitcode == 0
-    two = json.loads((tmp_path / "two").read_text(encoding="utf-8"))
-    one = json.loads(json.dumps(_distributed_report(images(6).split(2)).to_dict()))
-    assert two["protocol"] == one["protocol"]
-    assert two["codebook"] == one["codebook"]
-    for name, figure in one["model"].items():
-        if name == "psnr_of_mean_mse":
-            assert two["model"][name] == pytest.approx(figure)
-        else:
-            key = "value" if name == "fd_effnet" else "mean"
-            assert two["model"][name][key] == pytest.approx(figure[key], rel=1e-4, abs=1e-6)
