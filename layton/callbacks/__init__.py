@@ -4,6 +4,7 @@ from layton.callbacks.checkpoint import SafeCheckpoint
 from layton.callbacks.checkpoint_io import CheckpointError, SafeCheckpointIO, newest_good_checkpoint
 from layton.callbacks.ema import EMA, averaged_weights
 from layton.callbacks.export import ExportWeights, export_atomically
+from layton.callbacks.gradient_norms import GradientNorms
 from layton.callbacks.grid import PictureGrid
 from layton.callbacks.progress import LineProgress
 from layton.callbacks.spikes import LossSpikes
@@ -14,6 +15,7 @@ __all__ = [
     "CheckpointError",
     "ExportWeights",
     "GracefulStop",
+    "GradientNorms",
     "LineProgress",
     "LossSpikes",
     "PictureGrid",

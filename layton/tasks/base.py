@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class LaytonTask(LightningModule, ABC):
         self._make_lr_scheduler = lr_scheduler
         self._guard = StepGuard(max_bad_steps)
         self._randomness = Randomness()
+        self.on_losses: Callable[[LaytonTask, dict[str, Tensor]], None] | None = None  # see `GradientNorms`
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._cycles: list[tuple[OneCycleLR, dict[str, Any]]] = []
         if _given_hyperparameters.get() is not None:
@@ -159,8 +160,10 @@ class LaytonTask(LightningModule, ABC):
         weights = weights or {}
         if not terms or not weights.keys() <= terms.keys():
             raise ValueError(f"weights {sorted(weights)} must name loss terms {sorted(terms)}, which must not be empty")
-        parts = [term * weights.get(name, 1.0) for name, term in terms.items() if weights.get(name, 1.0) != 0.0]
-        total = torch.stack([part.float() for part in parts]).sum() if parts else torch.zeros((), device=self.device)
+        parts = {name: term * weights.get(name, 1.0) for name, term in terms.items() if weights.get(name, 1.0) != 0.0}
+        total = torch.stack([p.float() for p in parts.values()]).sum() if parts else torch.zeros((), device=self.device)
+        if self.on_losses is not None and self.stage == "train":
+            self.on_losses(self, parts)
         if self._trainer is not None:
             training = self.stage == "train"
             values = {f"{self.stage}/{name}": term.detach() for name, term in terms.items()}

@@ -17,7 +17,15 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 from toy import ToyPart, ToyTask, toy_data
 
-from layton.callbacks import EMA, ExportWeights, LineProgress, PictureGrid, SafeCheckpoint, averaged_weights
+from layton.callbacks import (
+    EMA,
+    ExportWeights,
+    GradientNorms,
+    LineProgress,
+    PictureGrid,
+    SafeCheckpoint,
+    averaged_weights,
+)
 from layton.callbacks.grid import picture_array
 from layton.callbacks.progress import batch_size
 from layton.tasks.seeding import derive_seed
@@ -247,3 +255,37 @@ def test_wandb_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_senseless_settings_are_refused(wrong: Any) -> None:
     with pytest.raises(ValueError, match=r"must|say when"):
         wrong()
+
+
+class ThreeTerms(ToyTask):
+    """A known gradient, another one, and one that is not wired."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        first = next(self.part.parameters())
+        error = (self.part(batch["image"]) - batch["image"]).square().mean()
+        terms = {"sum": first.sum(), "error": error, "unwired": error.detach()}
+        return self.log_losses(terms, weights={"sum": 0.5, "error": 3.0})
+
+
+def test_gradient_norms_are_told_and_change_nothing(tmp_path: Path) -> None:
+    def trained(callbacks: list[Callback]) -> tuple[Trainer, list[torch.Tensor]]:
+        torch.manual_seed(0)
+        task = ThreeTerms(part=ToyPart(), optimizer=partial(torch.optim.SGD, lr=1e-2))
+        return fit(tmp_path, task, callbacks, max_steps=1), [p.detach().clone() for p in task.parameters()]
+
+    trainer, weights = trained([GradientNorms(every_n_steps=2)])
+    _, alone = trained([])
+    assert all(map(torch.equal, weights, alone))
+    torch.manual_seed(0)
+    task = ToyTask(part=ToyPart(), optimizer=partial(torch.optim.SGD, lr=1e-2))
+    size = next(task.part.parameters()).numel()
+    told = {name.removeprefix("train/"): float(value) for name, value in trainer.callback_metrics.items()}
+    assert told["gradient_sum"] == pytest.approx(0.5 * size**0.5)
+    assert told["gradient_unwired"] == 0.0
+    steps = torch.cat(
+        [((before - after) / 1e-2).flatten() for before, after in zip(task.parameters(), weights, strict=True)]
+    )
+    steps[:size] -= 0.5  # what is left of the step is that of the other term
+    assert told["gradient_error"] == pytest.approx(steps.norm().item(), rel=1e-3)
+    with pytest.raises(ValueError, match="every_n_steps"):
+        GradientNorms(every_n_steps=0)
