@@ -6,11 +6,14 @@ killed process leaves the old file or none.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SAMPLED = 1024
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -38,14 +42,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Args:
         path: Final place; its folder is made.
         write: Writes a whole file to the path that it is given.
+
+    Raises:
+        OSError: It could not be written; of a full disk the message says which file and how much room there is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
-        write(part)
-        share(part)
-        with part.open("rb") as written:
-            os.fsync(written.fileno())
+        with full_disk_told(path):
+            write(part)
+            share(part)
+            with part.open("rb") as written:
+                os.fsync(written.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -54,6 +62,26 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextmanager
+def full_disk_told(path: Path) -> Iterator[None]:
+    """Within it an error of a full disk becomes an ``OSError`` that says what could not be written, and where."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not _is_full(error):
+            raise
+        there = next(folder for folder in path.absolute().parents if folder.is_dir())
+        free = shutil.disk_usage(there).free
+        raise OSError(f"{path} could not be written: no room ({free / 1e6:.1f} MB are free there)") from error
+
+
+def _is_full(error: OSError | SafetensorError) -> bool:
+    """Whether it tells of a full disk, or of a limit; safetensors tells it in words alone."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    return any(f"(os error {number})" in str(error) for number in _FULL)
 
 
 def share(file: Path) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from layton.data.geometry import FIT_POLICIES, FitPolicy, Geometry
 from layton.data.images import DEFAULT_LIMITS
-from layton.folder import write_atomically
+from layton.folder import full_disk_told, write_atomically
 
 FORMAT = "layton codes 1"
 _GEOMETRY_FIELDS = 6
@@ -101,6 +101,7 @@ class CodesWriter:
         self.count = 0
         self._dtype = np.dtype("<i2" if header.vocab_size <= _INT16_CODES else "<i4")
         self._stack = ExitStack()
+        self._stack.enter_context(full_disk_told(path))
         place = next(folder for folder in path.absolute().parents if folder.is_dir())
         self._parts: dict[str, IO[bytes]] = {}
         for name in ("codes", "geometry", "names"):
@@ -115,7 +116,7 @@ class CodesWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Drop the temporary files."""
-        self._stack.close()
+        self._stack.__exit__(kind, error, trace)
 
     def add(self, codes: Tensor, names: Sequence[str], geometries: Sequence[Geometry]) -> None:
         """Append images.

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from layton.folder import full_disk_told
+
 _MAX_BYTES = 100  # of a stem; file systems take 255 for a name
 
 
@@ -30,14 +32,15 @@ def staged(out: Path) -> Iterator[Path]:
         raise ValueError(f"{out} exists and is no folder")
     place = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     part = place / f".{out.name}.{uuid.uuid4().hex[:8]}.part"
-    part.mkdir()
     try:
-        yield part
-        if out.exists():
-            _move_files(part, out)
-        else:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            part.rename(out)  # all at once
+        with full_disk_told(out):
+            part.mkdir()
+            yield part
+            if out.exists():
+                _move_files(part, out)
+            else:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                part.rename(out)  # all at once
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
