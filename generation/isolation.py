@@ -113,7 +113,8 @@ class IsolatedShardWriter:
     def close(self) -> None:
         """End the process, if there is one."""
         if self._process is not None:
-            self._link.close()
+            self._link.close()  # it ends by itself, unless it is busy
+            self._process.join(timeout=5.0)
             self._process.kill()
             self._process.join()
             self._process = None

@@ -16,6 +16,7 @@ from layton.commands.calling import progress
 from layton.commands.reports import write_json
 from layton.data.geometry import FitPolicy
 from layton.data.shards import absolute_pattern
+from layton.data.stored import Columns
 from layton.data.types import Split, check_split
 from layton.errors import UsageError
 from layton.scenes import Texture
@@ -43,6 +44,9 @@ def tokenize(
     textures: list[Texture] | None = None,
     repeated_keys: bool = False,
     class_folders: bool = False,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    id_column: str | None = None,
     shard_size: int = 4096,
     batch_size: int = 16,
     max_bad: int = 0,
@@ -62,7 +66,8 @@ def tokenize(
     Broken images are passed over, counted and named; more of them than allowed make exit status 1 at the end.
 
     Args:
-        sources: tar shards (files or patterns), one folder of shards or of images, or the word scenes.
+        sources: tar shards (files or patterns), one folder of shards or of images, a table of Hugging Face's datasets
+            (what it saved, or Parquet files; pip install 'layton[datasets]'), or the word scenes.
         out: folder to write; shards of codes, captions and keys, with plan.json and manifest.json.
         tokenizer: embedded tokenizer or folder.
         policy: how images become square: crop (the central square), pad (white borders) or resize.
@@ -74,6 +79,9 @@ def tokenize(
         textures: only scenes with one of these backgrounds; all by default.
         repeated_keys: accept shards that use the same keys; images are told apart by the shard's name as well.
         class_folders: captions are the names of the folders in which the images lie, such as ImageNet's.
+        image_column: of a table; "image" by default.
+        caption_column: of a table; by default caption, text, prompt or label, the first that there is.
+        id_column: of a table, with unique names; keys are row numbers by default.
         shard_size: images in a shard.
         batch_size: images encoded at once.
         max_bad: broken images that are accepted.
@@ -116,6 +124,7 @@ def tokenize(
         textures=textures,
         repeated_keys=repeated_keys,
         class_folders=class_folders,
+        columns=Columns(image_column, caption_column, id_column),
         shard_size=shard_size,
         batch_size=batch_size,
         precision=precision,
@@ -164,6 +173,7 @@ def build_job(
     textures: list[Texture] | None,
     repeated_keys: bool,
     class_folders: bool,
+    columns: Columns,
     shard_size: int,
     batch_size: int,
     precision: Literal["fp32", "bf16"],
@@ -191,6 +201,7 @@ def build_job(
         textures=textures,
         repeated_keys=repeated_keys,
         class_folders=class_folders,
+        columns=columns,
     )
     encoder = None
     if text_encoder is not None:
@@ -217,6 +228,7 @@ def open_source(
     textures: list[Texture] | None = None,
     repeated_keys: bool = False,
     class_folders: bool = False,
+    columns: Columns = Columns(),  # noqa: B008  # immutable
 ) -> tuple[ImageSource, str]:
     """The images that are meant, and a name for them.
 
@@ -224,15 +236,14 @@ def open_source(
         UsageError: If the arguments contradict each other.
         ValueError: If there are no such images.
     """
-    from layton.data.folder import ImageFolderSource
-    from layton.data.shards import ShardSource
     from layton.data.sources import ScenesSource
+    from layton.data.stored import open_stored
 
     known: Split | None = None if split == "all" else check_split(split)
     if not sources:
         raise UsageError("nothing to tokenize: name shards, a folder of images, or scenes")
-    if list(sources) == [SCENES] and class_folders:
-        raise UsageError("--class-folders is for one folder of images")
+    if list(sources) == [SCENES] and (class_folders or columns != Columns()):
+        raise UsageError("scenes have neither --class-folders nor columns")
     if list(sources) == [SCENES]:
         scenes = ScenesSource(
             split=known or "train",
@@ -249,13 +260,6 @@ def open_source(
         return scenes, name
     if count is not None or offset or chinese or reworded or textures:
         raise UsageError("--count, --offset, --chinese, --reworded and --textures are for scenes alone")
-    folder = Path(sources[0]) if len(sources) == 1 and Path(sources[0]).is_dir() else None
     name = " ".join([Path(item).name for item in sources] + ([] if known is None else [known]))
-    if folder is not None and not any(folder.glob("*.tar")):
-        name += " by classes" * class_folders
-        return ImageFolderSource(str(folder), split=known, classes=class_folders, max_bad=None), name
-    if class_folders:
-        raise UsageError("--class-folders is for one folder of images")
-    shards = [str(folder / "*.tar")] if folder is not None else list(sources)
-    images = ShardSource(shards, split=known, captions="optional", repeated_keys=repeated_keys, max_bad=None)
-    return images, name
+    images = open_stored(sources, split=known, classes=class_folders, repeated_keys=repeated_keys, columns=columns)
+    return images, name + " by classes" * class_folders

@@ -77,7 +77,7 @@ def open_images(
     """Find out what kind of data is meant, and open it.
 
     Args:
-        data: The word ``scenes``, one folder of images or of tar shards, or shards (files or patterns).
+        data: The word ``scenes``, or stored images (`layton.data.stored.open_stored`).
         split: Which split; ``all`` of stored images takes every one.
         count: How many images; 1,000 scenes or all stored images by default. Never more than there are.
         size: Side in pixels.
@@ -86,9 +86,8 @@ def open_images(
     Raises:
         ValueError: If there are no such images, a number is below 1, or all scenes are asked for, which have no end.
     """
-    from layton.data.folder import ImageFolderSource
-    from layton.data.shards import ShardSource
     from layton.data.sources import ScenesSource
+    from layton.data.stored import open_stored
     from layton.data.transforms import Fit
 
     if (count is not None and count < 1) or batch_size < 1:
@@ -98,14 +97,10 @@ def open_images(
         raise ValueError("scenes are endless: their split is train, validation or test, not all")
     source: ImageSource
     name = " ".join(Path(item).name for item in data)
-    folder = Path(data[0]) if len(data) == 1 and Path(data[0]).is_dir() else None
     if part is not None and list(data) == [SCENES]:
         source, name = ScenesSource(split=part, length=count or _NUM_SCENES, size=size), SCENES
-    elif folder is not None and not any(folder.glob("*.tar")):
-        source = ImageFolderSource(str(folder), split=part, transform=Fit(size), max_bad=0)
     else:
-        shards = [str(folder / "*.tar")] if folder is not None else list(data)
-        source = ShardSource(shards, split=part, transform=Fit(size), captions="optional", max_bad=0)
+        source = open_stored(data, split=part, transform=Fit(size), max_bad=0)
     total = len(source)
     found = EvaluationImages(source, name, split, min(count or total, total), size, batch_size)
     if not found.numbers:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -90,12 +90,8 @@ class ShardSource(StoredSource):
         for number, key in enumerate(self._keys):
             found.update(("\n" * (number > 0) + key).encode("utf-8", "replace"))
         for path in self.paths:
-            size = path.stat().st_size
-            with path.open("rb") as shard:
-                found.update(f"\n{size}\n".encode())
-                for place in range(0, size, max(_STAMP_BYTES, size // _STAMPED)):
-                    shard.seek(place)
-                    found.update(shard.read(_STAMP_BYTES))
+            for piece in sampled_bytes(path):
+                found.update(piece)
         return found.hexdigest()
 
     def load(self, index: int) -> StoredImage:
@@ -158,6 +154,16 @@ def caption_of(metadata: object) -> str:
             if isinstance(metadata.get(name), str):
                 return str(metadata[name]).strip()
     return ""
+
+
+def sampled_bytes(path: Path) -> Iterator[bytes]:
+    """Size and some bytes of a file, for a stamp that tells it from another."""
+    size = path.stat().st_size
+    yield f"\n{size}\n".encode()
+    with path.open("rb") as file:
+        for place in range(0, size, max(_STAMP_BYTES, size // _STAMPED)):
+            file.seek(place)
+            yield file.read(_STAMP_BYTES)
 
 
 def expand_shards(shards: list[str] | str) -> list[Path]:

@@ -1,0 +1,84 @@
+"""Stored images, whatever they lie in: tar shards, a folder of files, or a table of Hugging Face's ``datasets``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from layton.data.types import Split
+from layton.errors import UsageError
+
+if TYPE_CHECKING:
+    from layton.data.sources import StoredSource
+    from layton.data.transforms import SampleTransform
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Columns of a table; see `layton.data.hf_datasets.HFDatasetSource`.
+
+    Attributes:
+        image: Of the images.
+        caption: Of the captions.
+        ids: Of unique names.
+    """
+
+    image: str | None = None
+    caption: str | None = None
+    ids: str | None = None
+
+
+def open_stored(
+    places: Sequence[str],
+    *,
+    split: Split | None,
+    transform: SampleTransform | None = None,
+    classes: bool = False,
+    repeated_keys: bool = False,
+    columns: Columns | None = None,
+    max_bad: int | None = None,
+) -> StoredSource:
+    """Find out what kind of data is meant, and open it.
+
+    Args:
+        places: Tar shards (files or patterns); or one folder of tar shards, of image files, or of a table (which
+            ``datasets`` saved, or Parquet files); or Parquet files.
+        split: Keep only this split; None for all.
+        transform: Makes tensors of equal size; a centre crop to 256 pixels by default.
+        classes: Captions are the names of the folders in which the files lie.
+        repeated_keys: Accept a key that occurs in several shards.
+        columns: Of a table, where they are not the usual ones.
+        max_bad: How many different broken images are tolerated; None for any number.
+
+    Raises:
+        UsageError: A setting is of another kind of data.
+        ValueError: There are no such images.
+    """
+    from layton.data.hf_datasets import HFDatasetSource, is_hf_dataset
+
+    folder = Path(places[0]) if len(places) == 1 and Path(places[0]).is_dir() else None
+    named = {name: value for name, value in asdict(columns or Columns()).items() if value is not None}
+    table = bool(places) and all(is_hf_dataset(Path(place)) for place in places)
+    if named and not table:
+        raise UsageError(f"only tables have columns, and {' '.join(places)} is none")
+    if classes and (table or folder is None or any(folder.glob("*.tar"))):
+        raise UsageError("--class-folders is for one folder of image files")
+    if table:
+        return HFDatasetSource(list(places), split=split, transform=transform, max_bad=max_bad, **named)
+    if folder is not None and not any(folder.glob("*.tar")):
+        from layton.data.folder import ImageFolderSource
+
+        return ImageFolderSource(str(folder), split=split, classes=classes, transform=transform, max_bad=max_bad)
+    from layton.data.shards import ShardSource
+
+    shards = [str(folder / "*.tar")] if folder is not None else list(places)
+    return ShardSource(
+        shards,
+        split=split,
+        transform=transform,
+        captions="optional",
+        repeated_keys=repeated_keys,
+        max_bad=max_bad,
+    )
