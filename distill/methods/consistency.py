@@ -187,6 +187,8 @@ class ConsistencySettings:
         condition_on_guidance: Tell student and target the scale (networks with ``time_cond_proj_dim``).
         distance: See ``distance``.
         boundary: See ``BoundaryKind``.
+        with_teacher: If not, the second state is the same latent under less of the same noise (latent consistency
+            fine-tuning, arXiv 2310.04378, section 4.4): nothing is guided then.
 
     Raises:
         ValueError: A value out of range.
@@ -199,6 +201,7 @@ class ConsistencySettings:
     condition_on_guidance: bool = False
     distance: DistanceKind = "pseudo_huber"
     boundary: BoundaryKind = "lcm"
+    with_teacher: bool = True
 
     def __post_init__(self) -> None:
         if not self.skip > 0 or self.num_sub_steps < 1 or self.num_points < 1:
@@ -249,7 +252,7 @@ class ConsistencyMethod(DistillationMethod):
         self.solver = solver
         self.target_decay = target_decay
         self.schedule: NoiseSchedule = schedule or VPSchedule()
-        self.needs_null = settings.guidance_range[1] > 1.0
+        self.needs_null = settings.with_teacher and settings.guidance_range[1] > 1.0
         self._step_counts = tuple(step_counts)
 
     @property
@@ -277,17 +280,21 @@ class ConsistencyMethod(DistillationMethod):
         t, s = draw_pair(schedule, size, generator, num_points=settings.num_points, skip=settings.skip)
         t, s = as_times(t, x_0.device), as_times(s, x_0.device)
         scale = draw_guidance(settings.guidance_range, size, generator)
-        x_t = schedule.add_noise(x_0, gaussian_like(x_0, generator), t)
-        x_s = move(
-            guide(networks.teacher, scale, batch.null),
-            x_t,
-            t,
-            s,
-            batch.condition,
-            num_steps=settings.num_sub_steps,
-            solver=self.solver,
-            generator=generator,
-        )
+        noise = gaussian_like(x_0, generator)
+        x_t = schedule.add_noise(x_0, noise, t)
+        if settings.with_teacher:
+            x_s = move(
+                guide(networks.teacher, scale, batch.null),
+                x_t,
+                t,
+                s,
+                batch.condition,
+                num_steps=settings.num_sub_steps,
+                solver=self.solver,
+                generator=generator,
+            )
+        else:
+            x_s = schedule.add_noise(x_0, noise, s)
         condition = with_guidance(batch.condition, scale, x_0) if settings.condition_on_guidance else batch.condition
         # The student comes last: what it keeps for the backward pass then never lies beside another evaluation.
         with torch.no_grad():

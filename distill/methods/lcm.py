@@ -30,6 +30,7 @@ class LCM(ConsistencyMethod):
         target_decay: 0.95 in the published scripts; None for LoRA.
         schedule: The student's schedule; by default Stable Diffusion's.
         step_counts: Numbers of steps to offer; at most 50.
+        with_teacher: False fits a finished student to images of one's own (latent consistency fine-tuning).
 
     Raises:
         ValueError: A value out of range.
@@ -47,6 +48,7 @@ class LCM(ConsistencyMethod):
         target_decay: float | None = 0.95,
         schedule: NoiseSchedule | None = None,
         step_counts: Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8),
+        with_teacher: bool = True,
     ) -> None:
         settings = ConsistencySettings(
             num_points=num_points,
@@ -55,6 +57,7 @@ class LCM(ConsistencyMethod):
             condition_on_guidance=condition_on_guidance,
             distance=distance,
             boundary=boundary,
+            with_teacher=with_teacher,
         )
         super().__init__(settings, ddim, target_decay=target_decay, schedule=schedule, step_counts=step_counts)
 

@@ -190,3 +190,32 @@ def test_refuses_what_it_cannot_train(rand64):
         LCM(schedule=FLOW).losses(networks, batch, step=0, generator=seeded())
     with pytest.raises(ValueError, match="not 9"):
         LCM().inference_times(9)
+
+
+class Oracle(Denoiser):
+    """Knows the clean latents of the batch."""
+
+    def __init__(self, x_0: torch.Tensor) -> None:
+        super().__init__(VP, "x0")
+        self.x_0 = x_0
+
+    def forward(self, x_t, t, condition):
+        return self.x_0
+
+
+def test_without_a_teacher_the_data_say_where_the_trajectory_goes(rand64):
+    batch = make_batch(rand64)
+    student, target = Affine(), Affine(weight=0.7)
+
+    def loss(teacher, **settings):
+        method = LCM(guidance_range=(1.0, 1.0), **settings)
+        return method.losses(Networks(student, teacher, target), batch, step=0, generator=seeded()).terms["consistency"]
+
+    class Absent(Affine):
+        def forward(self, x_t, t, condition):
+            raise AssertionError("the teacher was asked")
+
+    alone = loss(Absent(), with_teacher=False)
+    assert_close(alone, loss(Oracle(batch.x_0)))
+    assert not torch.isclose(alone, loss(Affine(weight=0.9)))
+    assert not LCM(with_teacher=False).needs_null  # whatever the guidance
