@@ -1,4 +1,4 @@
-"""``layton data``: is a dataset readable, is a token dataset whole, and what do its tokens show?"""
+"""``layton data``: is a dataset readable, is a token dataset whole, what do its tokens show, and as a table."""
 
 from __future__ import annotations
 
@@ -124,6 +124,24 @@ def decode(
                     place.with_suffix(".txt").write_text(f"{shard.captions[row]}\n", encoding="utf-8")
                 bar.update(len(part))
     sys.stdout.write(f"{out}: {total} images\n")
+
+
+def export(tokens: Path, *, out: Path) -> None:
+    """Write a token dataset as Parquet files: key, caption, codes, and height and width of the images.
+
+    Any table reader takes them, such as Hugging Face's datasets. Cached text features stay behind.
+
+    Args:
+        tokens: what `layton tokenize` wrote.
+        out: folder to write; made if needed.
+    """
+    from generation.parquet import write_parquet
+    from generation.token_shards import shard_sizes
+    from layton.commands.staging import staged
+
+    with staged(out) as folder, progress(sum(shard_sizes(tokens).values()), "export") as bar:
+        total = write_parquet(tokens, folder, on_progress=bar.update)
+    sys.stdout.write(f"{out}: {total} samples\n")
 
 
 def _spread(tokens: Path, count: int) -> dict[Path, list[int]]:

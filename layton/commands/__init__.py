@@ -31,6 +31,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "data check": Command("generation.commands.data", "check", "is every image of a dataset readable?"),
     "data decode": Command("generation.commands.data", "decode", "what do the tokens of a dataset show?"),
+    "data export": Command("generation.commands.data", "export", "the tokens of a dataset as Parquet files"),
     "data verify": Command("generation.commands.data", "verify", "is a token dataset whole?"),
     "decode": Command("layton.commands.encode", "decode", "a file of codes to image files"),
     "demo": Command("layton.commands.demo", "demo", "what the embedded weights can do, in under two minutes"),

@@ -164,6 +164,28 @@ def test_tokens_are_decoded_with_their_captions(tmp_path: Path, capsys: pytest.C
     assert "was made by another tokenizer" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
+def test_tokens_are_exported_as_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="the extra 'datasets' is not installed")
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    words = ["tokenize", "scenes", "--count", "5", "--tokenizer", str(tmp_path / "tokenizer"), "--shard-size", "3"]
+    assert main([*words, "--out", str(tmp_path / "tokens")]) == 0
+    assert main(["data", "export", str(tmp_path / "tokens"), "--out", str(tmp_path / "table")]) == 0
+    files = sorted((tmp_path / "table").iterdir())
+    assert [file.name for file in files] == ["tokens-00000.parquet", "tokens-00001.parquet"]
+    rows = [row for file in files for row in parquet.read_table(file).to_pylist()]
+    tokens = TokenShards(str(tmp_path / "tokens"), split=None)
+    for index, row in enumerate(rows):
+        sample = tokens.sample(index, seed=0)
+        assert (row["key"], row["caption"]) == (sample["key"], sample["caption"])
+        assert row["codes"] == sample["codes"].tolist()
+        assert (row["height"], row["width"]) == (SIZE, SIZE)
+    assert len(rows) == 5
+    said = json.loads(parquet.read_schema(files[0]).metadata[b"layton"])
+    assert said["fingerprint"] == tiny_tokenizer().fingerprint()
+    assert main(["data", "export", str(tmp_path), "--out", str(tmp_path / "none")]) == 1
+    assert "holds no tokens" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
 def test_shards_that_use_the_same_keys_are_taken_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
     picture = BytesIO()
