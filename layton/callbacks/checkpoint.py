@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from layton.callbacks.checkpoint_io import SafeCheckpointIO, sweep_orphans
+from layton.callbacks.checkpoint_io import BackgroundCheckpointIO, SafeCheckpointIO, sweep_orphans
 
 CHECKPOINT_FOLDER = "checkpoints"
 
@@ -32,6 +32,7 @@ class SafeCheckpoint(ModelCheckpoint):
         mode: whether the smallest or the largest value of monitor is the best.
         dirpath: another folder than ``<run folder>/checkpoints``.
         filename: name pattern without suffix, as in ModelCheckpoint.
+        in_background: write files in a thread while training goes on; takes the memory of one more checkpoint.
 
     Raises:
         ValueError: keep is 0 or below -1, or nothing says when to save.
@@ -46,12 +47,14 @@ class SafeCheckpoint(ModelCheckpoint):
         mode: Literal["min", "max"] = "min",
         dirpath: str | None = None,
         filename: str | None = None,
+        in_background: bool = False,
     ) -> None:
         if keep == 0 or keep < -1:
             raise ValueError(f"keep must be positive, or -1 for all, got {keep}")
         if every_n_train_steps is None and every_minutes is None and monitor is None:
             raise ValueError("say when to save: every_n_train_steps, every_minutes or monitor")
         self.periodic = monitor is None
+        self._in_background = in_background
         self._loops_at_step: dict[str, Any] | None = None
         super().__init__(
             dirpath=dirpath,
@@ -67,7 +70,8 @@ class SafeCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Install the safe writer, choose the folder, sweep what a killed run left."""
-        trainer.strategy.checkpoint_io = SafeCheckpointIO()
+        if not isinstance(trainer.strategy.checkpoint_io, BackgroundCheckpointIO):  # another callback asked for it
+            trainer.strategy.checkpoint_io = BackgroundCheckpointIO() if self._in_background else SafeCheckpointIO()
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir).absolute() / CHECKPOINT_FOLDER)
         if trainer.is_global_zero and stage == "fit":

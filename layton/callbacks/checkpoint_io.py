@@ -17,12 +17,14 @@ import socket
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from layton.folder import share
@@ -121,6 +123,71 @@ class SafeCheckpointIO(CheckpointIO):
         target = Path(path)
         target.unlink(missing_ok=True)
         _note_path(target).unlink(missing_ok=True)
+
+
+class BackgroundCheckpointIO(SafeCheckpointIO):
+    """Writes the same files in a thread: training waits only while the state is copied to the processor's memory.
+
+    One file is written at a time, and an old one is removed only after the new one is whole, so that a kill costs no
+    more than it would otherwise. An error of one save is raised at the next, or at the end.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pool: ThreadPoolExecutor | None = None
+        self._under_way: Future[None] | None = None
+        self._removals: list[Future[None]] = []
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        """Copy a checkpoint, and have it written; see `SafeCheckpointIO.save_checkpoint`.
+
+        Raises:
+            CheckpointError: An earlier one could not be written.
+        """
+        self._finish()
+        copied = apply_to_collection(checkpoint, Tensor, _copied)
+        self._pool = self._pool or ThreadPoolExecutor(1)
+        self._under_way = self._pool.submit(super().save_checkpoint, copied, path, storage_options)
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Remove a checkpoint once what is being written is there; keep it if that fails."""
+        under_way, remove = self._under_way, super().remove_checkpoint
+
+        def after() -> None:
+            if under_way is None or under_way.exception() is None:
+                remove(path)
+
+        if self._pool is None:
+            remove(path)
+        else:
+            self._removals.append(self._pool.submit(after))
+
+    def teardown(self) -> None:
+        """Wait for the last file.
+
+        Raises:
+            CheckpointError: It could not be written.
+        """
+        try:
+            self._finish()
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown()
+                self._pool = None
+
+    def _finish(self) -> None:
+        under_way, self._under_way = self._under_way, None
+        removals, self._removals = self._removals, []
+        if under_way is not None:
+            under_way.result()
+        for removal in removals:
+            removal.result()
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def checkpoint_problem(path: Path) -> str | None:
