@@ -11,6 +11,7 @@ from typing import Any, cast
 import yaml  # type: ignore[import-untyped]
 
 from layton.assets import find_pipeline
+from layton.data.stored import source_of
 from layton.errors import UsageError
 from layton.run_files import moved, set_scenes
 
@@ -22,8 +23,8 @@ METHOD is one of: {methods}.
   --pipeline FOLDER   the teacher, and its text encoders and autoencoder; also ORG/NAME of the hub's local cache
   --prompts FILE      train on these prompts, one a line, in place of captions of Scenes (not lcm, scott, progressive);
                       a fifth of them is kept for validation, a fifth for tests
-  --images PLACE      train on these captioned images, a folder or tar shards, in place of rendered Scenes (methods that
-                      learn from pictures: lcm, scott, progressive)
+  --images PLACE      train on these captioned images, a folder, tar shards or a table of Hugging Face's datasets, in
+                      place of rendered Scenes (methods that learn from pictures: lcm, scott, progressive)
   --pairs N           how many pairs the teacher makes beforehand (reflow, one_step, hipa)
   --run_dir DIR       checkpoints, grids, logs and, at the end, export/; default runs/METHOD
   --max_steps N       optimizer steps of the student
@@ -270,16 +271,11 @@ def _image_arguments(short: dict[str, str], run_file: Path, words: Sequence[str]
     size = picture_size(folder, latent_size=_value_of(_LATENT_SIZE, words))
     if size is None:
         raise UsageError(f"{folder} does not say how large its pictures are: give {_LATENT_SIZE}")
-    place = Path(short["--images"]).expanduser()
-    is_folder = place.is_dir() and not any(place.glob("*.tar"))
-    kind, name = ("folder.ImageFolderSource", "folder") if is_folder else ("shards.ShardSource", "shards")
-    where = str(place / "*.tar" if place.is_dir() and not is_folder else place)
+    class_path, where = source_of(str(Path(short["--images"]).expanduser()))
     fitted = {"class_path": "layton.data.transforms.Fit", "init_args": {"size": size}}
     return [
         f"--data.init_args.{role}="
-        + json.dumps(
-            [{"class_path": f"layton.data.{kind}", "init_args": {name: where, "split": role, "transform": fitted}}]
-        )
+        + json.dumps([{"class_path": class_path, "init_args": {**where, "split": role, "transform": fitted}}])
         for role in _ROLES
     ]
 

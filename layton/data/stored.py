@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from layton.data.types import Split
 from layton.errors import UsageError
@@ -13,6 +13,9 @@ from layton.errors import UsageError
 if TYPE_CHECKING:
     from layton.data.sources import StoredSource
     from layton.data.transforms import SampleTransform
+
+Kind = Literal["table", "folder", "shards"]
+_SHARDS = "*.tar"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,29 @@ class Columns:
     image: str | None = None
     caption: str | None = None
     ids: str | None = None
+
+
+def kind_of(places: Sequence[str]) -> Kind:
+    """What stored images lie in; ``places`` as for `open_stored`."""
+    from layton.data.hf_datasets import is_hf_dataset
+
+    if places and all(is_hf_dataset(Path(place)) for place in places):
+        return "table"
+    one = Path(places[0]) if len(places) == 1 else None
+    return "folder" if one is not None and one.is_dir() and not any(one.glob("*.tar")) else "shards"
+
+
+def source_of(place: str) -> tuple[str, dict[str, str]]:
+    """Class path of the source that reads a place, and its first setting, as a run file names them."""
+    kind = kind_of([place])
+    if kind == "shards" and Path(place).is_dir():
+        place = str(Path(place) / _SHARDS)
+    path, setting = {
+        "table": ("hf_datasets.HFDatasetSource", "place"),
+        "folder": ("folder.ImageFolderSource", "folder"),
+        "shards": ("shards.ShardSource", "shards"),
+    }[kind]
+    return f"layton.data.{path}", {setting: place}
 
 
 def open_stored(
@@ -56,26 +82,24 @@ def open_stored(
         UsageError: A setting is of another kind of data.
         ValueError: There are no such images.
     """
-    from layton.data.hf_datasets import HFDatasetSource, is_hf_dataset
-
-    folder = Path(places[0]) if len(places) == 1 and Path(places[0]).is_dir() else None
+    kind = kind_of(places)
     named = {name: value for name, value in asdict(columns or Columns()).items() if value is not None}
-    table = bool(places) and all(is_hf_dataset(Path(place)) for place in places)
-    if named and not table:
+    if named and kind != "table":
         raise UsageError(f"only tables have columns, and {' '.join(places)} is none")
-    if classes and (table or folder is None or any(folder.glob("*.tar"))):
+    if classes and kind != "folder":
         raise UsageError("--class-folders is for one folder of image files")
-    if table:
+    if kind == "table":
+        from layton.data.hf_datasets import HFDatasetSource
+
         return HFDatasetSource(list(places), split=split, transform=transform, max_bad=max_bad, **named)
-    if folder is not None and not any(folder.glob("*.tar")):
+    if kind == "folder":
         from layton.data.folder import ImageFolderSource
 
-        return ImageFolderSource(str(folder), split=split, classes=classes, transform=transform, max_bad=max_bad)
+        return ImageFolderSource(places[0], split=split, classes=classes, transform=transform, max_bad=max_bad)
     from layton.data.shards import ShardSource
 
-    shards = [str(folder / "*.tar")] if folder is not None else list(places)
     return ShardSource(
-        shards,
+        [str(Path(place) / _SHARDS) if Path(place).is_dir() else place for place in places],
         split=split,
         transform=transform,
         captions="optional",

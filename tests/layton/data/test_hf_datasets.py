@@ -10,7 +10,7 @@ from PIL import Image
 from layton.data.folder import ImageFolderSource
 from layton.data.images import ImageError, ImageLimits
 from layton.data.module import ImageDataModule
-from layton.data.stored import Columns, open_stored
+from layton.data.stored import Columns, open_stored, source_of
 from layton.data.transforms import Fit
 from layton.scenes import render, sample_scene
 
@@ -108,6 +108,11 @@ def test_other_stored_images_are_opened_as_before(tmp_path: Path) -> None:
     source = open_stored([str(tmp_path)], split=None, classes=True)
     assert isinstance(source, ImageFolderSource)
     assert source.load(0).caption == "cat"
+    assert source_of(str(tmp_path)) == ("layton.data.folder.ImageFolderSource", {"folder": str(tmp_path)})
+    (tmp_path / "0.tar").touch()
+    assert source_of(str(tmp_path)) == ("layton.data.shards.ShardSource", {"shards": str(tmp_path / "*.tar")})
+    (tmp_path / "state.json").touch()
+    assert source_of(str(tmp_path)) == ("layton.data.hf_datasets.HFDatasetSource", {"place": str(tmp_path)})
     with pytest.raises(ValueError, match="--class-folders is for"):
         open_stored([str(tmp_path / "x.tar")], split=None, classes=True)
 
