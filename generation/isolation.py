@@ -43,10 +43,11 @@ class IsolatedRunner:
 
 @dataclass(frozen=True, slots=True)
 class _Order:
-    """What the process is to do: write a shard without some of its inputs, or try inputs alone."""
+    """What the process is to do: write a shard without some of its inputs, or try one alone (None: a blank image)."""
 
     number: int
     passed_over: Mapping[int, str]
+    trial: bool = False
     alone: int | None = None
 
 
@@ -95,7 +96,7 @@ class IsolatedShardWriter:
         """Write shard ``number``, unless it is there.
 
         Raises:
-            ValueError: It fails, or the process ends, for another cause than one image.
+            ValueError: It fails, or the process ends, for another cause than single images.
         """
         passed_over: dict[int, str] = {}
         unexplained = 0
@@ -127,14 +128,14 @@ class IsolatedShardWriter:
             reason = self._harm(number, index)
             if reason:
                 found[index] = reason
-        if len(found) == len(suspects) > 1:  # then it is not they
-            raise ValueError(f"shard {number}: every image fails, such as by this: {found[suspects[0]]}")
+        if found and (reason := self._harm(number, None)):  # then it is not they
+            raise ValueError(f"shard {number}: a blank image fails, too: {reason}")
         return found
 
-    def _harm(self, number: int, index: int) -> str:
-        """What an input does alone, each of `ALONE` times; empty if it does no harm."""
+    def _harm(self, number: int, index: int | None) -> str:
+        """What an input (None: a blank image) does alone, each of `ALONE` times; empty if it does no harm."""
         for _ in range(ALONE):
-            outcome = self._have(_Order(number, {}, alone=index))
+            outcome = self._have(_Order(number, {}, trial=True, alone=index))
             if outcome.result:
                 return ""
         return outcome.reason
@@ -151,15 +152,17 @@ class IsolatedShardWriter:
                     outcome.begun.add(value)
                 elif kind == "encoded":
                     outcome.encoded = value
+                elif kind == "refused":
+                    raise ValueError(f"shard {order.number}: {value}")
                 elif kind == "failed":
                     outcome.reason = value
+                    self.close()  # what failed may fail for everything after it, as a GPU does after some errors
                     return outcome
                 else:
                     outcome.result = value
                     return outcome
         except (EOFError, OSError):
-            process.join()
-            self._process = None
+            self.close()
             outcome.ended, outcome.reason = True, f"the process that encodes it ended ({_cause(process.exitcode)})"
             return outcome
 
@@ -167,9 +170,10 @@ class IsolatedShardWriter:
         if self._process is None:
             context = multiprocessing.get_context("spawn")  # a forked one could not use a GPU
             self._link, there = context.Pipe()
-            self._process = context.Process(target=_serve, args=(there, *self._arguments), daemon=True)
-            self._process.start()
+            process = context.Process(target=_serve, args=(there, *self._arguments), daemon=True)
+            process.start()
             there.close()
+            self._process = process
         return self._process
 
 
@@ -200,12 +204,14 @@ def _serve(link: Any, make_job: JobMaker, out: str, num_threads: int | None) -> 
                 tell("done", _follow(order, write, tell))
             except (BrokenPipeError, ConnectionResetError):
                 raise
+            except OSError as error:  # of a disk or a network: no image's own fault
+                tell("refused", f"{type(error).__name__}: {error}")
             except Exception as error:  # noqa: BLE001  # told to the other end, whatever it is
                 tell("failed", f"{type(error).__name__}: {error}")
 
 
 def _follow(order: _Order, write: ShardWriter, tell: Callable[[str, object], None]) -> ShardResult | bool:
-    if order.alone is not None:
+    if order.trial:
         write.try_alone(order.alone)
         return True
     done = order.number * write.job.shard_size

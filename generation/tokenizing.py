@@ -196,8 +196,12 @@ class ShardWriter:
             write_shard(path, self.header, shard)
         return ShardResult(number, len(shard), tuple(shard.skipped), sha256_of(path), reused, cut)
 
-    def try_alone(self, index: int) -> None:
-        """Read and encode one input and keep nothing of it: to find the one that fails."""
+    def try_alone(self, index: int | None) -> None:
+        """Read and encode one input, or a blank image, and keep nothing of it: to find the one that fails."""
+        if index is None:
+            side = self.job.tokenizer.image_size
+            self.job.encode(torch.zeros(1, 3, side, side))
+            return
         item = _Loader(self.job)(index)
         if not isinstance(item, ImageError):
             self.job.encode(item.sample["image"][None])

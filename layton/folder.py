@@ -66,22 +66,29 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def full_disk_told(path: Path) -> Iterator[None]:
-    """Within it an error of a full disk becomes an ``OSError`` that says what could not be written, and where."""
+    """Within it an error of a full disk, or of a quota or limit, names what could not be written.
+
+    Raises:
+        OSError: In place of that error.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if not _is_full(error):
+        number = _number_of(error)
+        if number not in _FULL:
             raise
-        there = next(folder for folder in path.absolute().parents if folder.is_dir())
-        free = shutil.disk_usage(there).free
-        raise OSError(f"{path} could not be written: no room ({free / 1e6:.1f} MB are free there)") from error
+        reason = os.strerror(number).lower()
+        if number == errno.ENOSPC:
+            there = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+            reason += f", {shutil.disk_usage(there).free / 1e6:.1f} MB are free"
+        raise OSError(f"{path} could not be written: {reason}") from error
 
 
-def _is_full(error: OSError | SafetensorError) -> bool:
-    """Whether it tells of a full disk, or of a limit; safetensors tells it in words alone."""
+def _number_of(error: OSError | SafetensorError) -> int:
+    """The system's number of an error, which safetensors tells in words alone; 0 if there is none."""
     if isinstance(error, OSError):
-        return error.errno in _FULL
-    return any(f"(os error {number})" in str(error) for number in _FULL)
+        return error.errno or 0
+    return next((number for number in _FULL if f"(os error {number})" in str(error)), 0)
 
 
 def share(file: Path) -> None:

@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from layton.devices import local_rank
+from layton.errors import UsageError
+
 T = TypeVar("T")
 
 
@@ -43,14 +46,17 @@ def joined_ranks() -> Iterator[bool]:
 
     Yields:
         Whether this is the first, or the only one.
+
+    Raises:
+        UsageError: There are GPUs, and fewer than processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or has_ranks():
         yield own_rank() == 0
         return
     if torch.cuda.is_available():
-        from layton.devices import choose_device
-
-        torch.cuda.set_device(choose_device(None))
+        if local_rank() >= torch.cuda.device_count():
+            raise UsageError(f"process {local_rank()} has no GPU of its own: there are {torch.cuda.device_count()}")
+        torch.cuda.set_device(local_rank())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         with ExitStack() as silent:
@@ -64,7 +70,10 @@ def joined_ranks() -> Iterator[bool]:
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over the ranks of a tensor of any one shape; bit-equal on all of them."""
     if has_ranks():
-        dist.all_reduce(tensor)
+        moved = _where_it_works(tensor)
+        dist.all_reduce(moved)
+        if moved is not tensor:
+            tensor.copy_(moved)
     return tensor
 
 
@@ -79,6 +88,7 @@ def all_gather_rows(rows: Tensor) -> Tensor:
     """Rows (n_r, d) of all ranks r, in their order: (sum of n_r, d). The n_r may differ."""
     if not has_ranks():
         return rows
+    given, rows = rows.device, _where_it_works(rows)
     world_size = num_ranks()
     sizes = [torch.zeros((), dtype=torch.int64, device=rows.device) for _ in range(world_size)]
     dist.all_gather(sizes, torch.tensor(len(rows), device=rows.device))
@@ -87,7 +97,12 @@ def all_gather_rows(rows: Tensor) -> Tensor:
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in range(world_size)]
     dist.all_gather(parts, padded)
-    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
+    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)]).to(given)
+
+
+def _where_it_works(tensor: Tensor) -> Tensor:
+    """The tensor, on the GPU where collectives take no other."""
+    return tensor.cuda() if dist.get_backend() == "nccl" else tensor
 
 
 def all_gather_shares(rows: Tensor) -> Tensor:

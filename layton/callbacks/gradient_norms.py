@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from layton.tasks.base import LaytonTask
 
@@ -14,14 +14,16 @@ from layton.tasks.base import LaytonTask
 class GradientNorms(Callback):
     """Logs the norm of every loss term's own gradient, weight included, as ``train/gradient_<term>``.
 
-    A term that is not wired, or is drowned by another one, shows. Training is the same with and without it; a step in
-    which it looks takes one more backward pass for each term. Of several ranks the first tells its own norms.
+    A term that is not wired, or is drowned by another one, shows. Weights become the same with and without it. A look
+    takes one more backward pass for each term (which counts where forward-equivalents are counted), through a graph
+    that can be gone through twice: not that of compiled blocks or of ``gradient_checkpointing: cheap``. Of several
+    ranks the first tells its own norms.
 
     Args:
         every_n_steps: Optimizer steps from one look to the next.
 
     Raises:
-        ValueError: ``every_n_steps`` is below 1.
+        ValueError: ``every_n_steps`` is below 1; while training: the graph cannot be gone through twice.
     """
 
     def __init__(self, every_n_steps: int = 100) -> None:
@@ -41,11 +43,20 @@ class GradientNorms(Callback):
 
     def _tell(self, task: LaytonTask, parts: dict[str, Tensor]) -> None:
         learning = [parameter for parameter in task.trainable_parameters() if parameter.requires_grad]
-        for name, part in parts.items():
-            if part.requires_grad:
-                gradients = torch.autograd.grad(part, learning, retain_graph=True, allow_unused=True)
-                found = [gradient for gradient in gradients if gradient is not None]
-                norm = torch.nn.utils.get_total_norm(found) if found else part.new_zeros(())
-            else:
-                norm = part.new_zeros(())
-            task.log(f"train/gradient_{name}", norm, rank_zero_only=True)
+        norms = {f"train/gradient_{name}": float(_norm(part, learning)) for name, part in parts.items()}
+        for logger in task.loggers:  # at once: Lightning's own way writes at its own steps, and forgets at epochs' ends
+            logger.log_metrics(norms, step=task.trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def _norm(part: Tensor, learning: list[nn.Parameter]) -> Tensor:
+    if not part.requires_grad:
+        return part.new_zeros(())
+    try:
+        gradients = torch.autograd.grad(part, learning, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"GradientNorms cannot look at this run, whose graph is gone through once ({reason})"
+        ) from error
+    found = [gradient for gradient in gradients if gradient is not None]
+    return nn.utils.get_total_norm(found) if found else part.new_zeros(())

@@ -163,14 +163,15 @@ def progress(total: int | None, text: str) -> Any:
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    return tqdm(total=total, desc=text) if sys.stderr.isatty() else _Lines(total, text)
+    first = os.environ.get("RANK", "0") == "0"  # of several processes one tells
+    return tqdm(total=total, desc=text) if sys.stderr.isatty() and first else _Lines(total, text, silent=not first)
 
 
 class _Lines:
     """What a log is told of long work."""
 
-    def __init__(self, total: int | None, text: str) -> None:
-        self.total, self.text, self.n = total, text, 0
+    def __init__(self, total: int | None, text: str, *, silent: bool = False) -> None:
+        self.total, self.text, self.n, self.silent = total, text, 0, silent
         self._said = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -181,7 +182,7 @@ class _Lines:
 
     def update(self, n: int = 1) -> None:
         self.n += n
-        if time.monotonic() - self._said >= _SECONDS_BETWEEN_LINES:
+        if not self.silent and time.monotonic() - self._said >= _SECONDS_BETWEEN_LINES:
             self._said = time.monotonic()
             whole = "" if self.total is None else f" of {self.total:,}"
             sys.stderr.write(f"layton: {self.text}: {self.n:,}{whole}\n")

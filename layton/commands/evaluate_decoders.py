@@ -116,7 +116,7 @@ def evaluate_decoders(
     Gaps and times are relative to the tokenizer's default decoder in its default steps, or else to the first row.
 
     Args:
-        data: the word scenes, a folder of images, or tar shards (files or patterns).
+        data: the word scenes, a folder of images, tar shards (files or patterns), or a table.
         split: train, validation or test; all takes every stored image.
         count: images to take from the start of the split; 1,000 scenes or all stored images by default.
         size: side in pixels to which images are cropped and scaled.
@@ -136,13 +136,15 @@ def evaluate_decoders(
     from layton.commands.evaluation_data import open_images, scenes_of
     from layton.commands.models import load_tokenizer
     from layton.commands.objects import objects_kept
+    from layton.ranks import num_ranks
 
     if repeats < 1:
         raise ValueError(f"repeats must be >= 1, got {repeats}")
     model = load_tokenizer(tokenizer, decoders=decoders, device=device, allow=allow)
     variants = variants_of(model, any_steps, seed=seed)
     images = open_images(data, split=split, count=count, size=size, batch_size=batch_size)
-    times = seconds_per_image(variants, model.encode(next(iter(images))), repeats=repeats)
+    codes = model.encode(next(iter(images)))
+    times = seconds_per_image(variants, codes, repeats=repeats)
     report = measure(variants, images, tokenizer)
     kept: dict[str, float] = {}
     for variant in variants if objects else ():
@@ -156,7 +158,7 @@ def evaluate_decoders(
         figures = {
             "rows": [asdict(row) for row in rows],
             "reference": variants[0].name,
-            "timing": {"batch_size": min(batch_size, images.count), "rounds": repeats},
+            "timing": {"batch_size": len(codes), "rounds": repeats, "processes": num_ranks()},
             "scenes_with_objects": objects,
             "report": report.to_dict(),
         }

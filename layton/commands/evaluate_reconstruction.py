@@ -65,7 +65,7 @@ def evaluate_reconstruction(
     DISTS and FID join where their weights are on disk; what is not measured is listed with the reason.
 
     Args:
-        data: the word scenes, a folder of images, or tar shards (files or patterns).
+        data: the word scenes, a folder of images, tar shards (files or patterns), or a table.
         split: train, validation or test; all takes every stored image.
         count: images to take from the start of the split; 1,000 scenes or all stored images by default.
         size: side in pixels to which images are cropped and scaled.

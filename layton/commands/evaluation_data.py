@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from layton.commands.images import batched, in_threads
 from layton.data.types import Share, Split
-from layton.ranks import num_ranks, own_share
+from layton.ranks import num_ranks, own_rank, own_share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +66,7 @@ class EvaluationImages:
 
     def tell_share(self) -> None:
         """Say on stderr, when all is done, that these were not all stored images."""
-        if self.split != "all" and self.name != SCENES:
+        if self.split != "all" and self.name != SCENES and own_rank() == 0:
             told = f"{self.count:,} images of the split {self.split} of {self.name}"
             sys.stderr.write(f"layton: these were {told}; --split all takes every one\n")
 
@@ -103,7 +103,7 @@ def open_images(
         source = open_stored(data, split=part, transform=Fit(size), max_bad=0)
     total = len(source)
     found = EvaluationImages(source, name, split, min(count or total, total), size, batch_size)
-    if not found.numbers:
+    if found.count < num_ranks():  # told by all of them, so that none waits for another
         raise ValueError(f"{found.count} images cannot be shared by {num_ranks()} processes")
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from layton.data.images import DEFAULT_LIMITS, ImageError, ImageLimits, load_image
@@ -111,13 +111,18 @@ def _size(file: Path) -> int:
         return -1
 
 
+def holds_images(folder: Path) -> bool:
+    """Whether there is an image file in a folder or the folders in it."""
+    return next(_images(folder), None) is not None
+
+
 def _find_images(folder: Path) -> list[Path]:
-    found: list[Path] = []
+    return sorted(path.relative_to(folder) for path in _images(folder))
+
+
+def _images(folder: Path) -> Iterator[Path]:
     for parent, _, names in os.walk(folder):
-        found.extend(
-            (Path(parent) / name).relative_to(folder) for name in names if Path(name).suffix.lower() in _SUFFIXES
-        )
-    return sorted(found)
+        yield from (Path(parent) / name for name in names if Path(name).suffix.lower() in _SUFFIXES)
 
 
 def _class_names(folder: Path, files: list[Path]) -> dict[str, str]:

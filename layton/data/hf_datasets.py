@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from layton.data.images import DEFAULT_LIMITS, ImageError, ImageLimits, load_image
-from layton.data.shards import expand_shards, sampled_bytes
+from layton.data.shards import expand_shards, key_digests, sampled_bytes
 from layton.data.sources import StoredImage, StoredSource
 from layton.data.texts import LazyTexts, PackedTexts
 from layton.data.transforms import SampleTransform
-from layton.data.types import Split, check_split, split_of_key
+from layton.data.types import NUM_FOLDS, Split, check_split, split_of_key
 
 CAPTION_COLUMNS = ("caption", "text", "prompt", "label")
 _SAVED_FILES = ("state.json", "dataset_dict.json")
-_PARQUET = ".parquet"
+PARQUET = ".parquet"
 
 
-def is_hf_dataset(place: Path) -> bool:
-    """Whether a folder was written by ``Dataset.save_to_disk`` or holds Parquet files, or a file is one."""
-    if place.is_dir():
-        return any((place / name).is_file() for name in _SAVED_FILES) or any(place.glob(f"*{_PARQUET}"))
-    return place.suffix == _PARQUET
+def is_saved(folder: Path) -> bool:
+    """Whether a folder was written by ``save_to_disk``."""
+    return any((folder / name).is_file() for name in _SAVED_FILES)
 
 
 class HFDatasetSource(StoredSource):
@@ -68,17 +67,18 @@ class HFDatasetSource(StoredSource):
         self.split = check_split(split)
         self.limits = limits or DEFAULT_LIMITS
         places = [place] if isinstance(place, str) else place
-        name, table = _open(places)
+        name, table, self._files = _open(places)
         if caption is None:
             caption = next((column for column in CAPTION_COLUMNS if column in table.column_names), None)
-        wanted = [column for column in (image, caption, ids) if column is not None]
+        wanted = [column for column in dict.fromkeys((image, caption, ids)) if column is not None]
         missing = [column for column in wanted if column not in table.column_names]
         if missing:
             raise ValueError(f"{places[0]} has no column {missing[0]!r}, only {', '.join(table.column_names)}")
         self._image, self._caption = image, caption
-        self._classes: Sequence[str] | None = getattr(table.features[caption], "names", None) if caption else None
-        names = None if ids is None else PackedTexts(str(value) for value in table[ids])
-        if names is not None and len(set(names)) < len(names):
+        self._ids = ids
+        self._classes = None if caption is None else _class_names(table.features[caption])
+        names = None if ids is None else PackedTexts(_column(table, ids))
+        if names is not None and len(np.unique(key_digests(names))) < len(names):
             raise ValueError(f"{places[0]}: the column {ids!r} names some images alike")
         self._table = _undecoded(table.select_columns(wanted), image)
         self._keys = _RowKeys(name, len(table), names, self.split)
@@ -92,10 +92,10 @@ class HFDatasetSource(StoredSource):
 
     def stamp(self) -> str:
         """See `StoredSource.stamp`; of every file the size, and some of its bytes."""
-        facts = [len(self._table), self._image, self._caption, self._keys.name, self.split]
+        facts = [len(self._table), self._image, self._caption, self._ids, self._keys.name, self.split]
         found = hashlib.sha256(json.dumps(facts).encode())
-        for file in self._table.cache_files:
-            for piece in sampled_bytes(Path(file["filename"])):
+        for file in self._files:
+            for piece in sampled_bytes(file):
                 found.update(piece)
         return found.hexdigest()
 
@@ -124,8 +124,14 @@ class _RowKeys(LazyTexts):
 
     def __init__(self, name: str, count: int, ids: PackedTexts | None, split: Split | None) -> None:
         self.name, self._ids = name, ids
-        every = (row for row in range(count) if split is None or split_of_key(self._name_of(row)) == split)
-        self._rows = np.fromiter(every, dtype=np.int64)
+        wanted = np.ones(count, dtype=bool)
+        if split is not None and ids is None:
+            wanted = np.array([split_of_key(str(fold)) == split for fold in range(NUM_FOLDS)])[
+                np.arange(count) % NUM_FOLDS
+            ]
+        elif split is not None and ids is not None:
+            wanted = np.fromiter((split_of_key(name) == split for name in ids), dtype=bool, count=count)
+        self._rows = np.flatnonzero(wanted)
 
     def __len__(self) -> int:
         """How many."""
@@ -143,25 +149,41 @@ class _RowKeys(LazyTexts):
         return f"{row:09d}" if self._ids is None else self._ids[row]
 
 
-def _open(places: list[str]) -> tuple[str, Any]:
-    """Name and table of a dataset."""
+def _column(table: Any, name: str) -> Iterator[str]:
+    """Values of a column as texts; by Arrow's pieces, as rows one by one take thirty times as long."""
+    for piece in table.select_columns([name]).with_format("arrow")[:].column(name).chunks:
+        yield from map(str, piece.to_pylist())
+
+
+def _class_names(feature: Any) -> Sequence[str] | None:
+    """Names of the classes that a column of labels, or of lists of them, numbers."""
+    return getattr(getattr(feature, "feature", feature), "names", None)
+
+
+def _open(places: list[str]) -> tuple[str, Any, list[Path]]:
+    """Name, table and files of a dataset."""
     try:
         import datasets
     except ImportError as error:
         raise ImportError("tables of Hugging Face need its package: pip install 'layton[datasets]'") from error
     folder = Path(places[0])
-    saved = len(places) == 1 and folder.is_dir() and any((folder / name).is_file() for name in _SAVED_FILES)
-    if saved:
+    if len(places) == 1 and is_saved(folder):
         found = datasets.load_from_disk(str(folder))
-    else:
-        files = expand_shards([f"{place}/*{_PARQUET}" if Path(place).is_dir() else place for place in places])
-        odd = [file for file in files if file.suffix != _PARQUET]
-        if odd:
-            raise ValueError(f"{odd[0]}: a Parquet file ends in {_PARQUET}")
-        found = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
-    if isinstance(found, datasets.DatasetDict):
-        raise ValueError(f"{folder} holds several datasets: name one, such as {folder / next(iter(found))}")
-    return (folder if folder.is_dir() else folder.absolute().parent).resolve().name, found
+        if isinstance(found, datasets.DatasetDict):
+            raise ValueError(f"{folder} holds several datasets: name one, such as {folder / next(iter(found))}")
+        return folder.resolve().name, found, sorted(Path(file["filename"]) for file in found.cache_files)
+    files = expand_shards([f"{place}/*{PARQUET}" if Path(place).is_dir() else place for place in places])
+    odd = [file for file in files if file.suffix != PARQUET]
+    if odd:
+        raise ValueError(f"{odd[0]}: a Parquet file ends in {PARQUET}")
+    name = (folder if folder.is_dir() else folder.absolute().parent).resolve().name
+    counts = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would ask the network, of local files as well
+    try:
+        patterns = [glob.escape(str(file)) for file in files]
+        return name, datasets.load_dataset("parquet", data_files=patterns, split="train"), files
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
 
 
 def _undecoded(table: Any, image: str) -> Any:

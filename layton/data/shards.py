@@ -225,19 +225,20 @@ class _ShardKeys(LazyTexts):
 
 def _check_unique(indexes: list[ShardIndex]) -> None:
     """No key in two shards. Digests of 8 bytes are compared; keys of equal digests are then looked at themselves."""
-    digests = np.concatenate([_digests(index.keys) for index in indexes])
+    digests = np.concatenate([key_digests(index.keys) for index in indexes])
     alike, counts = np.unique(digests, return_counts=True)
     suspects = set(alike[counts > 1].tolist())
     owner: dict[str, Path] = {}
     for index in indexes if suspects else ():
-        for row in np.flatnonzero(np.isin(_digests(index.keys), list(suspects))).tolist():
+        for row in np.flatnonzero(np.isin(key_digests(index.keys), list(suspects))).tolist():
             key = index.keys[row]
             if key in owner:
                 raise ShardError(f"key {key!r} is in both {owner[key]} and {index.path} (repeated_keys accepts that)")
             owner[key] = index.path
 
 
-def _digests(keys: Sequence[str]) -> NDArray[np.int64]:
+def key_digests(keys: Sequence[str]) -> NDArray[np.int64]:
+    """8 bytes of each key (n,), to find keys that are alike within one process."""
     return np.fromiter((hash(key) for key in keys), dtype=np.int64, count=len(keys))
 
 

@@ -35,12 +35,17 @@ class Columns:
 
 def kind_of(places: Sequence[str]) -> Kind:
     """What stored images lie in; ``places`` as for `open_stored`."""
-    from layton.data.hf_datasets import is_hf_dataset
+    from layton.data.folder import holds_images
+    from layton.data.hf_datasets import PARQUET, is_saved
 
-    if places and all(is_hf_dataset(Path(place)) for place in places):
-        return "table"
     one = Path(places[0]) if len(places) == 1 else None
-    return "folder" if one is not None and one.is_dir() and not any(one.glob("*.tar")) else "shards"
+    if one is None or not one.is_dir():
+        return "table" if places and all(place.endswith(PARQUET) for place in places) else "shards"
+    if is_saved(one):
+        return "table"
+    if any(one.glob(_SHARDS)):  # a Parquet file beside them is what a downloader noted
+        return "shards"
+    return "table" if any(one.glob(f"*{PARQUET}")) and not holds_images(one) else "folder"
 
 
 def source_of(place: str) -> tuple[str, dict[str, str]]:

@@ -90,9 +90,10 @@ class Palette:
             ValueError: There are no images, or ``max_colours`` is less than 1.
         """
         means = [rearrange(cell_means(images, grid), "b c h w -> (b h w) c").cpu() for images in batches]
-        if not means:
+        points = all_gather_rows(torch.cat([torch.zeros(0, 3), *means]))
+        if not len(points):
             raise ValueError("no images to choose a palette from")
-        return cls(choose_colours(all_gather_rows(torch.cat(means)), max_colours), grid, fitted_on)
+        return cls(choose_colours(points, max_colours), grid, fitted_on)
 
     def encode(self, images: Tensor) -> Tensor:
         """Index of the colour of each cell: (B, 3, H, W) -> (B, grid * grid) int64, row-major."""
@@ -163,9 +164,9 @@ class PatchPCA:
             count += len(patches)
             total += patches.sum(0)
             outer += patches.T @ patches
+        count = int(all_reduce_sum(torch.tensor(count)))
         if count == 0:
             raise ValueError("no images to fit the components on")
-        count = int(all_reduce_sum(torch.tensor(count)))
         mean, outer = all_reduce_sum(total) / count, all_reduce_sum(outer)
         vectors = torch.linalg.eigh(outer / count - torch.outer(mean, mean)).eigenvectors
         components = vectors.flip(1)[:, :num_components].T.contiguous()  # eigh sorts by rising eigenvalue

@@ -34,10 +34,19 @@ def test_images_that_end_the_process_are_passed_over_and_the_rest_is_encoded(
     assert found == {key: codes for key, codes in whole.items() if key not in missing}
 
 
-def test_what_no_single_image_does_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("POISON", "all")
-    with pytest.raises(ValueError, match="every image fails, such as by this: RuntimeError: a bug of a decoder"):
-        list(IsolatedRunner(poisoned_job)(tmp_path, range(2)))
+@pytest.mark.parametrize(
+    ("poison", "told"),
+    [
+        ("encoder", "shard 1: a blank image fails, too: RuntimeError: a bug of the encoder"),
+        ("disk", "shard 1: PermissionError: the disk is gone"),
+    ],
+)
+def test_what_is_no_images_fault_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: str, told: str
+) -> None:
+    monkeypatch.setenv("POISON", poison)
+    with pytest.raises(ValueError, match=told):
+        list(IsolatedRunner(poisoned_job)(tmp_path, range(1, 2)))
     assert not list(tmp_path.iterdir())
 
 

@@ -58,6 +58,8 @@ def test_a_stamp_tells_other_images(tmp_path: Path) -> None:
         table(rows).save_to_disk(tmp_path / name / "toys")
     first, again, other = (HFDatasetSource(str(tmp_path / name / "toys"), split=None) for name in "aab")
     assert first.stamp() == again.stamp() != other.stamp()
+    named = HFDatasetSource(str(tmp_path / "a" / "toys"), split=None, ids="caption")
+    assert named.stamp() != first.stamp()
 
 
 def test_columns_classes_and_ids(tmp_path: Path) -> None:
@@ -72,6 +74,10 @@ def test_columns_classes_and_ids(tmp_path: Path) -> None:
     assert [source.load(index).caption for index in range(4)] == ["dog", "cat", "dog", ""]
     told = open_stored(place, split=None, columns=Columns(image="picture", caption="url"))
     assert told.load(3).caption == "z"
+    several = datasets.Dataset.from_dict({"image": [{"bytes": picture(0), "path": None}], "label": [[1, 0]]})
+    names = datasets.Sequence(datasets.ClassLabel(names=["cat", "dog"]))
+    several.cast_column("label", names).save_to_disk(tmp_path / "several")
+    assert open_stored([str(tmp_path / "several")], split=None).load(0).caption == "dog"
     table(2, url=["w", "w"]).save_to_disk(tmp_path / "twice")
     with pytest.raises(ValueError, match="'url' names some images alike"):
         HFDatasetSource(str(tmp_path / "twice"), ids="url")
@@ -109,6 +115,8 @@ def test_other_stored_images_are_opened_as_before(tmp_path: Path) -> None:
     assert isinstance(source, ImageFolderSource)
     assert source.load(0).caption == "cat"
     assert source_of(str(tmp_path)) == ("layton.data.folder.ImageFolderSource", {"folder": str(tmp_path)})
+    (tmp_path / "metadata.parquet").touch()  # beside images and shards it is what a downloader noted
+    assert source_of(str(tmp_path))[0] == "layton.data.folder.ImageFolderSource"
     (tmp_path / "0.tar").touch()
     assert source_of(str(tmp_path)) == ("layton.data.shards.ShardSource", {"shards": str(tmp_path / "*.tar")})
     (tmp_path / "state.json").touch()

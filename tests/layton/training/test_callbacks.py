@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ReduceLROnPlateau
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 from toy import ToyPart, ToyTask, toy_data
@@ -268,18 +270,23 @@ class ThreeTerms(ToyTask):
 
 
 def test_gradient_norms_are_told_and_change_nothing(tmp_path: Path) -> None:
-    def trained(callbacks: list[Callback]) -> tuple[Trainer, list[torch.Tensor]]:
+    def trained(callbacks: list[Callback]) -> tuple[CSVLogger, list[torch.Tensor]]:
         torch.manual_seed(0)
         task = ThreeTerms(part=ToyPart(), optimizer=partial(torch.optim.SGD, lr=1e-2))
-        return fit(tmp_path, task, callbacks, max_steps=1), [p.detach().clone() for p in task.parameters()]
+        logger = CSVLogger(tmp_path / str(len(callbacks)))
+        fit(tmp_path, task, callbacks, max_steps=1, logger=logger, log_every_n_steps=50)
+        return logger, [p.detach().clone() for p in task.parameters()]
 
-    trainer, weights = trained([GradientNorms(every_n_steps=2)])
+    logger, weights = trained([GradientNorms(every_n_steps=2)])
+    with Path(logger.log_dir, "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    told = {name.removeprefix("train/"): float(value) for name, value in rows[0].items() if value}
+    assert told["step"] == 0
     _, alone = trained([])
     assert all(map(torch.equal, weights, alone))
     torch.manual_seed(0)
     task = ToyTask(part=ToyPart(), optimizer=partial(torch.optim.SGD, lr=1e-2))
     size = next(task.part.parameters()).numel()
-    told = {name.removeprefix("train/"): float(value) for name, value in trainer.callback_metrics.items()}
     assert told["gradient_sum"] == pytest.approx(0.5 * size**0.5)
     assert told["gradient_unwired"] == 0.0
     steps = torch.cat(
@@ -289,3 +296,22 @@ def test_gradient_norms_are_told_and_change_nothing(tmp_path: Path) -> None:
     assert told["gradient_error"] == pytest.approx(steps.norm().item(), rel=1e-3)
     with pytest.raises(ValueError, match="every_n_steps"):
         GradientNorms(every_n_steps=0)
+
+
+def test_gradient_norms_refuse_a_graph_that_is_gone_through_once(tmp_path: Path) -> None:
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(context: Any, *gradients: torch.Tensor) -> Any:
+            raise RuntimeError("this backward function was compiled with donated buffers")
+
+    class Compiled(ToyTask):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return self.log_losses({"pixel": Once.apply(self.part(batch["image"])).sum()})
+
+    task = Compiled(part=ToyPart(), optimizer=partial(torch.optim.SGD, lr=1e-2))
+    with pytest.raises(ValueError, match=r"gone through once \(this backward function was compiled"):
+        fit(tmp_path, task, [GradientNorms()], max_steps=1)
