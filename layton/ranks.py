@@ -63,6 +63,7 @@ def joined_ranks() -> Iterator[bool]:
             if own_rank():
                 silent.enter_context(redirect_stdout(silent.enter_context(open(os.devnull, "w"))))
             yield own_rank() == 0
+        dist.barrier()  # who leaves while another is still gathering breaks that one's connection
     finally:
         dist.destroy_process_group()
 
