@@ -129,7 +129,8 @@ class BackgroundCheckpointIO(SafeCheckpointIO):
     """Writes the same files in a thread: training waits only while the state is copied to the processor's memory.
 
     One file is written at a time, and an old one is removed only after the new one is whole, so that a kill costs no
-    more than it would otherwise. An error of one save is raised at the next, or at the end.
+    more than it would otherwise. An error of one save is raised at the next, or at the end. (Lightning's
+    ``AsyncCheckpointIO`` copies on the device, lets saves queue up, and removes old files at once.)
     """
 
     def __init__(self) -> None:

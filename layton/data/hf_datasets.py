@@ -19,13 +19,13 @@ from layton.data.transforms import SampleTransform
 from layton.data.types import NUM_FOLDS, Split, check_split, split_of_key
 
 CAPTION_COLUMNS = ("caption", "text", "prompt", "label")
-_SAVED_FILES = ("state.json", "dataset_dict.json")
 PARQUET = ".parquet"
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether a folder was written by ``save_to_disk``."""
-    return any((folder / name).is_file() for name in _SAVED_FILES)
+    """Whether a folder was written by ``save_to_disk``, of one dataset or of several."""
+    one = all((folder / name).is_file() for name in ("state.json", "dataset_info.json"))
+    return one or (folder / "dataset_dict.json").is_file()
 
 
 class HFDatasetSource(StoredSource):
@@ -125,12 +125,11 @@ class _RowKeys(LazyTexts):
     def __init__(self, name: str, count: int, ids: PackedTexts | None, split: Split | None) -> None:
         self.name, self._ids = name, ids
         wanted = np.ones(count, dtype=bool)
-        if split is not None and ids is None:
-            wanted = np.array([split_of_key(str(fold)) == split for fold in range(NUM_FOLDS)])[
-                np.arange(count) % NUM_FOLDS
-            ]
-        elif split is not None and ids is not None:
-            wanted = np.fromiter((split_of_key(name) == split for name in ids), dtype=bool, count=count)
+        if split is not None and ids is not None:
+            wanted = np.fromiter((split_of_key(each) == split for each in ids), dtype=bool, count=count)
+        elif split is not None:  # numbers: their rest decides
+            folds = np.array([split_of_key(str(fold)) == split for fold in range(NUM_FOLDS)])
+            wanted = folds[np.arange(count) % NUM_FOLDS]
         self._rows = np.flatnonzero(wanted)
 
     def __len__(self) -> int:

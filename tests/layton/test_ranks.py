@@ -11,7 +11,8 @@ from laytongen_parts import tiny_tokenizer
 from rank_tools import ITEMS, check_rank
 
 from layton.cli import main
-from layton.ranks import all_gather_items, all_gather_shares, own_rank, own_share, said_by_first
+from layton.errors import UsageError
+from layton.ranks import all_gather_items, all_gather_shares, joined_ranks, own_rank, own_share, said_by_first
 
 
 def test_one_process_has_everything() -> None:
@@ -38,9 +39,21 @@ def test_other_commands_refuse_to_be_done_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     assert main(["tokenize", "scenes", "--out", str(tmp_path / "tokens")]) == 2
     assert "layton tokenize runs in one process, and torchrun began 2" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+    monkeypatch.delenv("LOCAL_RANK")  # a cluster says so much to all of its processes
+    assert main(["info", "--json", str(tmp_path / "info.json")]) == 0
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UsageError, match="process 1 has no GPU of its own: there are 1"), joined_ranks():
+        pass
 
 
 @pytest.mark.slow

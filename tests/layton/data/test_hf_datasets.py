@@ -119,7 +119,9 @@ def test_other_stored_images_are_opened_as_before(tmp_path: Path) -> None:
     assert source_of(str(tmp_path))[0] == "layton.data.folder.ImageFolderSource"
     (tmp_path / "0.tar").touch()
     assert source_of(str(tmp_path)) == ("layton.data.shards.ShardSource", {"shards": str(tmp_path / "*.tar")})
-    (tmp_path / "state.json").touch()
+    (tmp_path / "state.json").touch()  # of anything
+    assert source_of(str(tmp_path))[0] == "layton.data.shards.ShardSource"
+    (tmp_path / "dataset_info.json").touch()
     assert source_of(str(tmp_path)) == ("layton.data.hf_datasets.HFDatasetSource", {"place": str(tmp_path)})
     with pytest.raises(ValueError, match="--class-folders is for"):
         open_stored([str(tmp_path / "x.tar")], split=None, classes=True)
