@@ -15,19 +15,19 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingChoice:
-    """Settings of one call; None stands for the model's own.
+    """How a model is sampled; by default as it says itself. A diffusion model knows a guidance scale only.
 
     Attributes:
-        guidance_scale: Of classifier-free guidance; 1 is none.
-        guidance_schedule: How guidance grows over the codes, see `generation.guidance.Guidance`.
-        guidance_start: First code that is guided.
-        guidance_stop: First code that is not guided any more; None for never.
+        guidance_scale: of classifier-free guidance; 1 is none; LaytonGen's own, or 3 for a diffusion model by default.
+        guidance_schedule: constant, or how guidance grows from 1 over the codes: linear, or cosine.
+        guidance_start: first code that is guided.
+        guidance_stop: first code that is not guided any more; by default all others are.
         temperature: 0 takes the likeliest code each time.
-        top_k: Number of likeliest codes to draw among; 0 for all.
-        top_p: Share of the likeliest codes to draw among; 1 for all.
-        min_entropy: Nats from which on guidance and temperature act, see `generation.sampling.SamplingOptions`.
-        candidates: Images drawn for each one that is wanted, of which a judge keeps the best.
-        no_layout: Draw from the prompt alone, without the model's planner (`generation.planner`).
+        top_k: number of likeliest codes to draw among; 0 for all.
+        top_p: share of the likeliest codes to draw among; 1 for all.
+        min_entropy: where LaytonGen is surer of the next code than so many nats, that is drawn plainly; 0 for nowhere.
+        candidates: images drawn for each one that is kept: the one that the judge beside the tokenizer likes best.
+        no_layout: draw from prompts alone, without the planner that LaytonGen may have.
     """
 
     guidance_scale: float | None = None

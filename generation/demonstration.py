@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from generation.drawing import LaytonGenDrawer
-from generation.generator import find_generator, is_interim
+from generation.generator import find_generator
 from generation.pipeline import LaytonGenPipeline
 from layton.data.images import to_image
 from layton.devices import choose_device
@@ -31,7 +31,7 @@ class Demonstration:
 
 
 def has_generator(name: str) -> bool:
-    """Whether there is a LaytonGen of this name or in this folder, be it one that is still in training."""
+    """Whether there is a LaytonGen of this name or in this folder."""
     try:
         find_generator(name)
     except ValueError:
@@ -66,5 +66,5 @@ def draw_samples(
         noise = [torch.Generator().manual_seed(number) for number in numbers]
         images = tokenizer.decode(codes[numbers], decoder=decoder, generator=noise)
         pictures[decoder] = {n: np.asarray(to_image(image)) for n, image in zip(numbers, images, strict=True)}
-    drawer = LaytonGenDrawer(pipeline, name, default, interim=is_interim(find_generator(name)))
+    drawer = LaytonGenDrawer(pipeline, name, default)
     return Demonstration(pictures, drawer.settings())

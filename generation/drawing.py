@@ -47,7 +47,6 @@ class LaytonGenDrawer:
         decoder: Name of the decoder; the tokenizer's choice if None.
         num_steps: Its steps; its own number if None.
         sampling: What is asked for beside the model's defaults.
-        interim: Whether the model is one that is still in training.
     """
 
     pipeline: LaytonGenPipeline
@@ -55,7 +54,6 @@ class LaytonGenDrawer:
     decoder: str | None = None
     num_steps: int | None = None
     sampling: SamplingChoice = field(default_factory=SamplingChoice)
-    interim: bool = False
 
     @classmethod
     def load(
@@ -79,7 +77,7 @@ class LaytonGenDrawer:
         Raises:
             ValueError: If it does not exist or is damaged, or a setting is out of range.
         """
-        from generation.generator import find_generator, find_tokenizer, is_interim
+        from generation.generator import find_generator, find_tokenizer
         from layton.commands.models import default_decoder
         from layton.devices import choose_device
 
@@ -95,7 +93,7 @@ class LaytonGenDrawer:
             set_weights(placed.transformer, weights)
         if compiled:
             compile_decoding(placed.transformer)
-        return cls(placed, name, chosen, num_steps, choice, is_interim(folder))
+        return cls(placed, name, chosen, num_steps, choice)
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[NDArray[np.uint8]]:
         """One image uint8 (H, W, 3) for each prompt and seed, which depends on these two alone."""
@@ -162,7 +160,6 @@ class LaytonGenDrawer:
         candidates, judge = self.pipeline.candidates(self.sampling.candidates), self.pipeline.judge
         return {
             "model": self.name,
-            "interim": self.interim,
             "weight_type": weights_type(self.pipeline.transformer),
             "compiled": self.pipeline.transformer.compiled_step is not None,
             "weights": weights_digest(self.pipeline.transformer, decoder),

@@ -224,8 +224,6 @@ def load_generator(
 def find_generator(name: str | Path) -> Path:
     """The folder of a generator: a path, an embedded model, or a tokenizer with one in ``laytongen/``.
 
-    A finished embedded one wins over an interim one (`is_interim`).
-
     Raises:
         ValueError: If there is none.
     """
@@ -243,11 +241,6 @@ def find_generator(name: str | Path) -> Path:
             ValueError(f"{folder} holds no generator: neither it nor its {PART}/ has a config.json of {CLASS_NAME}")
         )
     raise problems[0]
-
-
-def is_interim(folder: Path) -> bool:
-    """Whether a generator that `find_generator` found is embedded as one that is still in training."""
-    return assets.INTERIM in folder.parents
 
 
 def find_tokenizer(name: str | Path, folder: Path) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 
 from generation.choice import SamplingChoice
 from generation.commands.models import Drawer, load_drawer
+from generation.commands.options import DrawerOptions
 from generation.generator import find_generator, find_tokenizer
 from layton.commands.models import default_decoder
 from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS
@@ -47,7 +48,7 @@ def measure(context: Context) -> Outcome:
     told = planned and hears_places(teacher)  # then the diffusion model learns from it where objects stand, too
     planner = context.tokenizer if told else None
     sampling = SamplingChoice(DEFAULT_GUIDANCE)
-    baseline = load_drawer("diffusion", str(teacher), steps=DEFAULT_STEPS, sampling=sampling, planner=planner)
+    baseline = load_drawer(DrawerOptions(str(teacher), "diffusion", steps=DEFAULT_STEPS, planner=planner), sampling)
     drawers = {"laytongen": ours, "diffusion": baseline}
     candidates = int(drawers["laytongen"].settings["candidates"])
     if candidates > 1:
@@ -114,7 +115,7 @@ def _laytongen(context: Context, sampling: SamplingChoice) -> Drawer:
     """LaytonGen with its tokenizer's own decoder, in as many steps as that takes, but at most three."""
     name = context.tokenizer
     beside = str(find_tokenizer(name, find_generator(name)))
-    drawer = load_drawer("laytongen", name, tokenizer=beside, decoder=default_decoder(beside), sampling=sampling)
+    drawer = load_drawer(DrawerOptions(name, tokenizer=beside, decoder=default_decoder(beside)), sampling)
     steps: Any = drawer.settings["num_inference_steps"]
     if int(steps) <= MOST_DECODER_STEPS:
         return drawer

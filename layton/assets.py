@@ -8,7 +8,6 @@ from pathlib import Path
 from layton.errors import UsageError
 
 ASSETS = Path(__file__).parent / "assets"
-INTERIM = ASSETS / "interim"  # weights of trainings that go on
 # of a part or a tokenizer; of a diffusers pipeline; of a student in few steps
 INDEX_FILES = ("config.json", "model_index.json", "few_step.json")
 
@@ -16,9 +15,8 @@ INDEX_FILES = ("config.json", "model_index.json", "few_step.json")
 def resolve(name: Path | str, *, part: str = "") -> Path:
     """The folder that ``name`` means.
 
-    A path that exists wins; otherwise the name of an embedded model, of which ``part`` is a sub-folder, finished
-    weights before interim ones (those of a training that goes on); or a name on the Hugging Face hub, of which nothing
-    is downloaded: only what lies in its local cache is found.
+    A path that exists wins; otherwise the name of an embedded model, of which ``part`` is a sub-folder; or a
+    name on the Hugging Face hub, of which nothing is downloaded: only what lies in its local cache is found.
 
     Args:
         name: A folder, or the name of an embedded model such as ``"mini"``.
@@ -30,14 +28,13 @@ def resolve(name: Path | str, *, part: str = "") -> Path:
     folder = Path(name)
     if folder.is_dir():
         return folder
-    for root in (ASSETS, INTERIM):
-        embedded = root / str(name) / part
-        if Path(name).name == str(name) and any((embedded / index).is_file() for index in INDEX_FILES):
-            return embedded
+    embedded = ASSETS / str(name) / part
+    if Path(name).name == str(name) and any((embedded / index).is_file() for index in INDEX_FILES):
+        return embedded
     cached = _cached(str(name), INDEX_FILES)
     if cached is not None:
         return cached
-    known = sorted(path.name for path in ASSETS.glob("*") if path.is_dir() and path.name != "interim")
+    known = sorted(path.name for path in ASSETS.glob("*") if path.is_dir())
     raise ValueError(f"{name!s} is neither a folder nor an embedded model with {part or 'weights'} (known: {known})")
 
 

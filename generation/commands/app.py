@@ -66,6 +66,7 @@ class Studio:
             ValueError: If it does not exist or is damaged.
         """
         from generation.commands.models import load_drawer
+        from generation.commands.options import DrawerOptions
         from generation.demonstration import has_generator
         from generation.placed_prompts import has_places
         from layton.assets import find_pipeline
@@ -76,7 +77,7 @@ class Studio:
         model = load_tokenizer(name, device=device, allow=allow)
         painters: dict[str, Draws] = {}
         if has_generator(name):
-            painters[LAYTONGEN] = load_drawer("laytongen", name, device=device, allow=allow).draw
+            painters[LAYTONGEN] = load_drawer(DrawerOptions(name, device=device, allow=allow)).draw
         try:
             find_pipeline(name)
         except ValueError:
@@ -84,7 +85,9 @@ class Studio:
         else:
             planner = name if has_places(name) else None
             painters[DIFFUSION] = load_drawer(
-                "diffusion", name, planner=planner, device=device, allow=None if planner is None else allow
+                DrawerOptions(
+                    name, "diffusion", planner=planner, device=device, allow=None if planner is None else allow
+                )
             ).draw
         return cls(name, Reconstructor(model, model.default_decoder, ImageMeasures()), painters)
 

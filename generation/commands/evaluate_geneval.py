@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from generation.choice import SamplingChoice
-from generation.commands.models import Kind, load_drawer
-from generation.commands.options import Weights, require_least
+from generation.commands.models import load_drawer
+from generation.commands.options import DrawerOptions, require_least
 from layton.commands.calling import progress
 from layton.commands.reports import write_json
 from layton.errors import UsageError
@@ -17,31 +17,18 @@ from layton.errors import UsageError
 if TYPE_CHECKING:
     from generation.geneval import GenEvalScores
 
+_DRAWER, _SAMPLING = DrawerOptions(), SamplingChoice()
+
 
 def evaluate_geneval(
     *,
+    drawer: DrawerOptions = _DRAWER,
+    sampling: SamplingChoice = _SAMPLING,
     prompts: Path | None = None,
     out: Path | None = None,
     results: Path | None = None,
-    model: str = "mini",
-    kind: Kind = "laytongen",
-    student: str | None = None,
-    planner: str | None = None,
-    tokenizer: str | None = None,
-    decoder: str | None = None,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_entropy: float | None = None,
-    candidates: int | None = None,
-    no_layout: bool = False,
-    weights: Weights | None = None,
     images_per_prompt: int = 4,
     seed: int = 42,
-    device: str | None = None,
-    allow: list[str] | None = None,
     json: Path | None = None,
 ) -> None:
     """Draw the images that GenEval's official scorer reads, or sum up the results file that it wrote.
@@ -50,29 +37,13 @@ def evaluate_geneval(
     scorer (github.com/djghosh13/geneval) on the folder, then --results. Run again, drawing goes on where it stopped.
 
     Args:
+        drawer: which model draws.
+        sampling: how.
         prompts: GenEval's evaluation_metadata.jsonl, or any file in its form.
         out: folder for the images; settings.json in it says how they were drawn.
         results: the scorer's results file, to be summed up.
-        model: embedded model or folder.
-        kind: laytongen, or diffusion for a diffusers text-to-image folder.
-        student: export of `layton distill` on a diffusers pipeline, or mini; it draws as it was trained to.
-        planner: embedded model or folder of a LaytonGen, whose planner says prompts anew with places, for a diffusion
-            model that learnt such prompts.
-        tokenizer: of LaytonGen, where it does not lie beside the generator.
-        decoder: name of the code decoder; the tokenizer's own choice by default.
-        steps: of the decoder, or of the diffusion model; its own number by default.
-        guidance_scale: of classifier-free guidance; the model's own by default.
-        temperature: of LaytonGen; 0 takes the likeliest code each time.
-        top_k: of LaytonGen; 0 for all codes.
-        top_p: of LaytonGen; 1 for all codes.
-        min_entropy: of LaytonGen, in nats; where it is surer of the next code, that is drawn plainly.
-        candidates: of LaytonGen, images drawn for each one that is kept: the one that its judge likes best.
-        no_layout: draw from prompts alone, without the planner that LaytonGen may have.
-        weights: of LaytonGen while it draws: bf16, or int8 on a CPU, to be quicker; by default as they are saved.
         images_per_prompt: images for each prompt; published scores have 4.
         seed: of the first image of every prompt.
-        device: where to run; the accelerator if there is one.
-        allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
         json: write settings, or scores, to this file as well.
     """
     from generation.geneval import read_prompts, run_geneval, summarise_results
@@ -84,28 +55,7 @@ def evaluate_geneval(
     figures: dict[str, Any] = {}
     if prompts is not None and out is not None:
         lines = read_prompts(prompts)
-        sampling = SamplingChoice(
-            guidance_scale,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_entropy=min_entropy,
-            candidates=candidates,
-            no_layout=no_layout,
-        )
-        loaded = load_drawer(
-            kind,
-            model,
-            student=student,
-            planner=planner,
-            tokenizer=tokenizer,
-            decoder=decoder,
-            steps=steps,
-            sampling=sampling,
-            weights=weights,
-            device=device,
-            allow=allow,
-        )
+        loaded = load_drawer(drawer, sampling)
         settings = {**loaded.settings, "prompts_sha256": hashlib.sha256(prompts.read_bytes()).hexdigest()}
         with progress(len(lines) * images_per_prompt, "draw") as bar:
             drawn = run_geneval(

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from generation.choice import SamplingChoice, Schedule
+from generation.choice import SamplingChoice
 from generation.commands.options import Weights, require_least, require_sampling
 from layton.commands.calling import progress
 from layton.commands.reports import write_json
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from generation.text_encoders import TextCut
 
 _SLUG_LENGTH = 60
+_SAMPLING = SamplingChoice()
 
 
 def generate(
@@ -34,17 +35,8 @@ def generate(
     steps: int | None = None,
     seed: int = 0,
     num_images: int = 1,
-    guidance_scale: float | None = None,
-    guidance_schedule: Schedule = "constant",
-    guidance_start: int = 0,
-    guidance_stop: int | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_entropy: float | None = None,
-    candidates: int | None = None,
+    sampling: SamplingChoice = _SAMPLING,
     layout: Path | None = None,
-    no_layout: bool = False,
     unconditional: bool = False,
     weights: Weights | None = None,
     compile: bool = False,
@@ -68,18 +60,9 @@ def generate(
         steps: network evaluations of the decoder; its own number by default.
         seed: of the first image of each prompt; the following ones count up from it.
         num_images: how many of each prompt.
-        guidance_scale: of classifier-free guidance; 1 is none; the model's own by default.
-        guidance_schedule: constant, or how guidance grows from 1 over the tokens: linear, or cosine.
-        guidance_start: first token that is guided.
-        guidance_stop: first token that is not guided any more; by default all others are.
-        temperature: 0 takes the likeliest code each time; the model's own by default.
-        top_k: number of likeliest codes to draw among; 0 for all.
-        top_p: share of the likeliest codes to draw among; 1 for all.
-        min_entropy: where the model is surer of the next code than so many nats, that is drawn plainly; 0 for nowhere.
-        candidates: images drawn for each one that is kept: the one that the judge beside the tokenizer likes best.
+        sampling: how the model is sampled.
         layout: where objects shall stand, a JSON file such as [{"labels": ["star", "red"], "x": 0.3, "y": 0.5,
             "diameter": 0.25}], for every prompt; by default the model's own planner says it, if there is one.
-        no_layout: draw from the prompt alone, without the planner.
         unconditional: accept an empty prompt, for pictures of anything.
         weights: of the model while it draws: bf16, or int8 on a CPU, to be quicker; by default as they are saved.
         compile: compile decoding first, which takes a quarter to half a minute: for many batches of the same size.
@@ -93,30 +76,17 @@ def generate(
     from PIL import Image
 
     from generation.drawing import LaytonGenDrawer
-    from generation.generator import find_generator, is_interim
     from generation.layout import read_layout
     from generation.pipeline import MAX_IMAGES
     from layton.commands.staging import staged
 
     require_least(1, {"num_images": num_images, "batch_size": batch_size, "steps": steps})
     require_least(0, {"seed": seed})
-    sampling = SamplingChoice(
-        guidance_scale,
-        guidance_schedule,
-        guidance_start,
-        guidance_stop,
-        temperature,
-        top_k,
-        top_p,
-        min_entropy,
-        candidates,
-        no_layout,
-    )
     require_sampling(sampling)
     wanted = _prompts(prompts or [], prompt_file, unconditional=unconditional)
     if len(wanted) * num_images > MAX_IMAGES:
         raise UsageError(f"at most {MAX_IMAGES} images at a time, got {len(wanted)} prompts times {num_images}")
-    if layout is not None and no_layout:
+    if layout is not None and sampling.no_layout:
         raise UsageError("give --layout or --no-layout, not both")
     placed = None if layout is None else read_layout(layout)
     seeds = range(seed, seed + num_images)
@@ -125,8 +95,6 @@ def generate(
     there = [name for name in names if (out / name).exists()]
     if there and not overwrite:
         raise UsageError(f"{out / there[0]} exists already: take another --out, or say --overwrite")
-    if is_interim(find_generator(model)):
-        sys.stderr.write(f"layton: the LaytonGen of {model!r} is an interim one, still in training\n")
     started = time.perf_counter()
     draw = LaytonGenDrawer.load(
         model,

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from generation.choice import SamplingChoice
-from generation.commands.options import Weights, require_least, require_sampling
+from generation.commands.options import DrawerOptions, require_least, require_sampling
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from layton.commands.text_to_image import TextToImage
-
-Kind = Literal["laytongen", "diffusion"]
 
 
 class Draws(Protocol):
@@ -53,64 +51,39 @@ class Drawer:
     settings: dict[str, Any]
 
 
-def load_drawer(
-    kind: Kind,
-    name: str,
-    *,
-    student: str | None = None,
-    planner: str | None = None,
-    tokenizer: str | None = None,
-    decoder: str | None = None,
-    steps: int | None = None,
-    sampling: SamplingChoice | None = None,
-    weights: Weights | None = None,
-    device: str | None = None,
-    allow: Sequence[str] | None = None,
-) -> Drawer:
+def load_drawer(options: DrawerOptions, sampling: SamplingChoice | None = None) -> Drawer:
     """Load a model of either kind.
 
     Args:
-        kind: What the name means.
-        name: Embedded model or folder.
-        student: Export of `layton distill` on a diffusion model, or an embedded model with one; it draws as it was
-            trained to.
-        planner: LaytonGen whose planner says a diffusion model's prompts anew, with places.
-        tokenizer: Of LaytonGen, where it does not lie beside the generator.
-        decoder: Of LaytonGen.
-        steps: Of the decoder, or of the diffusion model.
+        options: Which.
         sampling: What is asked for beside the model's defaults; of a diffusion model only a guidance scale.
-        weights: Of LaytonGen's transformer while it draws; as they are saved by default.
-        device: Where to run.
-        allow: Prefixes of class names of parts of LaytonGen, or of the planner's, that may be loaded beside this
-            library's.
 
     Raises:
         UsageError: If an option of the other kind is given, or one is out of range.
         ValueError: If the model does not exist or is damaged.
     """
-    require_least(1, {"steps": steps})
+    require_least(1, {"steps": options.steps})
     choice = sampling or SamplingChoice()
     require_sampling(choice)
-    if kind == "laytongen":
-        _refuse({"student": student, "planner": planner}, "a diffusion model's, not LaytonGen's")
+    if options.kind == "laytongen":
+        _refuse({"student": options.student, "planner": options.planner}, "a diffusion model's, not LaytonGen's")
         from generation.drawing import LaytonGenDrawer
 
         draw = LaytonGenDrawer.load(
-            name,
-            tokenizer=tokenizer,
-            decoder=decoder,
-            num_steps=steps,
+            options.model,
+            tokenizer=options.tokenizer,
+            decoder=options.decoder,
+            num_steps=options.steps,
             sampling=choice,
-            weights=weights,
-            device=device,
-            allow=allow or (),
+            weights=options.weights,
+            device=options.device,
+            allow=options.allow or (),
         )
         return Drawer(_SharedDraws(draw), draw.settings())
-    others: dict[str, object] = {"tokenizer": tokenizer, "decoder": decoder, "weights": weights}
-    others["allow"] = None if planner is not None else allow
+    others: dict[str, object] = {name: getattr(options, name) for name in ("tokenizer", "decoder", "weights")}
+    others["allow"] = None if options.planner is not None else options.allow
     _refuse({**others, **dict.fromkeys(choice.given(), True)}, "LaytonGen's, not a diffusion model's")
-    guidance_scale = choice.guidance_scale
-    return _diffusion(name, student, planner, steps=steps, guidance_scale=guidance_scale, device=device, allow=allow)
+    return _diffusion(options, choice.guidance_scale)
 
 
 def _refuse(options: Mapping[str, object], whose: str) -> None:
@@ -121,16 +94,7 @@ def _refuse(options: Mapping[str, object], whose: str) -> None:
         raise UsageError(f"{', '.join(given)}: {whose}")
 
 
-def _diffusion(
-    name: str,
-    student: str | None,
-    planner: str | None,
-    *,
-    steps: int | None,
-    guidance_scale: float | None,
-    device: str | None,
-    allow: Sequence[str] | None,
-) -> Drawer:
+def _diffusion(options: DrawerOptions, guidance_scale: float | None) -> Drawer:
     from generation.placed_prompts import PlacedPrompts
     from layton.assets import find_pipeline
     from layton.commands.text_to_image import find_student
@@ -139,13 +103,14 @@ def _diffusion(
     from layton.ldm.text import knows_places
     from layton.modules import weights_digest
 
+    name, student, planner = options.model, options.student, options.planner
     folder = find_pipeline(name)
-    draw = _text_to_image(folder, student, steps=steps, guidance_scale=guidance_scale, device=device)
+    draw = _text_to_image(folder, options, guidance_scale)
     if planner is not None and not knows_places(draw.pipeline.tokenizer):
         raise UsageError(
             f"{name} has not learnt prompts with places: its tokenizer lacks their words, leave --planner out"
         )
-    rewrite = None if planner is None else PlacedPrompts.from_pretrained(planner, allow=allow or ())
+    rewrite = None if planner is None else PlacedPrompts.from_pretrained(planner, allow=options.allow or ())
     settings = {
         "model": name,
         "weights": digest(folder),
@@ -162,16 +127,15 @@ def _diffusion(
     return Drawer(_SharedDraws(replace(draw, rewrite=rewrite)), settings)
 
 
-def _text_to_image(
-    folder: Path, student: str | None, *, steps: int | None, guidance_scale: float | None, device: str | None
-) -> TextToImage:
+def _text_to_image(folder: Path, options: DrawerOptions, guidance_scale: float | None) -> TextToImage:
     from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS, TextToImage, find_student
     from layton.errors import UsageError
 
-    if student is not None:
+    steps, device = options.steps, options.device
+    if options.student is not None:
         if guidance_scale is not None:
             raise UsageError("a student has a guidance of its own: leave --guidance-scale out")
-        return TextToImage.load_student(folder, find_student(student), num_steps=steps, device=device)
+        return TextToImage.load_student(folder, find_student(options.student), num_steps=steps, device=device)
     return TextToImage.load(
         folder,
         num_steps=DEFAULT_STEPS if steps is None else steps,

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -43,6 +44,8 @@ def call_function(name: str, command: Command, args: Sequence[str]) -> int:
     if isinstance(figures, Path) and figures.is_dir():
         raise UsageError(f"--json {figures} is a folder, and a file is to be written")
     positional = [given.pop(parameter.name) for parameter in _positional(function)]
+    for name, bundle in _bundles(function).items():
+        given[name] = bundle(**{field.name: given.pop(field.name) for field in fields(bundle)})
     # torchrun says both; a cluster may say the first of them to whoever works there by hand
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
         return _together(name, command, function, positional, given)
@@ -71,16 +74,28 @@ def function_parser(function: Callable[..., Any], *, program: str) -> ArgumentPa
         program: name in the usage line.
 
     Returns:
-        The parser; a parameter annotated ``list[X]`` takes one or more values.
+        The parser; a parameter annotated ``list[X]`` takes one or more values, and one annotated with a dataclass is an
+        option for each of its fields.
     """
     documentation = parse_docstring(inspect.getdoc(function) or "")
-    help_of = {parameter.arg_name: parameter.description or "" for parameter in documentation.params}
     text = "\n\n".join(part for part in (documentation.short_description, documentation.long_description) if part)
     parser = ArgumentParser(prog=program, description=text)
-    hints = get_type_hints(function)
+    bundles = _bundles(function)
+    parser.add_function_arguments(function, as_group=False, skip={*_add_arguments(parser, function), *bundles})
+    for bundle in bundles.values():
+        parser.add_class_arguments(bundle, None, skip=_add_arguments(parser, bundle))
+    return parser
+
+
+def _add_arguments(parser: ArgumentParser, source: Callable[..., Any]) -> set[int | str]:
+    """Add positional arguments and lists, which jsonargparse would take otherwise; returns their names."""
+    documentation = parse_docstring(inspect.getdoc(source) or "")
+    help_of = {parameter.arg_name.split()[-1]: parameter.description or "" for parameter in documentation.params}
+    hints = get_type_hints(source)
     taken: set[int | str] = set()
-    for name, parameter in inspect.signature(function).parameters.items():
-        item, option = _item_type(hints[name]), parameter.kind is parameter.KEYWORD_ONLY
+    for name, parameter in inspect.signature(source).parameters.items():
+        item = _item_type(hints[name])
+        option = parameter.kind is parameter.KEYWORD_ONLY or isinstance(source, type)
         if option and item is None:
             continue
         kind: dict[str, Any] = {"type": hints[name]} if item is None else {"type": item, "nargs": "+"}
@@ -92,8 +107,21 @@ def function_parser(function: Callable[..., Any], *, program: str) -> ArgumentPa
             kind["required"] = True
         parser.add_argument(f"--{name}" if option else name, help=help_of.get(name, ""), **kind)
         taken.add(name)
-    parser.add_function_arguments(function, skip=taken)
-    return parser
+    return taken
+
+
+def _bundles(function: Callable[..., Any]) -> dict[str, Any]:
+    """Parameters that stand for several options: the dataclasses by the parameters' names."""
+    hints = get_type_hints(function)
+    return {name: hint for name, hint in hints.items() if isinstance(hint, type) and is_dataclass(hint)}
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """The types of all options, those in bundles included."""
+    found = {name: hint for name, hint in get_type_hints(function).items() if name != "return"}
+    for bundle in _bundles(function).values():
+        found |= get_type_hints(bundle)
+    return found
 
 
 def _item_type(hint: Any) -> Any:
@@ -114,8 +142,7 @@ def _positional(function: Callable[..., Any]) -> list[inspect.Parameter]:
 
 def _flags_spelt_out(function: Callable[..., Any], words: list[str]) -> list[str]:
     """``--quick`` alone as ``--quick=true``: jsonargparse wants a value for every bool."""
-    hints = get_type_hints(function)
-    flags = {f"--{name}" for name in inspect.signature(function).parameters if hints[name] is bool}
+    flags = {f"--{name}" for name, hint in _hints(function).items() if hint is bool}
     return [
         f"{word}=true" if word in flags and after.lower() not in ("true", "false", "yes", "no") else word
         for word, after in pairwise([*words, ""])
@@ -128,8 +155,8 @@ def _words_of(function: Callable[..., Any], words: list[str]) -> list[str]:
 
 def _lists_joined(function: Callable[..., Any], words: list[str]) -> list[str]:
     """``--config a --config b`` as ``--config a b``: of an option that is repeated, argparse keeps the last alone."""
-    hints, at_the_end = get_type_hints(function), list(words)
-    lists = [name for name in inspect.signature(function).parameters if _item_type(hints[name]) is not None]
+    at_the_end = list(words)
+    lists = [name for name, hint in _hints(function).items() if _item_type(hint) is not None]
     for option in [f"--{name}" for name in lists]:
         if sum(word.partition("=")[0] == option for word in words) < 2:
             continue

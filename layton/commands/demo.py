@@ -222,9 +222,8 @@ def _summary(report: dict[str, Any], out: Path) -> Sequence[str]:
         if "mean" in values
     ]
     lines += [f"no {name.upper()}: {reason}" for name, reason in reconstructions["absent"].items()]
-    model = " by a LaytonGen in training" if generations.get("protocol", {}).get("interim") else ""
     lines += [
-        f"drawn from text{model} with decoder {name}: {values['right']} of {values['of']} right by the checker"
+        f"drawn from text with decoder {name}: {values['right']} of {values['of']} right by the checker"
         for name, values in generations.get("decoders", {}).items()
     ]
     if "of" in generations and "decoders" not in generations:

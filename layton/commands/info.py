@@ -52,7 +52,7 @@ def embedded_models(folder: Path) -> list[dict[str, Any]]:
     models = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         weights = sorted(path.rglob("*.safetensors")) if path.is_dir() else []
-        if weights and path.name != "interim":  # those belong to no name
+        if weights:
             card = path / "README.md"
             lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
             title = next((line.lstrip("# ").strip() for line in lines if line.startswith("#")), "no card")

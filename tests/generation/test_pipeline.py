@@ -12,7 +12,7 @@ import torch
 from laytongen_parts import CODES, SIZE, TOKENS, tiny_generator, tiny_tokenizer, write_model
 
 from generation.demonstration import has_generator
-from generation.generator import find_generator, find_tokenizer, is_interim, load_generator, save_generator
+from generation.generator import find_generator, find_tokenizer, load_generator, save_generator
 from generation.packing import packed
 from generation.pipeline import LaytonGenPipeline, PromptCutWarning
 from generation.quantization import set_weights
@@ -182,18 +182,13 @@ def test_an_empty_prompt_is_no_condition_as_in_training(pipe: LaytonGenPipeline)
     assert not torch.equal(text.features[1:], pipe.transformer.null_condition(text.features[1:]))
 
 
-def test_a_finished_generator_wins_over_an_interim_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_embedded_generator_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assets, "ASSETS", tmp_path)
-    monkeypatch.setattr(assets, "INTERIM", tmp_path / "interim")
     write_model(tmp_path / "small")
-    shutil.move(tmp_path / "small" / "laytongen", tmp_path / "interim" / "small" / "laytongen")
-    interim = find_generator("small")
-    assert is_interim(interim) and has_generator("small") and not has_generator("none")
-    assert find_tokenizer("small", interim) == tmp_path / "small"
+    assert find_generator("small") == tmp_path / "small" / "laytongen"
+    assert has_generator("small") and not has_generator("none")
+    assert find_tokenizer("small", find_generator("small")) == tmp_path / "small"
     assert LaytonGenPipeline.from_pretrained("small").num_tokens == TOKENS
-    shutil.copytree(interim, tmp_path / "small" / "laytongen")
-    assert find_generator("small") == tmp_path / "small" / "laytongen" and has_generator("small")
-    shutil.rmtree(tmp_path / "interim")
     shutil.rmtree(tmp_path / "small" / "laytongen")
     with pytest.raises(ValueError, match="holds no generator"):
         find_generator("small")
