@@ -36,6 +36,11 @@ class Snapshot(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("phase", torch.tensor(-1))
+        self.eval()
+
+    def train(self, mode: bool = True) -> Snapshot:
+        """Nothing: what is in training mode has buffers that a forward pass may change, and these are constant."""
+        return self
 
     @property
     def taken_in(self) -> int:

@@ -80,7 +80,8 @@ def load_drawer(options: DrawerOptions, sampling: SamplingChoice | None = None) 
             allow=options.allow or (),
         )
         return Drawer(_SharedDraws(draw), draw.settings())
-    others: dict[str, object] = {name: getattr(options, name) for name in ("tokenizer", "decoder", "weights")}
+    others: dict[str, object] = {name: getattr(options, name) for name in ("tokenizer", "decoder")}
+    others["weights int8"] = True if options.weights == "int8" else None
     others["allow"] = None if options.planner is not None else options.allow
     _refuse({**others, **dict.fromkeys(choice.given(), True)}, "LaytonGen's, not a diffusion model's")
     return _diffusion(options, choice.guidance_scale)
@@ -120,6 +121,7 @@ def _diffusion(options: DrawerOptions, guidance_scale: float | None) -> Drawer:
         "student_weights": None if student is None else digest(find_student(student)),
         "num_inference_steps": draw.num_steps,
         "guidance_scale": draw.guidance_scale,
+        "weight_type": options.weights or "fp32",
         "prompts_rewritten": planner is not None,
         "planner": planner,
         "planner_weights": None if rewrite is None else weights_digest(rewrite.text_encoder, rewrite.planner),
@@ -128,17 +130,21 @@ def _diffusion(options: DrawerOptions, guidance_scale: float | None) -> Drawer:
 
 
 def _text_to_image(folder: Path, options: DrawerOptions, guidance_scale: float | None) -> TextToImage:
-    from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS, TextToImage, find_student
+    from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS, Dtype, TextToImage, find_student
     from layton.errors import UsageError
 
     steps, device = options.steps, options.device
+    dtype: Dtype = "bfloat16" if options.weights == "bf16" else "float32"
     if options.student is not None:
         if guidance_scale is not None:
             raise UsageError("a student has a guidance of its own: leave --guidance-scale out")
-        return TextToImage.load_student(folder, find_student(options.student), num_steps=steps, device=device)
+        return TextToImage.load_student(
+            folder, find_student(options.student), num_steps=steps, device=device, dtype=dtype
+        )
     return TextToImage.load(
         folder,
         num_steps=DEFAULT_STEPS if steps is None else steps,
         guidance_scale=DEFAULT_GUIDANCE if guidance_scale is None else guidance_scale,
         device=device,
+        dtype=dtype,
     )

@@ -27,7 +27,7 @@ class DrawerOptions:
         tokenizer: of LaytonGen, where it does not lie beside the generator.
         decoder: name of LaytonGen's code decoder; the tokenizer's own choice by default.
         steps: of LaytonGen's decoder, of a student, or of the diffusion model (25); their own number by default.
-        weights: of LaytonGen while it draws: bf16, or int8 on a CPU, to be quicker; by default as they are saved.
+        weights: type while it draws: bf16, or int8 of LaytonGen on a CPU; by default LaytonGen's as saved, else fp32.
         device: where to run; the accelerator if there is one.
         allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
     """

@@ -10,12 +10,11 @@ import torch
 
 from distill.condition import Condition
 from distill.methods.pairs import DEFAULT_SOLVER, TeacherSolver
-from layton.data.cache import require_same
 from layton.data.sources import SampleSource
 from layton.decoders.consistency import ConsistencyDecoder
 from layton.decoders.latent import read_network
 from layton.devices import choose_device
-from layton.distillation.pairs import PairPlan, PairSource, captions_digest, generate_pairs
+from layton.distillation.pairs import PairPlan, PairSource, captions_digest, generate_pairs, made_once
 from layton.folder import read_class
 from layton.ladd import CLASS_NAME as STAGE_1
 from layton.ladd import LADD
@@ -79,28 +78,24 @@ class DecoderPairs(SampleSource):
         plan = PairPlan(count, (channels, height, width), solver, seed, part_size, batch_size, ("codes",))
         networks = [f"{ldm}/unet", f"{tokenizer}/quantizer", decoder, *(part for part in (base, reader) if part)]
         teacher_id = "-".join(digest(Path(place)) for place in networks)
-        if (Path(folder) / "cache.json").is_file():
-            self._pairs = PairSource(folder)
-            wanted = plan.fingerprint(teacher=teacher_id, captions=captions_digest(source, plan))
-            require_same(Path(folder), self._pairs.cache.fingerprint, wanted)
-            return
-        _, quantizer = load_code_parts(tokenizer)
-        place = choose_device(device)
-        quantizer.to(place)
+        wanted = plan.fingerprint(teacher=teacher_id, captions=captions_digest(source, plan))
 
-        def condition_of(batch: Mapping[str, Any]) -> Condition:
-            codes = batch["codes"].long().to(place)
-            side = int(codes.shape[1] ** 0.5)
-            return Condition(spatial=quantizer.codes_to_embeddings(codes, (side, side)))
+        def make() -> PairSource | None:
+            _, quantizer = load_code_parts(tokenizer)
+            place = choose_device(device)
+            quantizer.to(place)
 
-        teacher = read_teacher(Path(decoder), ldm, base, reader).to(place)
-        for network in (teacher.unet, teacher.controlnet):
-            use_fast_attention(network, place)
-        with torch.no_grad():
-            made = generate_pairs(teacher, source, condition_of, folder, plan, teacher_id=teacher_id)
-        if made is None:  # cannot happen with one worker
-            raise RuntimeError(f"{folder}: parts are missing")
-        self._pairs = made
+            def condition_of(batch: Mapping[str, Any]) -> Condition:
+                codes = batch["codes"].long().to(place)
+                side = int(codes.shape[1] ** 0.5)
+                return Condition(spatial=quantizer.codes_to_embeddings(codes, (side, side)))
+
+            teacher = read_teacher(Path(decoder), ldm, base, reader).to(place)
+            use_fast_attention(teacher.unet, teacher.controlnet)
+            with torch.no_grad():
+                return generate_pairs(teacher, source, condition_of, folder, plan, teacher_id=teacher_id)
+
+        self._pairs = made_once(folder, wanted, make)
 
     def __len__(self) -> int:
         """Number of pairs."""

@@ -148,7 +148,7 @@ def make_peer(shape: DistillationShape, name: str) -> LCMPeer:
     """One of `PEERS`."""
     unet = make_unet(shape)
     if name == PEERS[1]:
-        use_fast_attention(unet, "cpu")
+        use_fast_attention(unet)
     return LCMPeer(unet, LoraSettings(rank=shape.rank))
 
 

@@ -123,7 +123,7 @@ class MethodStep:
         recompute: Recompute = "nothing",
         lr: float = 1e-4,
     ) -> None:
-        use_fast_attention(unet, "cpu")
+        use_fast_attention(unet)
         set_recompute(unet, recompute)
         self.denoiser = UNetDenoiser(unet, VPSchedule())
         self.networks = networks_for(self.denoiser, lora, target_decay=method.target_decay)

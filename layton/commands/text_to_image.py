@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from layton import assets
 
+Dtype = Literal["float32", "bfloat16"]
 DEFAULT_STEPS = 25
 DEFAULT_GUIDANCE = 3.0
 STUDENT_FOLDER = "few_step"
@@ -59,7 +60,13 @@ class TextToImage:
 
     @classmethod
     def load_student(
-        cls, folder: Path, export: Path, *, num_steps: int | None = None, device: str | None = None
+        cls,
+        folder: Path,
+        export: Path,
+        *,
+        num_steps: int | None = None,
+        device: str | None = None,
+        dtype: Dtype = "float32",
     ) -> TextToImage:
         """A distilled student in its teacher's pipeline, sampled as it was trained to be.
 
@@ -68,6 +75,7 @@ class TextToImage:
             export: What training wrote.
             num_steps: One of the trained numbers of steps; the largest by default.
             device: Where to run.
+            dtype: See `load`.
 
         Raises:
             ValueError: The student is not trained for so many steps or to draw from noise, or does not fit.
@@ -81,13 +89,22 @@ class TextToImage:
             )
         steps = max(sampling.step_counts) if num_steps is None else num_steps
         scale = float(pipeline_arguments(sampling, steps)["guidance_scale"])
-        drawer = cls.load(folder, num_steps=steps, guidance_scale=scale, device=device)
+        drawer = cls.load(folder, num_steps=steps, guidance_scale=scale, device=device, dtype=dtype)
         load_distilled(drawer.pipeline, export)
         return replace(drawer, student=str(export))
 
     @classmethod
-    def load(cls, folder: Path, *, num_steps: int, guidance_scale: float, device: str | None = None) -> TextToImage:
+    def load(
+        cls, folder: Path, *, num_steps: int, guidance_scale: float, device: str | None = None, dtype: Dtype = "float32"
+    ) -> TextToImage:
         """Read a local pipeline folder; safetensors only, parts of known libraries, nothing of it is executed.
+
+        Args:
+            folder: The folder.
+            num_steps: Denoising steps.
+            guidance_scale: Of classifier-free guidance.
+            device: Where to run; the accelerator if there is one.
+            dtype: Type of all weights but the autoencoder's, which are float32.
 
         Raises:
             ValueError: If it cannot be read, draws nothing from text, or a setting makes no sense.
@@ -100,20 +117,15 @@ class TextToImage:
         from transformers.utils import logging as transformers_logging
 
         from layton.devices import choose_device
-        from layton.ldm.teacher import checked_index, pipeline_variant, require_whole, set_dtype
+        from layton.ldm.teacher import checked_index, load_parts
 
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
         try:
             checked_index(folder)
-            pipeline = DiffusionPipeline.from_pretrained(
-                str(folder), local_files_only=True, use_safetensors=True, variant=pipeline_variant(folder)
-            )
+            pipeline = load_parts(DiffusionPipeline, folder, {}, dtype=getattr(torch, dtype))
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder} is no diffusers pipeline that can be loaded: {error}") from error
-        pipeline.set_progress_bar_config(disable=True)
-        require_whole(pipeline, folder)
-        set_dtype(pipeline, torch.float32)
         place = choose_device(device)
         if place.type == "cpu" and hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
             pipeline.vae.enable_slicing()  # quicker there, see `layton.ldm.autoencoder.Autoencoder.decode`

@@ -29,7 +29,7 @@ from distill.noise import Generators, gaussian_like
 from distill.samplers import euler, sample
 from distill.schedules import FlowSchedule
 from distill.timesteps import uniform_flow_times
-from layton.ldm.teacher import checked_index, pipeline_variant, require_whole
+from layton.ldm.teacher import checked_index, load_parts
 
 OutputType = Literal["pil", "pt", "latent"]
 
@@ -117,10 +117,7 @@ class InstaFlowPipeline:
         # not by open_pipeline: the released folders may name a class of their own, which means nothing here
         checked_index(Path(folder))
         unused = {"safety_checker": None, "requires_safety_checker": False}
-        pipe = StableDiffusionPipeline.from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True, variant=pipeline_variant(Path(folder)), **unused
-        ).to(dtype)
-        require_whole(pipe, Path(folder))
+        pipe = load_parts(StableDiffusionPipeline, Path(folder), unused, dtype=dtype).to(dtype)
         control = None
         if controlnet is not None:
             control = ControlNetModel.from_pretrained(str(controlnet), local_files_only=True, use_safetensors=True)

@@ -8,19 +8,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distill.condition import Condition
 from distill.methods.pairs import DEFAULT_SOLVER, TeacherSolver
 from distill.models import denoiser_from_pipeline
 from layton.assets import find_pipeline
-from layton.data.cache import require_same
 from layton.data.sources import SampleSource
 from layton.devices import choose_device
-from layton.distillation.pair_files import CACHE_NAME, folder_for
-from layton.distillation.pairs import PairPlan, PairSource, captions_digest, generate_pairs
+from layton.distillation.pair_files import folder_for
+from layton.distillation.pairs import PairPlan, PairSource, captions_digest, generate_pairs, made_once
 from layton.ldm.cache import digest
 from layton.ldm.conditions import NETWORK_GUIDANCE, PromptEncoder, latent_shape_of, takes_guidance
 from layton.ldm.teacher import open_outline, open_pipeline
-from layton.lock import lock_folder
+from layton.precision import quick_dtype
 
 _NETWORKS = ("unet", "transformer")
 
@@ -131,14 +132,11 @@ def open_or_make(
         teacher_id += f"-away-{hashlib.sha256(negative_prompt.encode()).hexdigest()[:8]}"
     wanted = plan.fingerprint(teacher=teacher_id, captions=captions_digest(prompts, plan))
     folder = str(folder_for(Path(folder), wanted)) if beside else folder
-    made = _made_before(folder, wanted)
-    if made is not None:
-        return made
-    with lock_folder(Path(folder), wait=True):  # of several ranks one makes them, and the others find them made
-        made = _made_before(folder, wanted)
-        if made is not None:
-            return made
-        pipe, place = open_pipeline(root), choose_device(device)
+
+    def make() -> PairSource | None:
+        place = choose_device(device)
+        on_cpu = place.type == "cpu"  # where products alone are of the quick type
+        pipe = open_pipeline(root, dtype=torch.float32 if on_cpu else quick_dtype(place))
         encoder = PromptEncoder(pipe, latent_size=shape[1:], guidance_scale=network_guidance)
         teacher = denoiser_from_pipeline(pipe, latent_size=shape[1:]).eval().to(place)
         null = encoder.null(negative_prompt, device=place) if plan.solver.is_guided else None
@@ -146,25 +144,11 @@ def open_or_make(
         def condition_of(batch: Mapping[str, Any]) -> Condition:
             return encoder(batch["caption"], device=place)
 
-        made = generate_pairs(
+        return generate_pairs(
             teacher, prompts, condition_of, folder, plan, teacher_id=teacher_id, null=null, progress=progress or _say
         )
-    if made is None:  # cannot happen with one worker
-        raise RuntimeError(f"{folder}: parts are missing")
-    return made
 
-
-def _made_before(folder: str, wanted: Mapping[str, Any]) -> PairSource | None:
-    """Pairs that are there, whole.
-
-    Raises:
-        CacheMismatchError: They were made by something else.
-    """
-    if not (Path(folder) / CACHE_NAME).is_file():
-        return None
-    source = PairSource(folder)
-    require_same(Path(folder), source.cache.fingerprint, wanted)
-    return source
+    return made_once(folder, wanted, make)
 
 
 def teacher_digest(pipeline: Path) -> str:

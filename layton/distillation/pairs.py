@@ -23,12 +23,13 @@ from distill.condition import Condition
 from distill.denoiser import Denoiser
 from distill.methods.pairs import DEFAULT_SOLVER, TeacherSolver
 from distill.noise import gaussian_like
-from layton.data.cache import CachedTensors
+from layton.data.cache import CachedTensors, require_same
 from layton.data.loader import collate
 from layton.data.randomness import mix
 from layton.data.sources import SampleSource
-from layton.distillation.pair_files import claim_folder, is_there, write_part
+from layton.distillation.pair_files import CACHE_NAME, claim_folder, is_there, write_part
 from layton.folder import write_atomically
+from layton.lock import lock_folder
 from layton.precision import quick_dtype
 
 ConditionOf = Callable[[Mapping[str, Any]], Condition]
@@ -179,6 +180,34 @@ def generate_pairs(
     text = json.dumps(manifest, indent=1, sort_keys=True)
     write_atomically(root / "cache.json", lambda path: path.write_text(text, encoding="utf-8"))
     return PairSource(str(root))
+
+
+def made_once(folder: str, wanted: Mapping[str, Any], make: Callable[[], PairSource | None]) -> PairSource:
+    """Pairs that are there, or are made now: of several processes one makes them, and the others find them made.
+
+    Args:
+        folder: Of the pairs.
+        wanted: Their fingerprint.
+        make: Makes what is missing.
+
+    Raises:
+        CacheMismatchError: The folder holds pairs made by something else.
+    """
+    made = _made_before(folder, wanted)
+    if made is None:
+        with lock_folder(Path(folder), wait=True):
+            made = _made_before(folder, wanted) or make()
+    if made is None:
+        raise RuntimeError(f"{folder}: parts are missing, which other workers were to make")
+    return made
+
+
+def _made_before(folder: str, wanted: Mapping[str, Any]) -> PairSource | None:
+    if not (Path(folder) / CACHE_NAME).is_file():
+        return None
+    source = PairSource(folder)
+    require_same(Path(folder), source.cache.fingerprint, wanted)
+    return source
 
 
 def rebuild_pairs(

@@ -93,7 +93,7 @@ class _Encode:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         if self.encoder is None:
-            pipe = open_pipeline(self.pipeline)
+            pipe = open_pipeline(self.pipeline, text_only=True)
             _, h, w = latent_shape_of(pipe, self.latent_size)
             self.encoder = PromptEncoder(pipe, latent_size=(h, w))
         condition = self.encoder(batch["caption"], device=choose_device(None))

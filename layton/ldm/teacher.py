@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.utils import deprecation_utils
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
@@ -30,12 +32,15 @@ PIPELINES: tuple[type[DiffusionPipeline], ...] = (
     FluxPipeline,
 )
 INDEX = "model_index.json"
+_DTYPE = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"  # renamed in diffusers 0.37
 _LIBRARIES = ("diffusers", "transformers")
 _OURS = ("layton.distillation.few_step_schedulers", "distill.stacked")  # what distilled students bring
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # judges and inputs that training has no use for
 
 
-def open_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+def open_pipeline(
+    folder: str | Path, *, dtype: torch.dtype = torch.float32, text_only: bool = False
+) -> DiffusionPipeline:
     """Read a pipeline folder: Stable Diffusion 1.x, 2.x, XL, 3, FLUX, or the embedded one by its name.
 
     A folder is data: classes named in it must be diffusers' and transformers' own, code lying in it is never run, and
@@ -43,7 +48,8 @@ def open_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> 
 
     Args:
         folder: What diffusers' ``save_pretrained`` wrote, or the name of an embedded model.
-        dtype: Type of all weights.
+        dtype: Type of all weights but the autoencoder's, which are float32.
+        text_only: Leave the autoencoder out, and the network's weights (it is on the meta device): for its prompts.
 
     Returns:
         The pipeline, frozen, in evaluation mode, on the CPU.
@@ -58,7 +64,10 @@ def open_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> 
     left_out: dict[str, Any] = {key: None for key in _UNUSED if key in index}
     if "requires_safety_checker" in index:
         left_out["requires_safety_checker"] = False
-    pipe = _load(kind, root, left_out, dtype)
+    if text_only:
+        left_out |= {"vae": None, **_outlined_network(root, index)}
+    with _silent():
+        pipe = load_parts(kind, root, left_out, dtype=dtype)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
@@ -76,7 +85,12 @@ def open_outline(folder: str | Path) -> DiffusionPipeline:
     index = checked_index(root)
     kind = _pipeline_class(root, index)
     parts: dict[str, Any] = {key: None for key, value in index.items() if isinstance(value, list)}
-    name = "unet" if "unet" in parts else "transformer"
+    parts |= _outlined_network(root, index)
+    return kind(**{key: value for key, value in parts.items() if key in inspect.signature(kind.__init__).parameters})
+
+
+def _outlined_network(root: Path, index: Mapping[str, Any]) -> dict[str, torch.nn.Module]:
+    name = "unet" if "unet" in index else "transformer"
     try:
         library, network = index[name]
         network_class = getattr(import_module(library), network)
@@ -84,8 +98,7 @@ def open_outline(folder: str | Path) -> DiffusionPipeline:
     except (KeyError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"{root / name} cannot be read ({' '.join(str(error).split())})") from error
     with torch.device("meta"):
-        parts[name] = network_class.from_config(config)
-    return kind(**{key: value for key, value in parts.items() if key in inspect.signature(kind.__init__).parameters})
+        return {name: network_class.from_config(config)}
 
 
 def _pipeline_class(root: Path, index: Mapping[str, Any]) -> type[DiffusionPipeline]:
@@ -96,50 +109,56 @@ def _pipeline_class(root: Path, index: Mapping[str, Any]) -> type[DiffusionPipel
     return classes[name]
 
 
-def _load(kind: type[DiffusionPipeline], root: Path, left_out: dict[str, Any], dtype: torch.dtype) -> DiffusionPipeline:
-    quiet = diffusers_logging.is_progress_bar_enabled()
+def load_parts(
+    kind: type[DiffusionPipeline], root: Path, given: Mapping[str, Any], *, dtype: torch.dtype
+) -> DiffusionPipeline:
+    """``from_pretrained`` of a local folder: safetensors only, no weight missing, every part in the type asked for.
+
+    Args:
+        kind: diffusers' class; ``DiffusionPipeline`` takes what the folder names.
+        root: The folder, whose index was checked (`checked_index`).
+        given: Parts to put in place of the folder's.
+        dtype: Type of all weights but the autoencoder's, which are float32. Else transformers would read its encoders
+            in the type that their folders name.
+
+    Raises:
+        ValueError: A part is missing or damaged.
+    """
+    types = {"default": dtype, "vae": torch.float32}
+    try:
+        pipe: DiffusionPipeline = kind.from_pretrained(
+            str(root),
+            local_files_only=True,
+            use_safetensors=True,
+            variant=pipeline_variant(root),
+            **{_DTYPE: types},
+            **given,
+        )
+        for name, part in pipe.components.items():
+            if isinstance(part, torch.nn.Module) and name not in given:
+                require_weights(part, root / name)
+    except OSError as error:  # what diffusers and transformers raise for a missing or unreadable part
+        raise ValueError(f"{root}: a part of the pipeline cannot be read ({' '.join(str(error).split())})") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without progress bars of libraries, which diffusers shows again afterwards."""
+    told = diffusers_logging.is_progress_bar_enabled()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     try:
-        pipe: DiffusionPipeline = kind.from_pretrained(
-            str(root), local_files_only=True, use_safetensors=True, variant=pipeline_variant(root), **left_out
-        )
-        require_whole(pipe, root)
-        set_dtype(pipe, dtype)
-    except OSError as error:  # what diffusers and transformers raise for a missing or unreadable part
-        raise ValueError(f"{root}: a part of the pipeline cannot be read ({' '.join(str(error).split())})") from error
+        yield
     finally:
-        if quiet:
+        if told:
             diffusers_logging.enable_progress_bar()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def pipeline_variant(root: Path) -> str | None:
     """What diffusers is to be asked for where a folder's network is stored as a variant alone (`variant_of`)."""
     return variant_of(root / "unet") or variant_of(root / "transformer")
-
-
-def require_whole(pipe: DiffusionPipeline, root: Path) -> None:
-    """Refuse a pipeline of a folder of which weights are missing.
-
-    Raises:
-        ValueError: Names the part and the first of them.
-    """
-    for name, part in pipe.components.items():
-        if isinstance(part, torch.nn.Module):
-            require_weights(part, root / name)
-
-
-def set_dtype(pipe: DiffusionPipeline, dtype: torch.dtype) -> None:
-    """Bring all weights of a pipeline into one type.
-
-    Not an argument of ``from_pretrained``: its name differs between the versions of diffusers; and without it
-    transformers reads its encoders in the type that their folders name, diffusers its networks in float32.
-    """
-    for part in pipe.components.values():
-        if isinstance(part, torch.nn.Module) and part.dtype != dtype:
-            part.to(dtype)
 
 
 def checked_index(root: Path) -> dict[str, Any]:

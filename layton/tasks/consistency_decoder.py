@@ -168,8 +168,7 @@ class ConsistencyDecoderTask(ManualTask):
         """As `on_fit_start`."""
         for network in {id(net): net for net in (self.ladd, self._teacher[0], self._target[0])}.values():
             network.to(self.device)
-            use_fast_attention(network.unet, self.device)
-            use_fast_attention(network.controlnet, self.device)
+            use_fast_attention(network.unet, network.controlnet)
         for module in (self._autoencoder[0], *self._light):
             module.to(self.device)
 

@@ -99,11 +99,10 @@ class DecoderTask(LaytonTask):
         self.preview_steps, self.time_shift = preview_steps, time_shift
 
     def setup(self, stage: str) -> None:
-        """Refuse codes of another tokenizer, and pick the attention that is quick on this device."""
+        """Refuse codes of another tokenizer."""
         if not self.train_tokenizer:
             require_codes(self.sources(), self.quantizer.fingerprint())
-        use_fast_attention(self.ladd.unet, self.device)
-        use_fast_attention(self.ladd.controlnet, self.device)
+        use_fast_attention(self.ladd.unet, self.ladd.controlnet)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch, ()."""

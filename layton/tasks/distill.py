@@ -146,7 +146,6 @@ class DistillTask(ManualTask):
         if frozen_dtype != "float32" and adapter is None:
             raise ValueError(f"frozen_dtype {frozen_dtype} is of weights beside adaptors: with adapter=null all learn")
         pipe = open_pipeline(pipeline, dtype=getattr(torch, frozen_dtype))
-        pipe.vae.float()
         self.latent_shape = latent_shape_of(pipe, latent_size)
         self.prompts = PromptEncoder(pipe, latent_size=self.latent_shape[1:], guidance_scale=network_guidance)
         self._autoencoder = [Autoencoder(pipe.vae)]  # in a list: frozen, no part of this model
@@ -202,7 +201,7 @@ class DistillTask(ManualTask):
         self._ddp_params_and_buffers_to_ignore = [f"method.{name}" for name, _ in method.named_buffers()]
 
     def setup(self, stage: str) -> None:
-        """Refuse pairs that a teacher made otherwise than is asked for, and pick the attention that is quick here.
+        """Refuse pairs that a teacher made otherwise than is asked for, and pick the attention that is quick.
 
         Raises:
             ValueError: Says what differs.
@@ -223,7 +222,7 @@ class DistillTask(ManualTask):
         for network in (self.student, self.teacher, self.networks.target):
             inner = network.denoiser if isinstance(network, AdapterView) else network
             if isinstance(inner, UNetDenoiser):
-                use_fast_attention(inner.unet, self.device)
+                use_fast_attention(inner.unet)
 
     def _compare_autoencoders(self, sources: Iterable[SampleSource]) -> None:
         made_by = {source.autoencoder for source in sources if isinstance(source, CachedLatents)}

@@ -131,8 +131,8 @@ class TextToImageTask(LaytonTask):
         self.preview_steps, self.preview_guidance = preview_steps, preview_guidance
 
     def setup(self, stage: str) -> None:
-        """Pick the attention that is quick on this device."""
-        use_fast_attention(self.denoiser.unet, self.device)
+        """Pick the attention that is quick."""
+        use_fast_attention(self.denoiser.unet)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch, ()."""

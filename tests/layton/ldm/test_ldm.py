@@ -125,8 +125,21 @@ def test_plain_attention_equals_the_fused_one() -> None:
     inputs = (torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.randn(2, 5, 16))
     with torch.no_grad():
         fused = unet(*inputs).sample
-        use_fast_attention(unet, "cpu")
+        use_fast_attention(unet)
         torch.testing.assert_close(unet(*inputs).sample, fused, atol=1e-5, rtol=1e-4)
+
+
+def test_attention_is_chosen_where_the_network_is_when_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet, inputs = tiny_unet(), (torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.randn(2, 5, 16))
+    use_fast_attention(unet)  # on the CPU, as tasks do before they are moved
+    kernel, calls = torch.nn.functional.scaled_dot_product_attention, []
+    counted = lambda *args, **options: calls.append(1) or kernel(*args, **options)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    with torch.no_grad():
+        unet(*inputs)
+        assert not calls
+        unet.to("meta")(*(each.to("meta") for each in inputs))
+        assert calls
 
 
 def test_saved_pipeline_is_loaded_and_sampled_by_diffusers_alone(tmp_path: Path) -> None:
