@@ -49,7 +49,7 @@ def open_pipeline(
     Args:
         folder: What diffusers' ``save_pretrained`` wrote, or the name of an embedded model.
         dtype: Type of all weights but the autoencoder's, which are float32.
-        text_only: Leave the autoencoder out, and the network's weights (it is on the meta device): for its prompts.
+        text_only: Leave network and autoencoder without weights, on the meta device: for its prompts.
 
     Returns:
         The pipeline, frozen, in evaluation mode, on the CPU.
@@ -65,7 +65,7 @@ def open_pipeline(
     if "requires_safety_checker" in index:
         left_out["requires_safety_checker"] = False
     if text_only:
-        left_out |= {"vae": None, **_outlined_network(root, index)}
+        left_out |= _outlines(root, index)
     with _silent():
         pipe = load_parts(kind, root, left_out, dtype=dtype)
     for part in pipe.components.values():
@@ -75,7 +75,7 @@ def open_pipeline(
 
 
 def open_outline(folder: str | Path) -> DiffusionPipeline:
-    """The same pipeline without any weights, for what its shape says: a network on the meta device, and no other part.
+    """The same pipeline without weights, for what its shape says: network and autoencoder on the meta device alone.
 
     Raises:
         UsageError: There is no such folder.
@@ -85,20 +85,23 @@ def open_outline(folder: str | Path) -> DiffusionPipeline:
     index = checked_index(root)
     kind = _pipeline_class(root, index)
     parts: dict[str, Any] = {key: None for key, value in index.items() if isinstance(value, list)}
-    parts |= _outlined_network(root, index)
+    parts |= _outlines(root, index)
     return kind(**{key: value for key, value in parts.items() if key in inspect.signature(kind.__init__).parameters})
 
 
-def _outlined_network(root: Path, index: Mapping[str, Any]) -> dict[str, torch.nn.Module]:
-    name = "unet" if "unet" in index else "transformer"
-    try:
-        library, network = index[name]
-        network_class = getattr(import_module(library), network)
-        config = network_class.load_config(root / name, local_files_only=True)
-    except (KeyError, TypeError, AttributeError, OSError) as error:
-        raise ValueError(f"{root / name} cannot be read ({' '.join(str(error).split())})") from error
-    with torch.device("meta"):
-        return {name: network_class.from_config(config)}
+def _outlines(root: Path, index: Mapping[str, Any]) -> dict[str, torch.nn.Module]:
+    """Network and autoencoder of a folder on the meta device."""
+    found = {}
+    for name in ("unet" if "unet" in index else "transformer", "vae"):
+        try:
+            library, class_name = index[name]
+            part = getattr(import_module(library), class_name)
+            config = part.load_config(root / name, local_files_only=True)
+        except (KeyError, TypeError, AttributeError, OSError) as error:
+            raise ValueError(f"{root / name} cannot be read ({' '.join(str(error).split())})") from error
+        with torch.device("meta"):
+            found[name] = part.from_config(config)
+    return found
 
 
 def _pipeline_class(root: Path, index: Mapping[str, Any]) -> type[DiffusionPipeline]:
