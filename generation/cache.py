@@ -200,7 +200,7 @@ class CachedDecoder:
     def _feed(self, x: Tensor, rotation: Rotation, bias: Tensor | None) -> Tensor:
         for block, memory in zip(self._blocks, self._extend(x.shape[1]), strict=True):
             x = block(x, rotation, bias, memory)
-        return self._head(self._norm(x[:, -1]))
+        return self._head(self._norm(x[:, -1])).float()  # guidance magnifies what a small type rounds away
 
     def _extend(self, tokens: int) -> list[LayerMemory]:
         """Room for so many more tokens in every layer."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from generation.cache import CachedDecoder
 from generation.guidance import Guidance, guide
 from generation.layout import UNTOLD
-from generation.sampling import SamplingOptions, plain_where_sure, sample_codes, uniform_noise
+from generation.sampling import NoiseAhead, SamplingOptions, plain_where_sure, require_generators, sample_codes
 from generation.transformer import LaytonGenTransformer
 
 FREE = -1
@@ -78,9 +78,12 @@ def generate_codes(
     decoder = CachedDecoder(model, condition, mask, num_codes=count, layout=layout)
     if batch == 0 or start == count:
         return codes
-    if generators is not None and not options.greedy:
+    noise: NoiseAhead | None = None
+    if not options.greedy:
+        require_generators(generators, batch)
+        noise = NoiseAhead(generators or (), model.vocab_size, count, codes.device)
         for _ in range(start):  # draw i is code i's, whatever other images of the batch have known
-            uniform_noise(generators, model.vocab_size)
+            noise()
     forced = (codes >= 0).any(dim=0).tolist()
     logits = decoder.prefill(_rows(codes[:, :start], twice))
     for index in range(start, count):
@@ -88,7 +91,7 @@ def generate_codes(
         if twice:
             logits = guide(logits, guided.at(index, model.num_tokens))
         logits = plain_where_sure(logits, plain, options)
-        drawn = sample_codes(logits, options=options, generators=generators)
+        drawn = sample_codes(logits, options=options, noise=None if noise is None else noise())
         codes[:, index] = torch.where(codes[:, index] >= 0, codes[:, index], drawn) if forced[index] else drawn
         if callback is not None:
             callback(index, codes)

@@ -16,13 +16,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from layton.devices import choose_device
 from layton.metrics.aggregate import Measurement, NamedMeans
 from layton.metrics.external import AbsentError, ExternalSources, load_clip_score, load_inception_fid
 from layton.metrics.frechet import bootstrap_spread, frechet_distance_of_features
 from layton.metrics.image import round_to_uint8
 from layton.metrics.protocol import library_versions
 from layton.metrics.report import FrechetScore
-from layton.ranks import own_share
+from layton.ranks import all_gather_shares, own_share
 from layton.reproduce.evaluation import Draw
 
 Features = Callable[[Tensor], Tensor]
@@ -69,6 +70,7 @@ def evaluate_generation(
     sources: ExternalSources | None = None,
     features: Features | None = None,
     num_resamples: int = 0,
+    device: str | None = None,
     on_progress: Callable[[int], object] | None = None,
 ) -> GenerationReport:
     """Draw one image for each caption of a set and compare the two sets.
@@ -81,6 +83,7 @@ def evaluate_generation(
         sources: Where external weights are looked for.
         features: Images (B, 3, H, W) in [-1, 1] to features (B, D) of FD-effnet; EfficientNet-lite0 by default.
         num_resamples: Bootstrap resamples for the spread of FD-effnet; 0 for none.
+        device: Where features are made; the accelerator if there is one.
         on_progress: Told how many images are done with.
 
     Raises:
@@ -88,10 +91,10 @@ def evaluate_generation(
     """
     if num_resamples == 1:
         raise ValueError("num_resamples must be 0 or at least 2, got 1")
-    places = sources or ExternalSources()
+    places, place = sources or ExternalSources(), choose_device(device)
     absent: dict[str, str] = {}
     extract = features if features is not None else _effnet(absent)
-    clip, inception = _external(places, absent)
+    clip, inception = _external(places, absent, place)
     pairs: tuple[list[Tensor], list[Tensor]] = ([], [])
     scores = NamedMeans(["clip_score"])
     texts = hashlib.sha256()
@@ -104,10 +107,10 @@ def evaluate_generation(
         sizes |= {tuple(images.shape[-2:]), tuple(made.shape[-2:])}
         texts.update("\n".join([*captions, ""]).encode("utf-8", "replace"))
         for number, batch in enumerate((images, made)):
-            if extract is not None:
-                pairs[number].append(extract(batch))
+            if extract is not None and len(own):
+                pairs[number].append(extract(batch[own].to(place)).cpu())
             if inception is not None and len(own):
-                inception.update(((batch[own] + 1) * 127.5).round().to(torch.uint8), real=number == 0)
+                inception.update(((batch[own] + 1) * 127.5).round().to(place, torch.uint8), real=number == 0)
         if clip is not None and len(own):
             scores.update(clip(made[own], [captions[row] for row in own])[:, None])
         total += len(captions)
@@ -117,7 +120,7 @@ def evaluate_generation(
         raise ValueError(f"at least two images are needed, got {total}")
     frechet: dict[str, FrechetScore] = {}
     if extract is not None:
-        a, b = (torch.cat(part) for part in pairs)
+        a, b = (all_gather_shares(torch.cat(part)) for part in pairs)
         spread = bootstrap_spread(a, b, num_resamples=num_resamples, paired=True) if num_resamples else None
         frechet["fd_effnet"] = FrechetScore(float(frechet_distance_of_features(a, b)), total, spread)
     if inception is not None:
@@ -152,15 +155,15 @@ def _effnet(absent: dict[str, str]) -> Features | None:
     return features
 
 
-def _external(sources: ExternalSources, absent: dict[str, str]) -> tuple[Any, Any]:
+def _external(sources: ExternalSources, absent: dict[str, str], place: torch.device) -> tuple[Any, Any]:
     """CLIP score and an empty FID metric, None each where weights are missing."""
     clip = inception = None
     try:
-        clip = load_clip_score(sources)
+        clip = load_clip_score(sources).to(place)
     except AbsentError as error:
         absent["clip_score"] = str(error)
     try:
-        inception = load_inception_fid(sources)()
+        inception = load_inception_fid(sources)().to(place)
     except AbsentError as error:
         absent["fid_inception"] = str(error)
     return clip, inception

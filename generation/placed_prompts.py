@@ -20,6 +20,7 @@ from generation.generator import find_generator, load_generator
 from generation.layout import PlacedObject, scenes_layout
 from generation.planner import PART, LayoutPlanner
 from generation.text_encoders import TextEncoder
+from layton.devices import choose_device
 from layton.ldm.text import hears_places
 from layton.scenes import Colour, Shape
 from layton.scenes.placed import join_phrases, placed_phrase
@@ -47,12 +48,13 @@ class PlacedPrompts:
             raise ValueError(f"places are said of shapes and colours of Scenes; the planner's labels begin with {told}")
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, allow: Sequence[str] = ()) -> Self:
+    def from_pretrained(cls, name: str | Path, *, allow: Sequence[str] = (), device: str | None = None) -> Self:
         """Take the planner out of a saved LaytonGen.
 
         Args:
             name: An embedded model such as ``"mini"``, or a folder that has one.
             allow: Prefixes of class names that may be loaded beside ``layton.`` and ``generation.``.
+            device: Where to plan; the accelerator if there is one.
 
         Raises:
             ValueError: If there is no planner, or something is damaged.
@@ -60,7 +62,8 @@ class PlacedPrompts:
         generator = load_generator(find_generator(name), allow=allow)
         if generator.planner is None:
             raise ValueError(f"{name} has no planner")
-        return cls(generator.text_encoder.eval(), generator.planner.eval())
+        place = choose_device(device)
+        return cls(generator.text_encoder.eval().to(place), generator.planner.eval().to(place))
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from generation.shares import entropy
 
 _BELOW_ONE = 1 - 2**-24  # the largest float32 below 1
+_CODES_AT_ONCE = 16
 _COLDEST = 1e-30  # less is 0 in float32; logits that differ at all differ by far more
 
 
@@ -67,7 +68,11 @@ GREEDY = SamplingOptions(temperature=0.0)
 
 
 def sample_codes(
-    logits: Tensor, *, options: SamplingOptions = GREEDY, generators: Sequence[torch.Generator] | None = None
+    logits: Tensor,
+    *,
+    options: SamplingOptions = GREEDY,
+    generators: Sequence[torch.Generator] | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """Draw one code for each image.
 
@@ -75,6 +80,7 @@ def sample_codes(
         logits: (B, V).
         options: How.
         generators: One for each image; not needed, and not used, when greedy.
+        noise: (B, V) of `uniform_noise` in their place; it is used up.
 
     Returns:
         (B,) int64.
@@ -83,7 +89,8 @@ def sample_codes(
         ValueError: If logits are NaN or infinite, ``top_k`` is larger than V, or generators are missing.
     """
     if logits.device.type == "mps":  # knows no float64
-        return sample_codes(logits.cpu(), options=options, generators=generators).to(logits.device)
+        noise = None if noise is None else noise.cpu()
+        return sample_codes(logits.cpu(), options=options, generators=generators, noise=noise).to(logits.device)
     if not bool(torch.isfinite(logits.sum())):  # one number tells of any NaN or infinity
         rows = (~torch.isfinite(logits).all(dim=-1)).nonzero().flatten().tolist()
         if rows:  # else it was the sum that is too large
@@ -92,14 +99,53 @@ def sample_codes(
         raise ValueError(f"top_k {options.top_k} is larger than the vocabulary of {logits.shape[-1]} codes")
     if options.greedy:
         return logits.argmax(dim=-1)
-    if generators is None or len(generators) != len(logits):
-        given = "none" if generators is None else str(len(generators))
-        raise ValueError(f"sampling {len(logits)} images needs as many generators, got {given}")
-    noise = uniform_noise(generators, logits.shape[-1]).to(logits.device)
+    if noise is None:
+        require_generators(generators, len(logits))
+        noise = uniform_noise(generators or (), logits.shape[-1]).to(logits.device)
     logs = noise.neg_().log1p_().neg_().log_()  # of exponential numbers
     scores, codes = _candidates(logits, options)
     best = scores.sub_(logs if codes is None else logs.gather(1, codes)).argmax(dim=-1, keepdim=True)
     return (best if codes is None else codes.gather(1, best)).squeeze(1)
+
+
+def require_generators(generators: Sequence[torch.Generator] | None, count: int) -> None:
+    """Stop unless each image has its own.
+
+    Raises:
+        ValueError: If there are others than ``count``.
+    """
+    if generators is None or len(generators) != count:
+        given = "none" if generators is None else str(len(generators))
+        raise ValueError(f"sampling {count} images needs as many generators, got {given}")
+
+
+class NoiseAhead:
+    """`uniform_noise` for one code after another; for several at once where it is moved to an accelerator.
+
+    The numbers are the same, and so is what is left of the generators in the end.
+
+    Args:
+        generators: One for each image.
+        vocab_size: V.
+        count: How many codes are to be drawn.
+        device: Where the numbers are needed.
+    """
+
+    def __init__(
+        self, generators: Sequence[torch.Generator], vocab_size: int, count: int, device: torch.device
+    ) -> None:
+        self.generators, self.vocab_size, self.count, self.device = generators, vocab_size, count, device
+        self._at_once = 1 if device.type == "cpu" else _CODES_AT_ONCE
+        self._ready: list[Tensor] = []
+
+    def __call__(self) -> Tensor:
+        """(B, V) for the next code."""
+        if not self._ready:
+            codes = min(self._at_once, self.count)
+            self.count -= codes
+            noise = uniform_noise(self.generators, codes * self.vocab_size).to(self.device)
+            self._ready = list(noise.unflatten(1, (codes, self.vocab_size)).unbind(1))
+        return self._ready.pop(0)
 
 
 def plain_where_sure(logits: Tensor, plain: Tensor, options: SamplingOptions) -> Tensor:

@@ -15,7 +15,7 @@ from generation.decoding import generate_codes
 from generation.foresight import AnswerHead, Foresight, output_of
 from generation.generator import Generator, GeneratorCard, SamplingDefaults, TokenizerFacts, save_generator
 from generation.guidance import Guidance
-from generation.loss import contrast_loss, mean_of_valid, next_code_loss, next_code_losses
+from generation.loss import contrast_loss, mean_of_valid, next_code_losses
 from generation.sampling import seeded_generators
 from generation.text_encoders import TextEncoder, TextFeatures, without_common_padding
 from generation.token_shards import differences
@@ -198,12 +198,13 @@ class LaytonGenTask(LaytonTask):
         """Cross-entropy without smoothing and dropout, (); also logs the share of codes guessed right."""
         codes = self.codes_of(batch)
         hidden = self._hidden(codes, self.text_of(batch), untold(batch), batch.get("positions"))
-        logits = self.transformer.vocabulary.logits(hidden)
         valid = batch.get("valid")
-        right = (logits.argmax(-1) == codes).float()
+        vocabulary = self.transformer.vocabulary
+        # image by image: the logits of all are large
+        likeliest = torch.cat([vocabulary.logits(image).argmax(-1) for image in hidden.split(1)])
         terms = {
-            "cross_entropy": next_code_loss(logits, codes, valid=valid),
-            "accuracy": mean_of_valid(right, valid),
+            "cross_entropy": mean_of_valid(next_code_losses(vocabulary.linear_head(hidden), codes), valid),
+            "accuracy": mean_of_valid((likeliest == codes).float(), valid),
         }
         return self.log_losses(terms, weights={"accuracy": 0.0}, batch_size=len(codes))
 

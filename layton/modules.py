@@ -14,7 +14,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 
-def rope_2d(h: int, w: int, head_dim: int, *, base: float = 100.0) -> tuple[Tensor, Tensor]:
+def rope_2d(
+    h: int, w: int, head_dim: int, *, base: float = 100.0, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of 2-D rotary positions: half of the head turns with the row, half with the column.
 
     Positions are relative, so that a model runs on grids that it was not trained on (196, 256, 324 tokens).
@@ -25,6 +27,7 @@ def rope_2d(h: int, w: int, head_dim: int, *, base: float = 100.0) -> tuple[Tens
         w: Columns of the token grid.
         head_dim: Width of one head; a multiple of 4.
         base: Wave-length base.
+        device: Where they are made.
 
     Returns:
         Two float32 tensors (h * w, head_dim // 2).
@@ -34,8 +37,8 @@ def rope_2d(h: int, w: int, head_dim: int, *, base: float = 100.0) -> tuple[Tens
     """
     if head_dim % 4:
         raise ValueError(f"head_dim must be a multiple of 4, got {head_dim}")
-    frequencies = base ** (-torch.arange(head_dim // 4, dtype=torch.float32) / (head_dim // 4))
-    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    frequencies = base ** (-torch.arange(head_dim // 4, dtype=torch.float32, device=device) / (head_dim // 4))
+    rows, columns = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
     angles = torch.cat(
         [rows.flatten()[:, None] * frequencies, columns.flatten()[:, None] * frequencies],
         dim=1,
@@ -138,8 +141,7 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Token map to token map: (B, D, h, w) -> (B, D, h, w)."""
         h, w = x.shape[-2:]
-        cos, sin = rope_2d(h, w, self.head_dim)
-        cos, sin = cos.to(x.device), sin.to(x.device)
+        cos, sin = rope_2d(h, w, self.head_dim, device=x.device)
         tokens = rearrange(x, "b d h w -> b (h w) d")
         for block in self.blocks:
             tokens = block(tokens, cos, sin)

@@ -81,7 +81,10 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 def broadcast_from_first(tensor: Tensor) -> Tensor:
     """The tensor of rank 0, on every rank."""
     if has_ranks():
-        dist.broadcast(tensor, src=0)
+        moved = _where_it_works(tensor)
+        dist.broadcast(moved, src=0)
+        if moved is not tensor:
+            tensor.copy_(moved)
     return tensor
 
 

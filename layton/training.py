@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.strategies import DDPStrategy
 
 from layton.callbacks import (
     CheckpointError,
@@ -122,7 +123,7 @@ class TrainingCLI(LightningCLI):
         config["logger"] = self._loggers(config.get("logger"))
         if config.get("strategy") in (None, "auto") and _several_devices(config):
             # what Lightning would take, but for methods with critics and terms that begin later
-            config["strategy"] = "ddp_find_unused_parameters_true"
+            config["strategy"] = DDPStrategy(find_unused_parameters=True, gradient_as_bucket_view=True)
         extra = [self._get(self.config_init, key) for key in self._parser(self.subcommand).callback_keys]
         configured = config.get("callbacks") or []
         configured = list(configured) if isinstance(configured, list) else [configured]
@@ -130,7 +131,11 @@ class TrainingCLI(LightningCLI):
         if not checkpointing:
             configured = [c for c in configured if not isinstance(c, Checkpoint)]
         config["callbacks"] = configured
-        return self._instantiate_trainer(config, [*extra, *_missing(configured, config, checkpointing=checkpointing)])
+        added = _missing(configured, config, checkpointing=checkpointing)
+        trainer = self._instantiate_trainer(config, [*extra, *added])
+        if trainer.strategy.root_device.type == "cuda" and "mixed" in str(trainer.precision):
+            torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        return trainer
 
     def _loggers(self, given: Any) -> list[Logger] | bool:
         if given is False:

@@ -208,7 +208,7 @@ def make_discriminator(
     if kind == "full":
         inner = copy.deepcopy(inner).requires_grad_(False)
         unet = _find_unet(inner)
-        unet.requires_grad_(True)
+        unet.requires_grad_(True).float()  # a small type would round its steps away
         for name in adapter_names(inner):  # the student's, copied with the rest and switched off
             for parameter in adapter_parameters(inner, name):
                 parameter.requires_grad_(False)

@@ -64,7 +64,7 @@ def evaluate_generation(
     if resamples == 1:
         raise UsageError("--resamples must be 0 or at least 2: one draw has no spread")
     images = open_images(data, split=split, count=count, size=size, batch_size=batch_size * num_ranks())
-    if images.count < 2:
+    if images.count < max(2, num_ranks()):
         raise UsageError(f"two sets are compared: at least two images are needed, got {images.count}")
     loaded = load_drawer(drawer, sampling)
     facts = {"dataset": images.name, "split": split, "preprocessing": images.preprocessing, "size": size}
@@ -74,6 +74,7 @@ def evaluate_generation(
             captioned(images),
             protocol={**facts, **loaded.settings},
             seed=seed,
+            device=drawer.device,
             sources=ExternalSources(clip=clip),
             num_resamples=resamples,
             on_progress=bar.update,

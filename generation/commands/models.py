@@ -111,7 +111,11 @@ def _diffusion(options: DrawerOptions, guidance_scale: float | None) -> Drawer:
         raise UsageError(
             f"{name} has not learnt prompts with places: its tokenizer lacks their words, leave --planner out"
         )
-    rewrite = None if planner is None else PlacedPrompts.from_pretrained(planner, allow=options.allow or ())
+    rewrite = (
+        None
+        if planner is None
+        else PlacedPrompts.from_pretrained(planner, allow=options.allow or (), device=options.device)
+    )
     settings = {
         "model": name,
         "weights": digest(folder),

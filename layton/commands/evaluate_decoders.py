@@ -214,7 +214,13 @@ def measure(variants: Sequence[Variant], images: EvaluationImages, name: str) ->
     )
     with progress(len(images.numbers), "evaluate") as bar:
         return evaluate_reconstruction(
-            first.reconstruct, images, protocol=protocol, references=variants[1:], bootstrap=0, on_batch=bar.update
+            first.reconstruct,
+            images,
+            protocol=protocol,
+            references=variants[1:],
+            bootstrap=0,
+            on_batch=bar.update,
+            device=first.model.device,
         )
 
 

@@ -14,6 +14,7 @@ from layton.commands.reports import write_json
 from layton.data.types import Share
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from layton.commands.evaluation_data import EvaluationImages
@@ -32,6 +33,7 @@ class Subject:
         vocab_size: V, None for an autoencoder.
         numbers: Numbers per 16x16 patch of the reference "pca".
         facts: Fields of the protocol.
+        device: Where it works.
     """
 
     reconstruct: Callable[[Tensor], Tensor]
@@ -39,6 +41,7 @@ class Subject:
     vocab_size: int | None
     numbers: int
     facts: dict[str, Any]
+    device: torch.device
 
 
 def evaluate_reconstruction(
@@ -129,6 +132,7 @@ def measure(subject: Subject, images: EvaluationImages) -> ReconstructionReport:
             num_components=subject.numbers,
             external=load_external(),
             on_batch=bar.update,
+            device=subject.device,
         )
 
 
@@ -152,15 +156,13 @@ def tokenizer_with(
 
     def reconstruct(images: Tensor) -> Tensor:
         noise = same_noise(seed, len(images))
-        return model.reconstruct(
-            images, decoder=chosen, num_steps=steps, conditioning_scale=scale, generator=noise
-        ).cpu()
+        return model.reconstruct(images, decoder=chosen, num_steps=steps, conditioning_scale=scale, generator=noise)
 
     facts = {
         "model": f"{name}, codebook {model.fingerprint()}",
         **decoding_facts(model, chosen, num_steps=steps, conditioning_scale=scale, seed=seed),
     }
-    return Subject(reconstruct, model.encode, model.vocab_size, _LATENT_NUMBERS, facts)
+    return Subject(reconstruct, model.encode, model.vocab_size, _LATENT_NUMBERS, facts, model.device)
 
 
 def autoencoder_alone(folder: Path, device: str | None) -> Subject:
@@ -182,10 +184,10 @@ def autoencoder_alone(folder: Path, device: str | None) -> Subject:
 
     @torch.no_grad()
     def reconstruct(images: Tensor) -> Tensor:
-        return model.reconstruct(images.to(target)).cpu()
+        return model.reconstruct(images.to(target))
 
     numbers = max(1, model.latent_channels * 16**2 // model.downsample_factor**2)
-    return Subject(reconstruct, None, None, numbers, {"model": f"autoencoder {folder}"})
+    return Subject(reconstruct, None, None, numbers, {"model": f"autoencoder {folder}"}, target)
 
 
 def gains_in_words(report: ReconstructionReport) -> list[str]:

@@ -106,7 +106,7 @@ def timm_key(key: str, stage_sizes: Sequence[int]) -> str:
 class EfficientNetLite0(nn.Module):
     """Frozen EfficientNet-lite0 in evaluation mode: stage maps, pooled features and ImageNet logits.
 
-    Gradients never flow: nothing may be trained on the network that measures it.
+    Gradients never flow: nothing may be trained on the network that measures it. It works where its images are.
 
     Args:
         weights: A file in the key names of EfficientNet-PyTorch, by default that of the installed package; it is read
@@ -150,6 +150,7 @@ class EfficientNetLite0(nn.Module):
             ValueError: The shape is not (B, 3, H, W) or a side is shorter than 32.
         """
         _check(images)
+        self.to(images.device)
         final, stages = self._timm.forward_intermediates(
             images.float().contiguous(memory_format=torch.channels_last), indices=len(STAGE_CHANNELS)
         )
@@ -159,7 +160,7 @@ class EfficientNetLite0(nn.Module):
     def logits(self, images: Tensor) -> Tensor:
         """ImageNet-1k logits: (B, 3, H, W) in [-1, 1], meant for 224 pixels -> (B, 1000)."""
         _check(images)
-        return self.network(images.float())
+        return self.to(images.device).network(images.float())
 
 
 class PooledFeatures(nn.Module):

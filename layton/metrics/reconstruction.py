@@ -47,6 +47,7 @@ def evaluate_reconstruction(
     external: ExternalMeasures | None = None,
     bootstrap: int = 20,
     on_batch: Callable[[int], None] | None = None,
+    device: torch.device | None = None,
 ) -> ReconstructionReport:
     """Measures a model's reconstructions, with the two references on the same images.
 
@@ -68,6 +69,7 @@ def evaluate_reconstruction(
         external: Further measures, see `load_external`; by default none is tried.
         bootstrap: Resamples for the spread of the Frechet distance; 0 for none.
         on_batch: Called with the number of images after each batch, for a progress bar.
+        device: Where to measure; by default where the images are.
 
     Returns:
         The report.
@@ -89,7 +91,7 @@ def evaluate_reconstruction(
     methods = {"model": reconstruct} | {reference.name: reference.reconstruct for reference in references}
     meter = Meter(tuple(methods), network, external, keep_features=bootstrap > 1)
     for images in map(_images, batches):
-        originals = round_to_uint8(images)
+        originals = round_to_uint8(images if device is None else images.to(device))
         results = {name: _checked(name, method(originals), originals) for name, method in methods.items()}
         meter.update(originals, results)
         if statistics is not None and encode is not None:

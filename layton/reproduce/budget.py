@@ -86,7 +86,8 @@ class BudgetStop(Callback):
         self._release()
         spent = self.spent(pl_module)
         self._last_step = spent - self._last_step
-        if spent >= self.forwards and not trainer.fit_loop._should_accumulate():
+        enough = trainer.strategy.reduce_boolean_decision(spent >= self.forwards, all=False)
+        if enough and not trainer.fit_loop._should_accumulate():
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from layton.commands.text_to_image import TextToImage
 from layton.data.sources import ScenesSource
+from layton.devices import choose_device
 from layton.folder import load_tensors, save_tensors
 from layton.metrics.coverage import coverage
 from layton.metrics.effnet import EfficientNetLite0
@@ -176,7 +177,7 @@ class Evaluator:
     def _extract(self, images: Tensor) -> Tensor:
         if self._network is None:
             self._network = EfficientNetLite0()
-        return self._network(images).pooled
+        return self._network(images.to(choose_device(None))).pooled.cpu()
 
 
 def unadapted_drawer(pipeline: Path, *, guidance_scale: float) -> TextToImage:

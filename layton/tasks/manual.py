@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import ReduceLROnPlateau as MonitoredPlateau
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -115,13 +116,19 @@ class ManualTask(LaytonTask):
         if not counted:
             optimizer._on_before_step = optimizer._on_after_step = _nothing
         self._guard.judged = optimizer.optimizer
-        self.manual_backward(loss / self.trainer.accumulate_grad_batches)
+        with self._unsynchronised():
+            self.manual_backward(loss / self.trainer.accumulate_grad_batches)
         if self.amid_step:
             return
         optimizer.step()
         optimizer.zero_grad()  # no gradient lies beside what the next forward pass keeps
         if counted and (scheduler := cast(Any, self.lr_schedulers())) is not None:
             scheduler.step()
+
+    def _unsynchronised(self) -> AbstractContextManager[object]:
+        """Ranks exchange gradients once a step, with its last batch."""
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if self.amid_step and isinstance(strategy, DDPStrategy) else nullcontext()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip where the trainer does not, after `StepGuard` has looked and a scaler has unscaled the gradients."""

@@ -12,6 +12,7 @@ from generation.decoding import FREE, generate_codes
 from generation.guidance import Guidance, guide
 from generation.sampling import (
     GREEDY,
+    NoiseAhead,
     SamplingOptions,
     plain_where_sure,
     sample_codes,
@@ -60,6 +61,24 @@ def test_no_number_of_the_noise_makes_any_code_win() -> None:
     small = noise[noise < 1e-4] * 2.0**24  # float32 draws are whole numbers here, 0 among them
     assert bool((small != small.round()).float().mean() > 0.9)
     assert bool(torch.isfinite(noise.log1p()).all())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_noise_drawn_ahead_is_that_of_each_code_and_leaves_the_same_generators(device: str) -> None:
+    plain, ahead = seeded_generators([3, 4]), seeded_generators([3, 4])
+    expected = [uniform_noise(plain, 50) for _ in range(21)]  # more than are drawn at once, and no multiple of it
+    noise = NoiseAhead(ahead, 50, 21, torch.device(device))
+    found = [noise() for _ in range(21)]
+    assert all(each.shape == (2, 50) and each.device.type == device for each in found)
+    if device == "cpu":
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(a.get_state(), b.get_state()) for a, b in zip(plain, ahead, strict=True))
+
+
+def test_numbers_of_several_codes_are_those_of_one_after_another() -> None:
+    ahead, plain = seeded_generators([7]), seeded_generators([7])
+    several = uniform_noise(ahead, 16 * 333).unflatten(1, (16, 333)).unbind(1)
+    assert all(torch.equal(each, uniform_noise(plain, 333)) for each in several)
 
 
 def test_large_logits_are_finite_though_their_sum_is_not() -> None:
