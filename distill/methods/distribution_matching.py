@@ -81,7 +81,7 @@ class DistributionMatching(ExtraTerm):
         self.fake_updates = fake_updates
         self.fake_samples: FakeSamples = fake_samples
         self._shared: list[Denoiser] = []  # in a list: a shared network belongs to its owner
-        self._trained: list[nn.Parameter] = []
+        self._trained: list[nn.Parameter] = []  # of a shared network
         self.fake: Denoiser | None = None
         if fake is not None:
             self.attach(fake, trained=trained)
@@ -89,8 +89,7 @@ class DistributionMatching(ExtraTerm):
     def attach(self, fake: Denoiser, *, trained: Sequence[nn.Parameter] | None = None) -> None:
         """Give the fake network; see the class. Before the critic's optimizer is made."""
         if trained is None:
-            self.fake, self._shared = fake, [fake]
-            self._trained = list(fake.parameters())
+            self.fake, self._shared, self._trained = fake, [fake], []
         else:
             self.fake, self._shared, self._trained = None, [fake], list(trained)
 
@@ -134,4 +133,4 @@ class DistributionMatching(ExtraTerm):
 
     def critic_parameters(self) -> Iterator[nn.Parameter]:
         """The fake network's trained parameters."""
-        return iter(self._trained)
+        return iter(self._trained) if self.fake is None else self.fake.parameters()

@@ -283,9 +283,9 @@ def test_the_target_follows_steps_and_not_batches(world: Path, tmp_path: Path) -
     batches = DataLoader([make_batch() for _ in range(4)], batch_size=None)
     trainer.fit(task, batches, batches)
     learnt, followed = (task.difference.tensors(network) for network in (task.ladd, task._target[0]))
-    assert any(not learnt[name].equal(start[name]) for name in start)
+    assert any(not learnt[name].cpu().equal(start[name]) for name in start)
     for name, value in followed.items():
-        torch.testing.assert_close(value.detach(), (start[name] + learnt[name].detach()) / 2)
+        torch.testing.assert_close(value.detach().cpu(), (start[name] + learnt[name].detach().cpu()) / 2)
 
 
 def test_every_head_of_the_default_critic_sees_the_codes(world: Path) -> None:
@@ -327,7 +327,7 @@ def test_a_critic_learns_in_turn(world: Path, tmp_path: Path, kind: str) -> None
     trainer.fit(task, batches, batches)
     after = [*task.trainable_parameters(), *method.critic_parameters()]
     assert trainer.fit_loop.total_batch_idx == 1  # 0-based
-    changed = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+    changed = [not torch.equal(a, b.cpu()) for a, b in zip(before, after, strict=True)]
     critic = len(list(method.critic_parameters()))
     assert any(changed[:-critic]) and any(changed[-critic:])
     chosen = {id(parameter) for parameter in after}

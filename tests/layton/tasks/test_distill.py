@@ -83,7 +83,7 @@ def fit(task: DistillTask, steps: int, root: Path, *callbacks: Callback, **optio
 
 def weights(task: DistillTask, name: str = "student") -> dict[str, torch.Tensor]:
     network = task.networks.teacher.denoiser
-    return {key: value.clone() for key, value in adapter_state_dict(network, name).items()}
+    return {key: value.cpu().clone() for key, value in adapter_state_dict(network, name).items()}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -271,7 +271,7 @@ class Watch(Callback):
     def on_train_batch_end(self, trainer: Trainer, task: Any, *args: Any) -> None:
         self.student.append(weights(task))
         self.target.append(weights(task, "target"))
-        self.critic.append([p.detach().clone() for p in task.critic_parameters()])
+        self.critic.append([p.detach().cpu().clone() for p in task.critic_parameters()])
         self.steps.append(trainer.global_step)
 
 
