@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from generation.application_verdicts import circles, fills, is_found, shows
-from layton.commands.images import batched
-from layton.commands.one_step_model import OneStepModel
 from layton.data.images import to_image, to_tensor
+from layton.data.threads import batched
+from layton.distillation.one_step_model import OneStepModel
 from layton.distillation.one_step_tasks import resize
 from layton.scenes import Scene, render, sample_scene, split_seeds
 from layton.scenes.cases import edit_case, holes

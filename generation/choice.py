@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from layton.errors import UsageError
+
 if TYPE_CHECKING:
     from generation.generator import SamplingDefaults
     from generation.guidance import Guidance
@@ -59,3 +61,17 @@ class SamplingChoice:
         """Names of the settings that only LaytonGen has and that were asked for."""
         plain = asdict(SamplingChoice(self.guidance_scale))
         return [name for name, value in asdict(self).items() if value != plain[name]]
+
+
+def require_sampling(choice: SamplingChoice) -> None:
+    """Stop unless these can be settings of LaytonGen.
+
+    Raises:
+        UsageError: With what is out of range.
+    """
+    from generation.generator import SamplingDefaults
+
+    try:
+        choice.over(SamplingDefaults())
+    except ValueError as error:
+        raise UsageError(str(error)) from error

@@ -78,8 +78,8 @@ class LaytonGenDrawer:
             ValueError: If it does not exist or is damaged, or a setting is out of range.
         """
         from generation.generator import find_generator, find_tokenizer
-        from layton.commands.models import default_decoder
         from layton.devices import choose_device
+        from layton.loading import default_decoder
 
         folder = find_generator(name)
         beside = tokenizer if tokenizer is not None else str(find_tokenizer(name, folder))

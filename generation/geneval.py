@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from layton.commands.images import batched
+from layton.data.threads import batched
 from layton.folder import write_atomically
 from layton.ranks import num_ranks, own_rank, said_by_first
 from layton.reproduce.evaluation import Draw

@@ -10,12 +10,11 @@ import json
 from typing import Any
 
 from generation.choice import SamplingChoice
-from generation.commands.models import Drawer, load_drawer
-from generation.commands.options import DrawerOptions
+from generation.drawers import Drawer, DrawerOptions, load_drawer
 from generation.generator import find_generator, find_tokenizer
-from layton.commands.models import default_decoder
-from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from layton.ldm.drawing import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from layton.ldm.text import hears_places
+from layton.loading import default_decoder
 from layton.reproduce.claim import Context
 from layton.reproduce.evaluation import Evaluator, SceneScores
 from layton.reproduce.report import Check, Outcome

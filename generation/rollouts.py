@@ -26,9 +26,9 @@ from generation.token_shards import (
     write_json,
     write_shard,
 )
-from layton.commands.staging import staged
 from layton.data.sources import SampleSource
 from layton.modules import weights_digest
+from layton.staging import staged
 
 RIGHT, WRONG = "right", "wrong"
 

@@ -28,10 +28,10 @@ from generation.token_shards import (
     write_json,
     write_shard,
 )
-from layton.commands.images import batched, in_threads
 from layton.data.geometry import FitPolicy, fit_image
 from layton.data.images import ImageError, to_tensor
 from layton.data.sources import ImageSource, StoredSource
+from layton.data.threads import batched, in_threads
 from layton.data.types import ImageSample
 from layton.lock import lock_folder
 from layton.modules import weights_digest

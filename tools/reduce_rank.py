@@ -14,9 +14,9 @@ import shutil
 from pathlib import Path
 
 from distill.low_rank import reduce_rank
-from layton.commands.staging import staged
 from layton.distillation.distilled import FEW_STEP_NAME, LORA_NAME, lora_config, save_lora_tensors
 from layton.folder import CONFIG_NAME, WEIGHTS_NAME, load_tensors, save_tensors
+from layton.staging import staged
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from layton.errors import UsageError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from generation.commands.models import Draws
+    from generation.drawers import Draws
     from layton.commands.reconstruction import Reconstructor
     from layton.tokenizer import LaytonTokenizer
 
@@ -65,14 +65,13 @@ class Studio:
         Raises:
             ValueError: If it does not exist or is damaged.
         """
-        from generation.commands.models import load_drawer
-        from generation.commands.options import DrawerOptions
         from generation.demonstration import has_generator
+        from generation.drawers import DrawerOptions, load_drawer
         from generation.placed_prompts import has_places
         from layton.assets import find_pipeline
         from layton.commands.measures import ImageMeasures
-        from layton.commands.models import load_tokenizer
         from layton.commands.reconstruction import Reconstructor
+        from layton.loading import load_tokenizer
 
         model = load_tokenizer(name, device=device, allow=allow)
         painters: dict[str, Draws] = {}

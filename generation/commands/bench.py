@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from layton.commands.reports import write_json
 from layton.errors import UsageError
+from layton.reports import write_json
 
 if TYPE_CHECKING:
     from generation.bench import BenchReport

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from generation.commands.options import require_least
 from layton.errors import UsageError
+from layton.options import require_least
 
 if TYPE_CHECKING:
     from generation.generator import Generator
@@ -54,8 +54,8 @@ def convert_gpt(
 
     from generation.convert import convert_gpt as convert
     from generation.generator import save_generator
-    from layton.commands.staging import staged
     from layton.convert import ConvertError
+    from layton.staging import staged
     from layton.tokenizer import LaytonTokenizer
 
     require_least(1, {"num_heads": num_heads, "num_tokens": num_tokens})

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from generation.commands.tokenize import SCENES, SplitOrAll, open_source
-from layton.commands.calling import progress
 from layton.data.geometry import FIT_POLICIES
+from layton.progress import progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,9 +101,9 @@ def decode(
         device: where to run; the accelerator if there is one.
         allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
     """
-    from layton.commands.models import load_with_decoder, same_noise
-    from layton.commands.options import require_least
-    from layton.commands.staging import SafeNames, staged
+    from layton.loading import load_with_decoder, same_noise
+    from layton.options import require_least
+    from layton.staging import SafeNames, staged
 
     require_least(1, {"count": count, "batch_size": batch_size, "steps": steps})
     require_least(0, {"seed": seed})
@@ -137,7 +137,7 @@ def export(tokens: Path, *, out: Path) -> None:
     """
     from generation.parquet import write_parquet
     from generation.token_shards import shard_sizes
-    from layton.commands.staging import staged
+    from layton.staging import staged
 
     with staged(out) as folder, progress(sum(shard_sizes(tokens).values()), "export") as bar:
         total = write_parquet(tokens, folder, on_progress=bar.update)

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from generation.commands.options import require_least, require_shares
-from layton.commands.calling import progress
-from layton.commands.reports import write_json
 from layton.data.types import Split
 from layton.errors import UsageError
+from layton.options import require_least, require_shares
+from layton.progress import progress
+from layton.reports import write_json
 from layton.scenes.placed import placed_caption
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def evaluate_applications(
         json: write scores and settings to this file as well.
     """
     from generation.applications_check import TaskSettings, score_editing, score_enlargement, score_inpainting
-    from layton.commands.one_step_model import load_one_step_model
+    from layton.distillation.one_step_model import load_one_step_model
     from layton.metrics.protocol import library_versions
 
     require_least(1, {"count": count, "batch_size": batch_size, "scale": scale})

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from generation.choice import SamplingChoice
-from generation.commands.models import load_drawer
-from generation.commands.options import DrawerOptions, require_least
-from layton.commands.calling import progress
-from layton.commands.reports import write_json
+from generation.drawers import DrawerOptions, load_drawer
 from layton.data.types import Share
 from layton.errors import UsageError
+from layton.options import require_least
+from layton.progress import progress
 from layton.ranks import num_ranks
+from layton.reports import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from layton.commands.evaluation_data import EvaluationImages
+    from layton.data.evaluation import EvaluationImages
 
 _DRAWER, _SAMPLING = DrawerOptions(), SamplingChoice()
 
@@ -56,7 +56,7 @@ def evaluate_generation(
         json: write figures and protocol to this file as well.
     """
     from generation.evaluation import evaluate_generation as evaluate
-    from layton.commands.evaluation_data import open_images
+    from layton.data.evaluation import open_images
     from layton.metrics.external import ExternalSources
 
     require_least(1, {"count": count, "size": size, "batch_size": batch_size})

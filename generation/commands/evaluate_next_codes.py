@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from generation.commands.options import Weights, require_least
-from layton.commands.calling import progress
-from layton.commands.reports import write_json
+from generation.weight_types import Weights
 from layton.data.types import Split
 from layton.errors import UsageError
+from layton.options import require_least
+from layton.progress import progress
+from layton.reports import write_json
 
 
 def evaluate_next_codes(

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from generation.choice import SamplingChoice
-from generation.commands.models import load_drawer
-from generation.commands.options import DrawerOptions, require_least
-from layton.commands.calling import progress
-from layton.commands.reports import write_json
+from generation.drawers import DrawerOptions, load_drawer
 from layton.errors import UsageError
+from layton.options import require_least
+from layton.progress import progress
+from layton.reports import write_json
 
 if TYPE_CHECKING:
     from layton.sceneval import SceneEvalReport

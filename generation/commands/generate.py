@@ -10,11 +10,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from generation.choice import SamplingChoice
-from generation.commands.options import Weights, require_least, require_sampling
-from layton.commands.calling import progress
-from layton.commands.reports import write_json
+from generation.choice import SamplingChoice, require_sampling
+from generation.weight_types import Weights
 from layton.errors import UsageError
+from layton.options import require_least
+from layton.progress import progress
+from layton.reports import write_json
 
 if TYPE_CHECKING:
     from generation.layout import PlacedObject
@@ -78,7 +79,7 @@ def generate(
     from generation.drawing import LaytonGenDrawer
     from generation.layout import read_layout
     from generation.pipeline import MAX_IMAGES
-    from layton.commands.staging import staged
+    from layton.staging import staged
 
     require_least(1, {"num_images": num_images, "batch_size": batch_size, "steps": steps})
     require_least(0, {"seed": seed})
@@ -172,7 +173,7 @@ def picture_name(number: int, prompt: str, seed: int) -> str:
         prompt: What was drawn; told in harmless characters, and by a hash too where these do not tell all of it.
         seed: Of the picture.
     """
-    from layton.commands.staging import safe_stem
+    from layton.staging import safe_stem
 
     flat = prompt.replace("/", "_").replace("\\", "_")[:_SLUG_LENGTH]
     slug = safe_stem(f"{flat or 'empty'}.png")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from generation.commands.options import require_least, require_shares
-from layton.commands.calling import progress
 from layton.data.types import Split
 from layton.errors import UsageError
+from layton.options import require_least, require_shares
+from layton.progress import progress
 
 
 def rollouts(

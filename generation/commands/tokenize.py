@@ -11,14 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from generation.commands.options import require_least, require_shares
-from layton.commands.calling import progress
-from layton.commands.reports import write_json
 from layton.data.geometry import FitPolicy
 from layton.data.shards import absolute_pattern
 from layton.data.stored import Columns
 from layton.data.types import Split, check_split
 from layton.errors import UsageError
+from layton.options import require_least, require_shares
+from layton.progress import progress
+from layton.reports import write_json
 from layton.scenes import Texture
 
 if TYPE_CHECKING:

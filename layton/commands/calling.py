@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from types import UnionType
-from typing import Any, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser
 
 from layton.commands import Command
 from layton.errors import UsageError
-
-_SECONDS_BETWEEN_LINES = 30.0
 
 
 def call_function(name: str, command: Command, args: Sequence[str]) -> int:
@@ -177,40 +173,3 @@ def _underscored(word: str) -> str:
         return word
     option, equals, value = word.partition("=")
     return "--" + option[2:].replace("-", "_") + equals + value
-
-
-def progress(total: int | None, text: str) -> Any:
-    """A progress bar on standard error for long work; a line every half minute when that is no terminal.
-
-    Args:
-        total: number of steps, None when unknown.
-        text: what is going on.
-
-    Returns:
-        A ``tqdm`` bar: a context manager with ``update(n)``.
-    """
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    first = os.environ.get("RANK", "0") == "0"  # of several processes one tells
-    return tqdm(total=total, desc=text) if sys.stderr.isatty() and first else _Lines(total, text, silent=not first)
-
-
-class _Lines:
-    """What a log is told of long work."""
-
-    def __init__(self, total: int | None, text: str, *, silent: bool = False) -> None:
-        self.total, self.text, self.n, self.silent = total, text, 0, silent
-        self._said = time.monotonic()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, n: int = 1) -> None:
-        self.n += n
-        if not self.silent and time.monotonic() - self._said >= _SECONDS_BETWEEN_LINES:
-            self._said = time.monotonic()
-            whole = "" if self.total is None else f" of {self.total:,}"
-            sys.stderr.write(f"layton: {self.text}: {self.n:,}{whole}\n")

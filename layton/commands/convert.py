@@ -72,8 +72,8 @@ def convert(
         scheduler_config: a diffusers scheduler's configuration, if it is not SDXL's.
         ignore: names of tensors, or prefixes that end in a dot, that are left out of the check.
     """
-    from layton.commands.staging import staged
     from layton.convert import ConvertError
+    from layton.staging import staged
 
     if out.exists():
         raise UsageError(f"{out} exists already")
@@ -107,9 +107,9 @@ def convert_lora(adapter: Path, *, out: Path) -> int:
         adapter: folder with adapter_config.json and the adapter's weights; nothing in it is executed.
         out: folder to write; must not exist.
     """
-    from layton.commands.staging import staged
     from layton.convert import ConvertError
     from layton.convert.tlcm import convert_tlcm
+    from layton.staging import staged
 
     if out.exists():
         raise UsageError(f"{out} exists already")

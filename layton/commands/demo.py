@@ -9,8 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layton.commands.calling import progress
-from layton.commands.reports import write_json
+from layton.progress import progress
+from layton.reports import write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,9 +54,9 @@ def demo(
         device: where to run; the accelerator if there is one.
         allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
     """
-    from layton.commands.models import load_tokenizer
     from layton.commands.pictures import sheet
-    from layton.commands.staging import staged
+    from layton.loading import load_tokenizer
+    from layton.staging import staged
 
     started = time.perf_counter()
     model = load_tokenizer(tokenizer, device=device, allow=allow)
@@ -96,9 +96,9 @@ def sample_images(size: int) -> list[FittedImage]:
 def reconstruct_samples(model: LaytonTokenizer, name: str) -> tuple[list[Row], dict[str, Any]]:
     """Rows of pictures (originals, then one row for each decoder) and figures by decoder."""
     from layton.commands.measures import ImageMeasures, mean_figures
-    from layton.commands.models import describe
     from layton.commands.pictures import Cell, Row
     from layton.commands.reconstruction import Reconstructor
+    from layton.loading import describe
 
     samples, measures = sample_images(model.image_size), ImageMeasures()
     rows = [Row("originals", [Cell(item.original or item.square, item.name) for item in samples])]
@@ -172,7 +172,7 @@ def generate_by_laytongen(
 def generate_by_diffusion(name: str, device: str | None) -> tuple[list[Row], dict[str, Any]]:
     """Prompts of every task drawn by the latent diffusion model."""
     from layton.assets import find_pipeline
-    from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS, TextToImage
+    from layton.ldm.drawing import DEFAULT_GUIDANCE, DEFAULT_STEPS, TextToImage
     from layton.sceneval import make_prompts
     from layton.sceneval.report import PROTOCOL
 

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layton.commands.options import require_least, require_shares
 from layton.data.geometry import FitPolicy
 from layton.errors import UsageError
+from layton.options import require_least, require_shares
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,8 +60,8 @@ def edit(
     """
     import torch
 
-    from layton.commands.one_step_model import load_one_step_model
     from layton.data.images import load_image, to_image, to_tensor
+    from layton.distillation.one_step_model import load_one_step_model
     from layton.folder import write_atomically
 
     require_least(0, {"seed": seed, "softness": softness, "strength": strength})

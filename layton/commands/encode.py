@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from layton.commands.calling import progress
-from layton.commands.options import require_least
-from layton.commands.reports import write_json
 from layton.data.geometry import FitPolicy
 from layton.errors import UsageError
+from layton.options import require_least
+from layton.progress import progress
+from layton.reports import write_json
 
 if TYPE_CHECKING:
     from layton.commands.codes_file import CodesFile, CodesHeader
@@ -50,9 +50,10 @@ def encode(
     import torch
 
     from layton.commands.codes_file import CodesWriter
-    from layton.commands.images import FittedImages, ImageFiles, batched
-    from layton.commands.models import load_tokenizer
+    from layton.commands.images import FittedImages, ImageFiles
     from layton.commands.reconstruction import stack
+    from layton.data.threads import batched
+    from layton.loading import load_tokenizer
 
     require_least(1, {"batch_size": batch_size})
     require_least(0, {"max_bad": max_bad})
@@ -115,8 +116,8 @@ def decode(
         allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
     """
     from layton.commands.codes_file import CodesFile
-    from layton.commands.models import load_with_decoder, same_noise
-    from layton.commands.staging import SafeNames, staged
+    from layton.loading import load_with_decoder, same_noise
+    from layton.staging import SafeNames, staged
     from layton.tokenizer import EncodedImages
 
     require_least(1, {"batch_size": batch_size, "steps": steps})

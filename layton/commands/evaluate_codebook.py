@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from layton.commands.calling import progress
-from layton.commands.options import require_least
-from layton.commands.reports import write_json
 from layton.data.types import Share
+from layton.options import require_least
+from layton.progress import progress
+from layton.reports import write_json
 
 
 def evaluate_codebook(
@@ -36,8 +36,8 @@ def evaluate_codebook(
         allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
         json: write figures and protocol to this file as well.
     """
-    from layton.commands.evaluation_data import SCENES, open_images
-    from layton.commands.models import load_tokenizer
+    from layton.data.evaluation import SCENES, open_images
+    from layton.loading import load_tokenizer
     from layton.metrics.codebook import CodebookStatistics
     from layton.metrics.protocol import library_versions
 

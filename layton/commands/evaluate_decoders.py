@@ -10,15 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layton.commands.calling import progress
-from layton.commands.options import require_least
-from layton.commands.reports import write_json
 from layton.data.types import Share
+from layton.options import require_least
+from layton.progress import progress
+from layton.reports import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from layton.commands.evaluation_data import EvaluationImages
+    from layton.data.evaluation import EvaluationImages
     from layton.metrics.report import ReconstructionReport
     from layton.tokenizer import LaytonTokenizer
 
@@ -52,14 +52,14 @@ class Variant:
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, N) -> images (B, 3, S, S) in [-1, 1], on the CPU."""
-        from layton.commands.models import same_noise
+        from layton.loading import same_noise
 
         noise = same_noise(self.seed, len(codes))
         return self.model.decode(codes, decoder=self.decoder, num_steps=self.steps, generator=noise).cpu()
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] to the same, on the CPU."""
-        from layton.commands.models import same_noise
+        from layton.loading import same_noise
 
         noise = same_noise(self.seed, len(images))
         return self.model.reconstruct(images, decoder=self.decoder, num_steps=self.steps, generator=noise).cpu()
@@ -133,10 +133,10 @@ def evaluate_decoders(
     """
     require_least(1, {"batch_size": batch_size, "count": count, "size": size, "repeats": repeats})
     require_least(0, {"seed": seed, "objects": objects})
-    from layton.commands.evaluation_data import open_images, scenes_of
-    from layton.commands.models import load_tokenizer
-    from layton.commands.objects import objects_kept
+    from layton.data.evaluation import open_images, scenes_of
+    from layton.loading import load_tokenizer
     from layton.ranks import num_ranks
+    from layton.sceneval.objects import objects_kept
 
     if repeats < 1:
         raise ValueError(f"repeats must be >= 1, got {repeats}")
@@ -201,7 +201,7 @@ def seconds_per_image(variants: Sequence[Variant], codes: Tensor, *, repeats: in
 
 def measure(variants: Sequence[Variant], images: EvaluationImages, name: str) -> ReconstructionReport:
     """One report of all variants on the same images: the first as its model, the others as its references."""
-    from layton.commands.models import decoding_facts
+    from layton.loading import decoding_facts
     from layton.metrics import Protocol, evaluate_reconstruction
 
     first = variants[0]

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layton.commands.calling import progress
-from layton.commands.options import require_least
-from layton.commands.reports import write_json
 from layton.data.types import Share
+from layton.options import require_least
+from layton.progress import progress
+from layton.reports import write_json
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from layton.commands.evaluation_data import EvaluationImages
+    from layton.data.evaluation import EvaluationImages
     from layton.metrics.report import ReconstructionReport
 
 _LATENT_NUMBERS = 16  # numbers per 16x16 patch of the embedded autoencoder, for the reference "pca"
@@ -84,8 +84,8 @@ def evaluate_reconstruction(
         allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
         json: write figures and protocol to this file as well.
     """
-    from layton.commands.evaluation_data import open_images, scenes_of
-    from layton.commands.objects import objects_kept
+    from layton.data.evaluation import open_images, scenes_of
+    from layton.sceneval.objects import objects_kept
 
     require_least(1, {"batch_size": batch_size, "count": count, "size": size, "steps": steps})
     require_least(0, {"seed": seed, "objects": objects})
@@ -150,7 +150,7 @@ def tokenizer_with(
     Raises:
         ValueError: If one of them does not exist, or the decoder refuses the steps.
     """
-    from layton.commands.models import decoding_facts, load_with_decoder, same_noise
+    from layton.loading import decoding_facts, load_with_decoder, same_noise
 
     model, chosen = load_with_decoder(name, decoder, num_steps=steps, device=device, allow=allow)
 

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 from PIL import Image
 
 from layton.data.geometry import FitPolicy, Geometry, fit_image
 from layton.data.images import ImageError, load_image
+from layton.data.threads import in_threads
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
-S = TypeVar("S")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,35 +138,6 @@ class FittedImages:
             return error
         square, geometry = fit_image(image, self._size, policy=self._policy)
         return FittedImage(file.name, image if self._keep_original else None, square, geometry)
-
-
-def in_threads(work: Callable[[S], T], items: Iterable[S], *, num_threads: int) -> Iterator[T]:
-    """Results of ``work`` in the order of ``items``; at most ``2 * num_threads`` items are under way."""
-    waiting: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(num_threads) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) >= 2 * num_threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def batched(items: Iterable[S], size: int) -> Iterator[list[S]]:
-    """Lists of ``size`` items, the last one perhaps shorter.
-
-    Raises:
-        ValueError: If ``size`` is below 1.
-    """
-    if size < 1:
-        raise ValueError(f"the batch size must be >= 1, got {size}")
-    source = iter(items)
-    while batch := list(islice(source, size)):
-        yield batch
 
 
 def _below(folder: Path) -> Iterator[Path]:

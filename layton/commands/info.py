@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from layton.commands.reports import write_json
 from layton.errors import UsageError
+from layton.reports import write_json
 
 _PACKAGES = ("layton", "torch", "torchvision", "lightning", "diffusers", "transformers", "peft", "webdataset")
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from distill.methods.pairs import SolverName, TeacherSolver
-from layton.commands.calling import progress
-from layton.commands.options import require_least, require_shares
 from layton.data.prompts import PromptFile, SceneCaptions
 from layton.data.sources import SampleSource
 from layton.distillation.pairs import PairPlan
+from layton.options import require_least, require_shares
+from layton.progress import progress
 
 
 def pairs(

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layton.commands.calling import progress
-from layton.commands.options import require_least
-from layton.commands.reports import write_json
 from layton.data.geometry import FitPolicy
+from layton.options import require_least
+from layton.progress import progress
+from layton.reports import write_json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -77,9 +77,9 @@ def reconstruct(
     """
     from layton.commands.images import FittedImages, ImageFiles
     from layton.commands.measures import ImageMeasures, in_words, mean_figures
-    from layton.commands.models import load_with_decoder
     from layton.commands.reconstruction import Reconstructor
-    from layton.commands.staging import staged
+    from layton.loading import load_with_decoder
+    from layton.staging import staged
 
     require_least(1, {"batch_size": batch_size, "steps": steps})
     require_least(0, {"seed": seed, "max_bad": max_bad})
@@ -104,11 +104,11 @@ def reconstruct(
 def _write_pictures(
     one: Reconstructor, fitted: Iterable[FittedImage], folder: Path, *, batch_size: int, on_batch: Callable[[int], Any]
 ) -> list[ReconstructedFile]:
-    from layton.commands.images import batched
     from layton.commands.measures import in_words
-    from layton.commands.models import describe
     from layton.commands.pictures import Cell, side_by_side
-    from layton.commands.staging import SafeNames
+    from layton.data.threads import batched
+    from layton.loading import describe
+    from layton.staging import SafeNames
 
     decoder = describe(one.tokenizer.decoder(one.decoder), one.decoder, one.num_steps)
     names, rows = SafeNames(), []

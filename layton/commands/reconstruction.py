@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from layton.commands.images import FittedImage
-from layton.commands.models import decoding_facts, same_noise
 from layton.data.geometry import FitPolicy, fit_image
+from layton.loading import decoding_facts, same_noise
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,10 +15,10 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layton.commands.text_to_image import TextToImage
 from layton.data.sources import ScenesSource
 from layton.devices import choose_device
 from layton.folder import load_tensors, save_tensors
+from layton.ldm.drawing import TextToImage
 from layton.metrics.coverage import coverage
 from layton.metrics.effnet import EfficientNetLite0
 from layton.metrics.frechet import bootstrap_spread, frechet_distance_of_features
@@ -195,6 +195,6 @@ def unadapted_drawer(pipeline: Path, *, guidance_scale: float) -> TextToImage:
 
 
 def _write_json(path: Path, figures: dict[str, Any]) -> None:
-    from layton.commands.reports import write_json
+    from layton.reports import write_json
 
     write_json(path, figures)

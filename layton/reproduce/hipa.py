@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from layton.ldm.drawing import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from layton.reproduce.claim import Arm, Claim, Context, Pairs, Stage
 from layton.reproduce.instaflow import PROGRESSIVE
 from layton.reproduce.report import Check, Outcome

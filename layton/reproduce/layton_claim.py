@@ -170,7 +170,7 @@ def _absolute(name: str, report: Mapping[str, Any], decibels: float) -> list[Che
 
 def _evaluated(arm: Arm, steps: int, context: Context, places: Mapping[str, Path]) -> dict[str, Any]:
     """Reconstruction figures of an arm, by data; read from disk where they were measured before."""
-    from layton.commands.reports import write_json
+    from layton.reports import write_json
 
     photographs = list(context.options.get("photographs", ()))
     folder = context.out / "evaluation" / f"{arm.name}-{steps}"
@@ -190,7 +190,7 @@ def _evaluated(arm: Arm, steps: int, context: Context, places: Mapping[str, Path
     if arm is METHOD and steps == max(METHOD.steps):
         path = folder / "objects.json"
         if not path.is_file():
-            from layton.commands.objects import objects_kept
+            from layton.sceneval.objects import objects_kept
 
             count = min(_OBJECT_SCENES, context.scale.images)
             kept = objects_kept(
@@ -215,7 +215,7 @@ def _reconstructions(
     *,
     size: int,
 ) -> dict[str, Any]:
-    from layton.commands.evaluation_data import open_images
+    from layton.data.evaluation import open_images
     from layton.metrics import evaluate_reconstruction
     from layton.metrics.protocol import Protocol
 
@@ -240,9 +240,9 @@ def reconstruction(arm: Arm, steps: int, context: Context, places: Mapping[str, 
     """Images (B, 3, H, W) in [-1, 1] through the codes and a trained decoder, at the tokenizer's size."""
     import torch
 
-    from layton.commands.models import same_noise
     from layton.decoders import ConsistencyDecoder, DiffusionDecoder
     from layton.ldm.cache import load_code_parts
+    from layton.loading import same_noise
 
     encoder, quantizer = load_code_parts(places[_TOKENIZER_PLACE])
     export = stage_folder(context, arm, arm.stages[-1]) / "export" / "decoder"

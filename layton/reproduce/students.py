@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from layton.assets import find_pipeline
-from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS, TextToImage
+from layton.ldm.drawing import DEFAULT_GUIDANCE, DEFAULT_STEPS, TextToImage
 from layton.metrics.frechet import bootstrap_ratio
 from layton.reproduce.claim import Arm, Claim, Context
 from layton.reproduce.evaluation import NEIGHBOURS, Evaluator, SceneScores, unadapted_drawer

@@ -22,9 +22,9 @@ from distill.schedules import VPSchedule
 from generation.application_verdicts import circles, fills, is_found, shows
 from generation.applications_check import OneStepModel, TaskSettings, score_editing, score_enlargement, score_inpainting
 from layton.cli import main
-from layton.commands.one_step_model import load_one_step_model
 from layton.data.images import to_tensor
 from layton.distillation.distilled import save_distilled
+from layton.distillation.one_step_model import load_one_step_model
 from layton.scenes import caption, render, split_seeds
 from layton.scenes.cases import edit_case, hole_of, holes
 from layton.sceneval import find_objects

@@ -9,8 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import layton
-from generation.commands.models import load_drawer
-from generation.commands.options import DrawerOptions
+from generation.drawers import DrawerOptions, load_drawer
 from generation.generator import find_generator, load_generator
 from generation.pipeline import LaytonGenPipeline
 from generation.placed_prompts import PlacedPrompts

@@ -6,7 +6,8 @@ from types import ModuleType
 import pytest
 
 from layton.commands import Command
-from layton.commands.calling import _lists_joined, call_function, progress
+from layton.commands.calling import _lists_joined, call_function
+from layton.progress import progress
 
 seen: list[tuple[str, bool, int]] = []
 
@@ -43,7 +44,7 @@ def test_a_switch_needs_no_value(
 
 
 def test_logs_are_told_of_long_work(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layton.commands.calling._SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("layton.progress._SECONDS_BETWEEN_LINES", 0.0)
     with progress(2000, "encode") as bar:
         bar.update(1500)
     assert capsys.readouterr().err == "layton: encode: 1,500 of 2,000\n" and bar.n == 1500

@@ -22,12 +22,12 @@ from distill.stacked import StackedUNet2DConditionModel
 from distill.timesteps import timesteps
 from layton.cli import main
 from layton.commands.distill import fit_arguments, picture_size
-from layton.commands.text_to_image import TextToImage
 from layton.distillation import few_step_schedulers
 from layton.distillation.distilled import load_distilled, load_sampling, pipeline_arguments
 from layton.distillation.instaflow import InstaFlowPipeline
 from layton.errors import UsageError
 from layton.ldm.conditions import PromptEncoder
+from layton.ldm.drawing import TextToImage
 from layton.ldm.teacher import open_pipeline
 from layton.ldm.text import build_text_encoder, build_tokenizer, tell_places
 from layton.tasks.distill import DistillTask

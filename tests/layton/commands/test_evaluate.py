@@ -16,12 +16,12 @@ from transformers import CLIPTextModel
 from distill.adapters import LoraSettings, networks_for
 from distill.few_step import FewStepSampling
 from distill.models import denoiser_from_pipeline
-from layton.commands.objects import compare, objects_kept
 from layton.data.sources import ScenesSource
 from layton.distillation.distilled import save_distilled
 from layton.metrics.image import psnr, round_to_uint8
 from layton.scenes import render, sample_scene, split_seeds
 from layton.sceneval import make_prompts, write_prompts
+from layton.sceneval.objects import compare, objects_kept
 from layton.tokenizer import LaytonTokenizer
 
 

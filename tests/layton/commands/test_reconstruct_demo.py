@@ -80,7 +80,7 @@ def test_failures_leave_nothing(fails: Run, tokenizer: Path, photos: Path, tmp_p
 @pytest.mark.usefixtures("without_timm")
 def test_demo_with_every_part(run: Run, both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("layton.commands.demo.IMAGES_PER_TASK", 1)
-    monkeypatch.setattr("layton.commands.text_to_image.DEFAULT_STEPS", 2)
+    monkeypatch.setattr("layton.ldm.drawing.DEFAULT_STEPS", 2)
     monkeypatch.setattr("layton.decoders.DiffusionDecoder.default_steps", 2)
     out = tmp_path / "demo"
     written = run("demo", "--out", out, "--tokenizer", both)

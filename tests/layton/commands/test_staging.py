@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from layton.commands.staging import staged
 from layton.folder import save_tensors
+from layton.staging import staged
 
 
 def names(folder: Path) -> list[str]:

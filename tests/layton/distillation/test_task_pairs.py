@@ -16,8 +16,6 @@ from distill.adapters import LoraSettings
 from distill.methods.hipa import HiPA
 from distill.methods.lcm import LCM
 from distill.methods.one_step import OneStepDistillation
-from layton.commands.one_step_model import load_one_step_model
-from layton.commands.text_to_image import TextToImage
 from layton.data.folder import ImageFolderSource
 from layton.data.images import to_image
 from layton.data.module import ImageDataModule
@@ -25,12 +23,14 @@ from layton.data.sources import ScenesSource
 from layton.data.transforms import Fit
 from layton.data.types import ImageSample
 from layton.distillation.distilled import load_distilled, load_sampling
+from layton.distillation.one_step_model import load_one_step_model
 from layton.distillation.one_step_tasks import edit, resize
 from layton.distillation.pair_data import TeacherPairs
 from layton.distillation.task_pairs import TaskPairs
 from layton.distillation.task_sources import Reduced, SceneCases, WithHoles
 from layton.ldm.autoencoder import Autoencoder
 from layton.ldm.cache import CachedLatents
+from layton.ldm.drawing import TextToImage
 from layton.ldm.teacher import open_pipeline
 from layton.scenes import caption, is_unseen, sample_scene, seed_of_key
 from layton.scenes.cases import edit_case, hole_of

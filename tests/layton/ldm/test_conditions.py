@@ -15,13 +15,13 @@ from distill.few_step import FewStepSampling
 from distill.models import denoiser_from_pipeline
 from generation.text_encoders import text_encoder as load_text_encoder
 from layton.assets import find_pipeline, resolve
-from layton.commands.text_to_image import TextToImage
 from layton.control import encode_null_caption, load_unet
 from layton.distillation.distilled import save_distilled, student_pipeline
 from layton.distillation.instaflow import InstaFlowPipeline
 from layton.errors import UsageError
 from layton.ldm.autoencoder import load_autoencoder
 from layton.ldm.conditions import PromptEncoder, latent_shape_of, takes_guidance
+from layton.ldm.drawing import TextToImage
 from layton.ldm.teacher import open_outline, open_pipeline
 
 PROMPTS = ["a red circle", "two blue stars"]

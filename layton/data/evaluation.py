@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layton.commands.images import batched, in_threads
+from layton.data.threads import batched, in_threads
 from layton.data.types import Share, Split
 from layton.ranks import num_ranks, own_rank, own_share
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from layton.commands.calling import progress
 from layton.data.types import Split
+from layton.progress import progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,9 +66,8 @@ def objects_kept(
     import numpy as np
     import torch
 
-    from layton.commands.images import batched
-    from layton.commands.reconstruction import stack
-    from layton.data.images import to_image
+    from layton.data.images import to_image, to_tensor
+    from layton.data.threads import batched
     from layton.ranks import all_reduce_sum, own_share
     from layton.scenes import render, sample_scene, split_seeds
 
@@ -82,7 +81,7 @@ def objects_kept(
         for seeds in batched(own, batch_size):
             scenes = [sample_scene(seed) for seed in seeds]
             drawn = [render(scene, size) for scene in scenes]
-            results = reconstruct(stack([Image.fromarray(pixels) for pixels in drawn]))
+            results = reconstruct(torch.stack([to_tensor(Image.fromarray(pixels)) for pixels in drawn]))
             for scene, pixels, result in zip(scenes, drawn, results, strict=True):
                 missing, extra = compare(scene, np.asarray(to_image(result)))
                 verdicts["kept"] += not missing

@@ -14,12 +14,12 @@ from distill.few_step import FewStepSampling, Start
 from distill.models import denoiser_from_pipeline
 from distill.noise import Generators
 from layton.assets import find_pipeline
-from layton.commands.text_to_image import STUDENT_FOLDER, TASKS_FOLDER, find_student
 from layton.devices import choose_device
 from layton.distillation.distilled import load_distilled
 from layton.distillation.one_step_tasks import Decode, Encode, edit, inpaint, super_resolve
 from layton.ldm.autoencoder import Autoencoder
 from layton.ldm.conditions import PromptEncoder, latent_shape_of
+from layton.ldm.drawing import STUDENT_FOLDER, TASKS_FOLDER, find_student
 from layton.ldm.teacher import open_pipeline
 from layton.ldm.text import hears_places
 from layton.scenes import Scene, caption

@@ -1,20 +1,53 @@
-"""Which text-to-image model an evaluation is about: LaytonGen, or any diffusers folder."""
+"""Which text-to-image model draws: LaytonGen, or any diffusers folder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from generation.choice import SamplingChoice
-from generation.commands.options import DrawerOptions, require_least, require_sampling
+from generation.choice import SamplingChoice, require_sampling
+from generation.weight_types import Weights
+from layton.options import require_least
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from layton.commands.text_to_image import TextToImage
+    from layton.ldm.drawing import TextToImage
+
+Kind = Literal["laytongen", "diffusion"]
+
+
+@dataclass(frozen=True, slots=True)
+class DrawerOptions:
+    """Which text-to-image model draws.
+
+    Attributes:
+        model: embedded model or folder.
+        kind: laytongen, or diffusion for a diffusers text-to-image folder.
+        student: export of `layton distill` on a diffusers pipeline, or mini; it draws as it was trained to.
+        planner: embedded model or folder of a LaytonGen, whose planner says prompts anew with places, for a diffusion
+            model that learnt such prompts.
+        tokenizer: of LaytonGen, where it does not lie beside the generator.
+        decoder: name of LaytonGen's code decoder; the tokenizer's own choice by default.
+        steps: of LaytonGen's decoder, of a student, or of the diffusion model (25); their own number by default.
+        weights: type while it draws: bf16, or int8 of LaytonGen on a CPU; by default LaytonGen's as saved, else fp32.
+        device: where to run; the accelerator if there is one.
+        allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
+    """
+
+    model: str = "mini"
+    kind: Kind = "laytongen"
+    student: str | None = None
+    planner: str | None = None
+    tokenizer: str | None = None
+    decoder: str | None = None
+    steps: int | None = None
+    weights: Weights | None = None
+    device: str | None = None
+    allow: list[str] | None = None
 
 
 class Draws(Protocol):
@@ -98,9 +131,9 @@ def _refuse(options: Mapping[str, object], whose: str) -> None:
 def _diffusion(options: DrawerOptions, guidance_scale: float | None) -> Drawer:
     from generation.placed_prompts import PlacedPrompts
     from layton.assets import find_pipeline
-    from layton.commands.text_to_image import find_student
     from layton.errors import UsageError
     from layton.ldm.cache import digest
+    from layton.ldm.drawing import find_student
     from layton.ldm.text import knows_places
     from layton.modules import weights_digest
 
@@ -134,8 +167,8 @@ def _diffusion(options: DrawerOptions, guidance_scale: float | None) -> Drawer:
 
 
 def _text_to_image(folder: Path, options: DrawerOptions, guidance_scale: float | None) -> TextToImage:
-    from layton.commands.text_to_image import DEFAULT_GUIDANCE, DEFAULT_STEPS, Dtype, TextToImage, find_student
     from layton.errors import UsageError
+    from layton.ldm.drawing import DEFAULT_GUIDANCE, DEFAULT_STEPS, Dtype, TextToImage, find_student
 
     steps, device = options.steps, options.device
     dtype: Dtype = "bfloat16" if options.weights == "bf16" else "float32"
