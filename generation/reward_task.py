@@ -18,6 +18,7 @@ from generation.transformer import LaytonGenTransformer
 from layton.tasks.base import LRSchedulerCallable, OptimizerCallable
 
 _PREVIEWS = 8
+_AT_ONCE = 32  # images drawn and decoded together
 
 
 class LaytonGenRewardTask(LaytonGenTask):
@@ -148,11 +149,13 @@ class LaytonGenRewardTask(LaytonGenTask):
         """Codes (B, N) drawn for the prompts ``owner`` (B,), and their scores on the CPU."""
         training = self.transformer.training
         self.transformer.eval()
-        codes = self.draw(text.pick(owner), seeds)
+        parts = torch.arange(len(owner)).split(_AT_ONCE)
+        drawn = [self.draw(text.pick(owner[part]), [seeds[row] for row in part.tolist()]) for part in parts]
+        codes = torch.cat(drawn)
         self.transformer.train(training)
         captions, keys = ([batch[name][row] for row in owner.tolist()] for name in ("caption", "key"))
         with torch.autocast(self.device.type, enabled=False):
-            images = torch.cat([self.tokenizer.decode(part.clone()) for part in codes.split(32)])
+            images = torch.cat([self.tokenizer.decode(part.clone()) for part in codes.split(_AT_ONCE)])
             scores = self._reward[0].score(images, captions, keys, grid=self.tokenizer.grid)
         return codes, scores.checked(len(images), self.tokenizer.grid)
 

@@ -134,7 +134,7 @@ def tokenize(
         device=device,
         allow=tuple(allow or ()),
     )
-    job = make_job()
+    job = make_job(device="cpu") if workers or isolate else make_job()  # others take the GPUs
     elsewhere: ShardRunner | None = None
     if workers:
         from generation.scaling import RayRunner

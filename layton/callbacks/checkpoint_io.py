@@ -107,7 +107,8 @@ class SafeCheckpointIO(CheckpointIO):
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Detected pickle protocol")  # what follows is the error below
-                loaded = torch.load(source, map_location=map_location, weights_only=True)
+                # mapped: ranks of one machine share its memory
+                loaded = torch.load(source, map_location=map_location, weights_only=True, mmap=True)
         except Exception as error:  # a foreign file fails in many ways, all meaning the same
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
