@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,42 +57,42 @@ def fit_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
         UsageError: A short option has no value, no such folder or file, or prompts for a method that needs pictures, or
             the reverse.
     """
+    run, method = yaml.safe_load(run_file.read_text(encoding="utf-8")), run_file.stem
     short, rest = _take_short(words)
     told = [*rest, f"{_PAIRS}={_number(_PAIRS, short[_PAIRS])}"] if _PAIRS in short else rest
-    first = _first_source(yaml.safe_load(run_file.read_text(encoding="utf-8")))
-    if _PAIRS in short and first.get("class_path") != PAIRS:
-        raise UsageError(f"{run_file.stem} takes no pairs that a teacher makes beforehand: {_PAIRS} has no meaning")
-    needs_pictures = _learns_from_pictures(run_file) and not _has_data(rest)
+    if _PAIRS in short and _first_source(run).get("class_path") != PAIRS:
+        raise UsageError(f"{method} takes no pairs that a teacher makes beforehand: {_PAIRS} has no meaning")
+    needs_pictures = _learns_from_pictures(run) and not _has_data(rest)
     arguments = ["--config", str(run_file)]
     parts = ("model",) if _has_data(rest) or "--prompts" in short else ("model", "data")
     if "--pipeline" in short:
         folder = find_pipeline(short["--pipeline"])
         size = picture_size(folder, latent_size=_value_of(_LATENT_SIZE, rest)) if needs_pictures else None
         drop = _ROLES if "--images" in short else ()
-        arguments += _moved_arguments(run_file, folder, parts=parts, size=size, words=told, drop=drop)
+        arguments += _moved_arguments(run, folder, parts=parts, size=size, words=told, drop=drop)
     elif "data" in parts:
-        arguments += _told_arguments(run_file, told)
+        arguments += _told_arguments(run, told)
     if "--images" in short:
-        arguments += _image_arguments(short, run_file, rest)
+        arguments += _image_arguments(short, method, run, rest)
     elif "--pipeline" in short and "data" in parts:
-        _tell_of_scenes(run_file)
+        _tell_of_scenes(run)
     if "--prompts" in short:
         if needs_pictures:
             raise UsageError(
-                f"{run_file.stem} learns from pictures, not from prompts alone: give --images or --data in their place"
+                f"{method} learns from pictures, not from prompts alone: give --images or --data in their place"
             )
-        arguments += _prompt_arguments(short["--prompts"], run_file, folder=short.get("--pipeline"), words=told)
+        arguments += _prompt_arguments(short["--prompts"], run, folder=short.get("--pipeline"), words=told)
     if _value_of(_RANK, rest) is not None and _value_of(_SHARE, rest) is None:
         arguments += [f"{_SHARE}=null"]  # a rank that is asked for is the rank, whatever its share of the parameters
     if "--max_steps" in short:
         arguments.append(f"--trainer.max_steps={short['--max_steps']}")
-        if _has_cycle(run_file):  # of the learning rate, which ends with the run
+        if _has_cycle(run):  # of the learning rate, which ends with the run
             arguments.append(f"--model.init_args.lr_scheduler.init_args.total_steps={short['--max_steps']}")
     return arguments + rest
 
 
 def _moved_arguments(
-    run_file: Path,
+    run: Mapping[str, Any],
     folder: Path,
     *,
     parts: Sequence[str],
@@ -105,7 +105,6 @@ def _moved_arguments(
     Scenes are rendered at ``size``, if one is given, and their captions are such as the pipeline hears. Pairs are made
     as the words say of the teacher. Options in ``drop`` are left alone.
     """
-    run = yaml.safe_load(run_file.read_text(encoding="utf-8"))
     places = {run["model"]["init_args"]["pipeline"]: folder}
     hears = hears_guidance(folder)
     if hears:
@@ -124,9 +123,8 @@ def _moved_arguments(
     return arguments
 
 
-def _told_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
+def _told_arguments(run: Mapping[str, Any], words: Sequence[str]) -> list[str]:
     """The change of a run file's training data that words about the teacher ask for; none for other data than pairs."""
-    run = yaml.safe_load(run_file.read_text(encoding="utf-8"))
     value = run.get("data", {}).get("init_args", {}).get("train")
     found = _told(value, words)
     return [] if found == value else [f"--data.init_args.train={json.dumps(found)}"]
@@ -234,7 +232,7 @@ def _take_short(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return short, rest
 
 
-def _prompt_arguments(file: str, run_file: Path, *, folder: str | None, words: Sequence[str]) -> list[str]:
+def _prompt_arguments(file: str, run: Mapping[str, Any], *, folder: str | None, words: Sequence[str]) -> list[str]:
     path = Path(file).expanduser()
     if not path.is_file():
         raise UsageError(f"no prompts file at {file}")
@@ -244,7 +242,6 @@ def _prompt_arguments(file: str, run_file: Path, *, folder: str | None, words: S
         return {"class_path": kind, "init_args": {"path": str(path), "split": split}}
 
     train = source("train")
-    run = yaml.safe_load(run_file.read_text(encoding="utf-8"))
     first = _first_source(run)
     if first.get("class_path") == PAIRS:  # pairs are still made once, of these prompts
         if folder is not None:
@@ -260,12 +257,11 @@ def _prompt_arguments(file: str, run_file: Path, *, folder: str | None, words: S
     ]
 
 
-def _image_arguments(short: dict[str, str], run_file: Path, words: Sequence[str]) -> list[str]:
+def _image_arguments(short: Mapping[str, str], method: str, run: Mapping[str, Any], words: Sequence[str]) -> list[str]:
     """The change to a run file's data that takes captioned images in place of Scenes, cut to the pipeline's size."""
-    run = yaml.safe_load(run_file.read_text(encoding="utf-8"))
     if run["data"].get("class_path") != LATENT_DATA or "--prompts" in short or _has_data(words):
         raise UsageError(
-            f"--images is for methods that learn from pictures, without --prompts or --data; {run_file.stem} was asked"
+            f"--images is for methods that learn from pictures, without --prompts or --data; {method} was asked"
         )
     folder = find_pipeline(short.get("--pipeline", run["model"]["init_args"]["pipeline"]))
     size = picture_size(folder, latent_size=_value_of(_LATENT_SIZE, words))
@@ -280,25 +276,23 @@ def _image_arguments(short: dict[str, str], run_file: Path, words: Sequence[str]
     ]
 
 
-def _tell_of_scenes(run_file: Path) -> None:
+def _tell_of_scenes(run: Mapping[str, Any]) -> None:
     """Say on stderr that the data are rendered, which few who bring a pipeline of their own want."""
-    first = str(_first_source(yaml.safe_load(run_file.read_text(encoding="utf-8"))))
+    first = str(_first_source(run))
     if "ScenesSource" in first or "SceneCa" in first:
         own = "--images PLACE" if "ScenesSource" in first else "--prompts FILE"
         sys.stderr.write(f"layton: trains on the embedded world's Scenes; {own} or --data takes your own\n")
 
 
-def _learns_from_pictures(run_file: Path) -> bool:
+def _learns_from_pictures(run: Any) -> bool:
     """Whether a run file's data are pictures, or pairs of them."""
-    run = yaml.safe_load(run_file.read_text(encoding="utf-8"))
     found = run.get("data", {}) if isinstance(run, dict) else {}
     if not isinstance(found, dict):
         return False
     return found.get("class_path") == LATENT_DATA or _first_source(run).get("class_path") == PICTURE_PAIRS
 
 
-def _has_cycle(run_file: Path) -> bool:
-    run = yaml.safe_load(run_file.read_text(encoding="utf-8"))
+def _has_cycle(run: Mapping[str, Any]) -> bool:
     scheduler = run["model"]["init_args"].get("lr_scheduler") or {}
     return str(scheduler.get("class_path", "")).endswith(".OneCycleLR")
 
