@@ -180,6 +180,29 @@ def test_bad_folders_are_refused_before_anything_is_loaded(tmp_path: Path) -> No
         open_pipeline(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_prompts_alone_need_no_weights_of_network_and_autoencoder(tmp_path: Path, kind: str) -> None:
+    tiny.build(kind).save_pretrained(tmp_path)
+    whole = PromptEncoder(open_pipeline(tmp_path), latent_size=(8, 8))(["a star"])
+    for weights in (*tmp_path.glob("unet/*.safetensors"), *tmp_path.glob("vae/*.safetensors")):
+        weights.unlink()
+    pipe = open_pipeline(tmp_path, text_only=True)
+    assert {parameter.device.type for parameter in pipe.unet.parameters()} == {"meta"}
+    alone = PromptEncoder(pipe, latent_size=(8, 8))(["a star"])
+    for name in ("embeds", "pooled", "time_ids"):
+        told, expected = getattr(alone, name), getattr(whole, name)
+        assert told is expected is None or torch.equal(told, expected)
+
+
+def test_weights_are_read_in_the_type_they_are_used_in_but_the_autoencoders(tmp_path: Path) -> None:
+    tiny.build("sd").save_pretrained(tmp_path)
+    pipe = open_pipeline(tmp_path, dtype=torch.bfloat16)
+    kinds = {name: {p.dtype for p in getattr(pipe, name).parameters()} for name in ("unet", "text_encoder", "vae")}
+    assert kinds == {"unet": {torch.bfloat16}, "text_encoder": {torch.bfloat16}, "vae": {torch.float32}}
+    exact = open_pipeline(tmp_path).vae.state_dict()
+    assert all(value.equal(exact[name]) for name, value in pipe.vae.state_dict().items())  # not rounded on the way
+
+
 def test_folders_that_hold_the_fp16_variant_alone_are_read(tmp_path: Path) -> None:
     pipe = tiny.build("sd").to(torch.float16)
     pipe.save_pretrained(tmp_path, variant="fp16")
