@@ -208,10 +208,6 @@ class LaytonGenTask(LaytonTask):
         }
         return self.log_losses(terms, weights={"accuracy": 0.0}, batch_size=len(codes))
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """As `validation_step`."""
-        return self.validation_step(batch, batch_idx)
-
     def codes_of(self, batch: dict[str, Any]) -> Tensor:
         """Codes (B, N) int64 of a batch, encoded in fp32 if it holds images."""
         if "codes" in batch:

@@ -340,7 +340,8 @@ def _header_of(file: Any, path: Path) -> TokenHeader:
             raise ValueError(f"format {metadata['format']!r}")
         values = json.loads(metadata["header"])
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no token shard ({error})") from error
+        told = f"{path} is no token shard ({error}); `layton decode` takes files of `layton encode`"
+        raise ValueError(told) from error
     return TokenHeader.from_values(values, source=path)
 
 

@@ -42,6 +42,9 @@ JobMaker = Callable[[], "TokenizeJob"]
 ShardRunner = Callable[[Path, Sequence[int]], "Iterator[ShardResult]"]
 
 
+_OF_IMAGES = {"inputs", "content"}  # of a plan: what the images alone decide
+
+
 @dataclass(frozen=True, slots=True)
 class TokenizeReport:
     """What came of it; ``inputs = samples + len(skipped)``.
@@ -280,12 +283,18 @@ def _finish(out: Path, plan: dict[str, Any], found: Sequence[ShardResult], missi
 def _check_plan(out: Path, plan: dict[str, Any]) -> None:
     path = out / PLAN_NAME
     if not path.exists():
-        if any(out.glob("*.safetensors")) or (out / MANIFEST_NAME).exists():
-            raise ValueError(f"{out} holds other files: token shards need a folder of their own")
+        others = next((file.name for file in out.iterdir() if not file.name.startswith(".")), None)
+        if others is not None:
+            raise ValueError(f"{out} holds other files ({others}): token shards need a folder of their own")
         write_json(path, plan)
         return
     stored = read_json(path)
     differs = differences(_flat(stored), _flat(plan))
+    if differs and stored.keys() == plan.keys() and all(stored[k] == plan[k] for k in plan.keys() - _OF_IMAGES):
+        raise ValueError(
+            f"{out} was begun with other images ({stored['inputs']}, now {plan['inputs']}, or changed ones): take "
+            "another folder, or give the new ones alone and keep two"
+        )
     if differs:
         raise ValueError(f"{out} was begun with something else ({differs}); take another folder")
 

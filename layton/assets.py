@@ -35,7 +35,10 @@ def resolve(name: Path | str, *, part: str = "") -> Path:
     if cached is not None:
         return cached
     known = sorted(path.name for path in ASSETS.glob("*") if path.is_dir())
-    raise ValueError(f"{name!s} is neither a folder nor an embedded model with {part or 'weights'} (known: {known})")
+    told = "; if an earlier run is to write it, make that run first" if len(folder.parts) > 1 else ""
+    raise ValueError(
+        f"{name!s} is neither a folder nor an embedded model with {part or 'weights'} ({', '.join(known)}){told}"
+    )
 
 
 def find_pipeline(name: Path | str) -> Path:

@@ -6,17 +6,18 @@ import re
 import shutil
 import unicodedata
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from layton.errors import UsageError
 from layton.folder import full_disk_told
 
 _MAX_BYTES = 100  # of a stem; file systems take 255 for a name
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
+def staged(out: Path, *, overwrite: bool = True) -> Iterator[Path]:
     """A temporary folder on the same disk whose files become those of ``out`` when the block ends well.
 
     A new folder appears whole. In one that is there already files of other names stay, and each of the others is
@@ -24,8 +25,10 @@ def staged(out: Path) -> Iterator[Path]:
 
     Args:
         out: Folder to write; made if needed.
+        overwrite: Whether files that are there already may be replaced.
 
     Raises:
+        UsageError: If a file is there already that may not be replaced.
         ValueError: If ``out`` exists and is no folder.
     """
     if out.exists() and not out.is_dir():
@@ -37,12 +40,25 @@ def staged(out: Path) -> Iterator[Path]:
             part.mkdir()
             yield part
             if out.exists():
+                if not overwrite:
+                    require_free(out, [str(path.relative_to(part)) for path in part.rglob("*") if path.is_file()])
                 _move_files(part, out)
             else:
                 out.parent.mkdir(parents=True, exist_ok=True)
                 part.rename(out)  # all at once
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def require_free(out: Path, names: Iterable[str]) -> None:
+    """Stop before files are made that would replace others.
+
+    Raises:
+        UsageError: Names the first that is there already.
+    """
+    there = next((out / name for name in sorted(names) if (out / name).exists()), None)
+    if there is not None:
+        raise UsageError(f"{there} exists already: take another --out, or say --overwrite")
 
 
 def _move_files(source: Path, target: Path) -> None:

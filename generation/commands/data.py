@@ -91,7 +91,7 @@ def decode(
 
     Args:
         tokens: what `layton tokenize` wrote, or one shard of it.
-        out: folder to write; made if needed. It is an image folder with captions, such as `layton tokenize` reads.
+        out: new or empty folder to write: an image folder with captions, such as `layton tokenize` reads.
         count: how many samples; all if there are fewer.
         tokenizer: the tokenizer that made the codes: embedded tokenizer or folder.
         decoder: name of the code decoder; the tokenizer's own choice by default.
@@ -101,12 +101,15 @@ def decode(
         device: where to run; the accelerator if there is one.
         allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
     """
+    from layton.errors import UsageError
     from layton.loading import load_with_decoder, same_noise
     from layton.options import require_least
     from layton.staging import SafeNames, staged
 
     require_least(1, {"count": count, "batch_size": batch_size, "steps": steps})
     require_least(0, {"seed": seed})
+    if out.is_dir() and any(out.iterdir()):
+        raise UsageError(f"{out} is not empty: what is there would be taken for samples")
     chosen = _spread(tokens, count)
     model, decoder = load_with_decoder(tokenizer, decoder, num_steps=steps, device=device, allow=allow)
     names, total = SafeNames(), sum(map(len, chosen.values()))

@@ -153,6 +153,10 @@ def tokenize(
     )
     for reason in report.skipped[:_NAMED]:
         sys.stderr.write(f"layton: passed over {reason}\n")
+    if len(report.skipped) > _NAMED:
+        sys.stderr.write(f"layton: and {len(report.skipped) - _NAMED} more; the manifest names all of them\n")
+    if len(report.skipped) > max_bad:
+        sys.stderr.write(f"layton: {len(report.skipped)} passed over where --max-bad allows {max_bad}: exit status 1\n")
     if report.cut_captions:
         sys.stderr.write(f"layton: {report.cut_captions} captions were longer than the text encoder reads\n")
     if json is not None:

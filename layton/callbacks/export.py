@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -36,7 +37,9 @@ class ExportWeights(Callback):
                 broken = [n for n, p in pl_module.named_parameters() if p.requires_grad and not p.isfinite().all()]
                 if broken:
                     raise ValueError(f"{len(broken)} trained weights are not finite, such as {broken[0]}: not exported")
-                export_atomically(pl_module, Path(trainer.default_root_dir) / "export")
+                folder = Path(trainer.default_root_dir) / "export"
+                export_atomically(pl_module, folder)
+                sys.stderr.write(f"layton: exported to {folder}\n")
 
 
 def export_atomically(task: LaytonTask, folder: Path) -> None:

@@ -64,7 +64,10 @@ class CodesHeader:
             ValueError: If something is missing or makes no sense.
         """
         if values.get("format") != FORMAT:
-            raise ValueError(f"{source} is no codes file: its format is {values.get('format')!r}, not {FORMAT!r}")
+            raise ValueError(
+                f"{source} is no codes file: its format is {values.get('format')!r}, not {FORMAT!r} (token shards: "
+                "`layton data decode`)"
+            )
         try:
             vocab_size, num_tokens, image_size = (
                 int(values[name]) for name in ("vocab_size", "num_tokens", "image_size")
@@ -237,3 +240,12 @@ class CodesFile:
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{self.path}: the names are damaged (not a list of texts)")
         return names
+
+
+def is_codes_file(path: Path) -> bool:
+    """Whether a file holds codes, whole."""
+    try:
+        CodesFile(path)
+    except ValueError:
+        return False
+    return True

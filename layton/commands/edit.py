@@ -33,11 +33,13 @@ def edit(
     softness: int = 1,
     policy: FitPolicy = "crop",
     seed: int = 0,
+    overwrite: bool = False,
     device: str | None = None,
 ) -> None:
     """Change a picture as a prompt says, in one step: edit, inpaint (with --mask) or enlarge (with --enlarge).
 
     The model sees the picture at its own size; what it changes is brought back, and all other pixels stay as they are.
+    With the policy "crop" the central square of the picture is all that is seen and written; "pad" takes the whole.
     A student of `layton distill one_step_tasks` starts from the picture itself; any other one, and a pipeline without a
     student, from the picture under noise.
 
@@ -56,6 +58,7 @@ def edit(
         softness: latent positions by which the edited places are widened.
         policy: how the picture becomes square: crop (the central square is what is written), pad or resize.
         seed: of the noise, where there is any.
+        overwrite: replace the file if it is there already.
         device: where to run; the accelerator if there is one.
     """
     import torch
@@ -63,6 +66,7 @@ def edit(
     from layton.data.images import load_image, to_image, to_tensor
     from layton.distillation.one_step_model import load_one_step_model
     from layton.folder import write_atomically
+    from layton.staging import require_free
 
     require_least(0, {"seed": seed, "softness": softness, "strength": strength})
     require_shares({"threshold": threshold})
@@ -72,6 +76,8 @@ def edit(
         raise UsageError(f"--enlarge must be >= 2 and --strength then at most 1, got {enlarge} and {strength}")
     if out.suffix.lower() != ".png":
         raise UsageError(f"--out must be a PNG file, got {out}")
+    if not overwrite:
+        require_free(out.parent, [out.name])
     model = load_one_step_model(pipeline, student, device=device)
     if model.start == "noise" and shows is None and mask is None and enlarge is None:
         raise UsageError("this model starts from noise: say with --shows what the picture shows now")

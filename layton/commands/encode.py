@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from layton.commands.codes_file import CodesFile, CodesHeader
     from layton.tokenizer import LaytonTokenizer
 
-_OTHER_FORMATS = (".npy", ".npz", ".pt", ".pth", ".json", ".jsonl", ".parquet", ".h5")
-
 
 def encode(
     images: list[Path],
@@ -49,7 +47,7 @@ def encode(
     """
     import torch
 
-    from layton.commands.codes_file import CodesWriter
+    from layton.commands.codes_file import CodesWriter, is_codes_file
     from layton.commands.images import FittedImages, ImageFiles
     from layton.commands.reconstruction import stack
     from layton.data.threads import batched
@@ -57,8 +55,10 @@ def encode(
 
     require_least(1, {"batch_size": batch_size})
     require_least(0, {"max_bad": max_bad})
-    if out.suffix.lower() in _OTHER_FORMATS:
+    if out.suffix.lower() not in ("", ".safetensors"):
         raise UsageError(f"codes are written as safetensors: name the file .safetensors, not {out.name}")
+    if out.is_file() and not is_codes_file(out):
+        raise UsageError(f"{out} exists already and holds no codes: take another --out")
     files = ImageFiles(images)
     model = load_tokenizer(tokenizer, decoders=[], device=device, allow=allow)
     fitted = FittedImages(files, model.image_size, policy=policy, max_bad=max_bad)
@@ -96,12 +96,14 @@ def decode(
     condition_scale: float | None = None,
     seed: int = 0,
     batch_size: int = 8,
+    overwrite: bool = False,
     device: str | None = None,
     allow: list[str] | None = None,
 ) -> None:
-    """Decode a file of codes to PNG files of the original sizes.
+    """Decode a file of codes to PNG files.
 
-    Nothing is written before the whole file has been checked and decoded.
+    Pictures have the sizes that were kept of the originals: with the policy "crop" that of the central square, else the
+    whole. Nothing is written before the whole file has been checked and decoded.
 
     Args:
         codes: a file that `layton encode` wrote.
@@ -112,12 +114,13 @@ def decode(
         condition_scale: strength of the codes, where the decoder has such a thing.
         seed: of the noise that decoders begin with, the same for every image.
         batch_size: images decoded at once.
+        overwrite: replace files of the same names; without it they are an error, before anything is decoded.
         device: where to run; the accelerator if there is one.
         allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
     """
     from layton.commands.codes_file import CodesFile
     from layton.loading import load_with_decoder, same_noise
-    from layton.staging import SafeNames, staged
+    from layton.staging import SafeNames, require_free, staged
     from layton.tokenizer import EncodedImages
 
     require_least(1, {"batch_size": batch_size, "steps": steps})
@@ -126,7 +129,10 @@ def decode(
     model, decoder = load_with_decoder(tokenizer, decoder, num_steps=steps, device=device, allow=allow)
     require_codes_of(model, file)
     names = SafeNames()
-    with staged(out) as folder, progress(len(file), "decode") as bar:
+    pictures_of = [names.unique(name, suffix=".png") for name in file.names]
+    if not overwrite:
+        require_free(out, pictures_of)
+    with staged(out, overwrite=overwrite) as folder, progress(len(file), "decode") as bar:
         for start, stop in file.pieces(batch_size):
             pictures = model.decode_images(
                 EncodedImages(file.codes(start, stop), tuple(file.geometries(start, stop))),
@@ -135,8 +141,8 @@ def decode(
                 conditioning_scale=condition_scale,
                 generator=same_noise(seed, stop - start),
             )
-            for name, picture in zip(file.names[start:stop], pictures, strict=True):
-                picture.save(folder / names.unique(name, suffix=".png"))
+            for name, picture in zip(pictures_of[start:stop], pictures, strict=True):
+                picture.save(folder / name)
             bar.update(stop - start)
     sys.stdout.write(f"{out}: {len(file)} images\n")
 

@@ -128,7 +128,7 @@ class FittedImages:
                 continue
             self.bad.append(str(result))
             if len(self.bad) > self._max_bad:
-                raise result
+                raise ImageError(f"{result} (--max-bad passes over so many of such images)") from result
             sys.stderr.write(f"layton: passed over {result}\n")
 
     def _load(self, file: ImageFile) -> FittedImage | ImageError:

@@ -51,14 +51,16 @@ def reconstruct(
     seed: int = 0,
     batch_size: int = 4,
     max_bad: int = 0,
+    overwrite: bool = False,
     device: str | None = None,
     allow: list[str] | None = None,
     json: Path | None = None,
 ) -> None:
     """Reconstruct image files: pictures of original and result side by side, PSNR, SSIM and EPD.
 
-    Pictures have the original's size. Figures are taken on the square that the decoder gives, before it is brought
-    back to that size, against the original fitted to the same square.
+    Pictures have the size of what is kept of the original: with the policy "crop" the central square. Figures are
+    taken on the square that the decoder gives, before it is brought back to that size, against the original fitted to
+    the same square.
 
     Args:
         images: files, and folders that are searched for .jpg, .jpeg, .png and .webp.
@@ -71,6 +73,7 @@ def reconstruct(
         seed: of the noise that decoders begin with, the same for every image.
         batch_size: images reconstructed at once.
         max_bad: unreadable images that are passed over and named; one more is an error.
+        overwrite: replace files of the same names; without it they are an error, before anything is reconstructed.
         device: where to run; the accelerator if there is one.
         allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
         json: write figures and how they were taken to this file as well.
@@ -79,15 +82,18 @@ def reconstruct(
     from layton.commands.measures import ImageMeasures, in_words, mean_figures
     from layton.commands.reconstruction import Reconstructor
     from layton.loading import load_with_decoder
-    from layton.staging import staged
+    from layton.staging import SafeNames, require_free, staged
 
     require_least(1, {"batch_size": batch_size, "steps": steps})
     require_least(0, {"seed": seed, "max_bad": max_bad})
     files = ImageFiles(images)
+    if not overwrite:
+        names = SafeNames()
+        require_free(out, [names.unique(file.name, suffix=".png") for file in files])
     model, decoder = load_with_decoder(tokenizer, decoder, num_steps=steps, device=device, allow=allow)
     fitted = FittedImages(files, model.image_size, policy=policy, max_bad=max_bad, keep_original=True)
     one = Reconstructor(model, decoder, ImageMeasures(), steps, condition_scale, seed)
-    with staged(out) as folder, progress(len(files), "reconstruct") as bar:
+    with staged(out, overwrite=overwrite) as folder, progress(len(files), "reconstruct") as bar:
         rows = _write_pictures(one, fitted, folder, batch_size=batch_size, on_batch=bar.update)
     means = mean_figures([row.figures for row in rows])
     lines = [f"{row.image}: {in_words(row.figures)}" for row in rows] + [f"mean of {len(rows)}: {in_words(means)}"]

@@ -233,7 +233,8 @@ def _check_unique(indexes: list[ShardIndex]) -> None:
         for row in np.flatnonzero(np.isin(key_digests(index.keys), list(suspects))).tolist():
             key = index.keys[row]
             if key in owner:
-                raise ShardError(f"key {key!r} is in both {owner[key]} and {index.path} (repeated_keys accepts that)")
+                told = f"key {key!r} is in both {owner[key]} and {index.path}"
+                raise ShardError(f"{told} (repeated_keys, or --repeated-keys, accepts that)")
             owner[key] = index.path
 
 

@@ -190,7 +190,7 @@ def _check_kind(name: str, size: int, head: bytes) -> None:
     if head.startswith(_COMPRESSED):
         raise ShardError(f"{name}: compressed; shards must be plain tar files for random access")
     if size % _BLOCK:
-        raise ShardError(f"{name}: cut off: {size} bytes is no multiple of {_BLOCK}")
+        raise ShardError(f"{name}: cut off, or no tar file: {size} bytes is no multiple of {_BLOCK}")
 
 
 def _members(file: object, name: str, size: int) -> Iterator[tarfile.TarInfo]:

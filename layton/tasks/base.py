@@ -200,6 +200,14 @@ class LaytonTask(LightningModule, ABC):
         total, count = self._sums.get(name, (0.0, 0))
         self._sums[name] = (values.sum() + total, count + len(values))
 
+    def test_step(self, batch: Any, batch_idx: int) -> Any:
+        """As validation, on what the data keep for tests (``layton test``)."""
+        return self.validation_step(batch, batch_idx)
+
+    def on_test_start(self) -> None:
+        """As before validation."""
+        self.on_validation_start()
+
     def on_validation_epoch_end(self) -> None:
         """Log what `log_measure` was given."""
         super().on_validation_epoch_end()

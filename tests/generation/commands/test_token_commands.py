@@ -197,7 +197,7 @@ def test_shards_that_use_the_same_keys_are_taken_on_request(tmp_path: Path, caps
             shard.addfile(member, BytesIO(picture.getvalue()))
     shards, out = str(tmp_path / "s-{000..001}.tar"), str(tmp_path / "out")
     call = ["tokenize", shards, "--tokenizer", str(tmp_path / "tokenizer"), "--out", out]
-    assert main(call) == 1 and "repeated_keys accepts that" in capsys.readouterr().err
+    assert main(call) == 1 and "--repeated-keys, accepts that" in capsys.readouterr().err
     assert main([*call, "--repeated_keys"]) == 0
     assert list(TokenShards(out).keys) == ["s-000/000001", "s-001/000001"]
     assert main(["data", "check", shards, "--repeated_keys"]) == 0

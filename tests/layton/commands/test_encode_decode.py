@@ -117,7 +117,8 @@ def test_round_trip_is_reconstruction(run: Run, both: Path, photos: Path, tmp_pa
     pictures = {}
     for seed in (0, 0, 1):
         out = tmp_path / f"seed{seed}"
-        run("decode", codes, "--out", out, "--tokenizer", both, "--decoder", "diffusion", "--steps", 2, "--seed", seed)
+        drawn = ("--decoder", "diffusion", "--steps", 2, "--seed", seed, "--overwrite")
+        run("decode", codes, "--out", out, "--tokenizer", both, *drawn)
         pictures[seed] = np.asarray(Image.open(out / "a.png"))
         noise = torch.Generator().manual_seed(seed)
         (expected,) = model.decode_images(encoded, decoder="diffusion", num_steps=2, generator=noise)
@@ -299,11 +300,11 @@ def test_a_failure_half_way_leaves_the_folder_as_it_was(
         save(self, *args, **options)
 
     monkeypatch.setattr(Image.Image, "save", full_disk)
-    assert "no space left" in fails("decode", codes, "--out", out, "--tokenizer", tokenizer)
+    assert "no space left" in fails("decode", codes, "--out", out, "--tokenizer", tokenizer, "--overwrite")
     assert len(saves) == 4
     assert tree(tmp_path) == before
     monkeypatch.undo()
-    run("decode", codes, "--out", out, "--tokenizer", tokenizer)
+    run("decode", codes, "--out", out, "--tokenizer", tokenizer, "--overwrite")
     assert tree(tmp_path) == before  # the same pictures, and what was there besides
 
 
