@@ -340,5 +340,8 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
+        # Lightning 2.6 asks torch for a name that torch 2.14 renames, and sums up a model in one precision alone.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        warnings.filterwarnings("ignore", message=".*not supported by the model summary.*")
         with cut_captions_told_once():
             yield
