@@ -346,7 +346,7 @@ def test_cached_prompts_train_as_live_ones_do(folder: Path, tmp_path: Path) -> N
     batch = {"caption": [cached[i]["caption"] for i in range(2)]}
     live = task.distill_batch(batch)
     stored = task.distill_batch(batch | {"embeds": torch.stack([again[i]["embeds"] for i in range(2)])})
-    torch.testing.assert_close(live.condition.embeds, stored.condition.embeds, atol=1e-6, rtol=0)
+    torch.testing.assert_close(live.condition.embeds, stored.condition.embeds, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="learns from pictures"):
         make(folder, LCM()).distill_batch(batch)
     images = make(folder, LCM()).distill_batch(batch | {"image": torch.zeros(2, 3, 16, 16)})
