@@ -94,12 +94,8 @@ class TokenizeJob:
 
     def encode(self, images: Tensor) -> Tensor:
         """Codes (B, N) int64 of images (B, 3, S, S); distances to the codebook are taken in float32 either way."""
-        kind, cudnn = self.tokenizer.device.type, torch.backends.cudnn
-        # fp32 is that: cuDNN would multiply in TF32 where it can, and other codes come out than elsewhere
-        with (
-            cudnn.flags(enabled=cudnn.enabled, allow_tf32=self.precision == "bf16"),
-            torch.autocast(kind, dtype=torch.bfloat16, enabled=self.precision == "bf16"),
-        ):
+        kind = self.tokenizer.device.type
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
             return self.tokenizer.encode(images)
 
     def header(self) -> TokenHeader:

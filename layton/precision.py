@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import nn
 
@@ -17,3 +19,14 @@ def quick_dtype(device: torch.device) -> torch.dtype:
 def dtype_of(module: nn.Module) -> torch.dtype:
     """Floating-point type of a module's weights: what its inputs are brought to at its border."""
     return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
+
+
+def exact_convolutions() -> AbstractContextManager[object]:
+    """Within it cuDNN multiplies float32 as that, not as TF32, by which other codes would come out than elsewhere."""
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(
+        enabled=bool(cudnn.enabled),
+        benchmark=bool(cudnn.benchmark),
+        deterministic=bool(cudnn.deterministic),
+        allow_tf32=False,
+    )

@@ -20,7 +20,7 @@ from layton.data.images import plain_rgb, to_image, to_tensor
 from layton.encoder import ImageEncoder
 from layton.folder import JsonValue, class_name, load_config, save_config
 from layton.interface import CodeDecoder, Generators, ImageTokenizer
-from layton.precision import dtype_of
+from layton.precision import dtype_of, exact_convolutions
 from layton.quantizer import Quantizer
 
 CLASS_NAME = "layton.tokenizer.LaytonTokenizer"
@@ -127,7 +127,9 @@ class LaytonTokenizer(ImageTokenizer):
         if images.shape[2:] != (self.image_size, self.image_size):
             images = Geometry.plan((images.shape[2], images.shape[3]), self.image_size, policy=policy).apply(images)
         images = images.to(self.device, dtype_of(self.encoder))
-        return self.quantizer.encode(self.encoder(images).float())
+        with exact_convolutions():
+            features = self.encoder(images)
+        return self.quantizer.encode(features.float())
 
     @torch.no_grad()
     def decode(

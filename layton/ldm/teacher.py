@@ -32,7 +32,8 @@ PIPELINES: tuple[type[DiffusionPipeline], ...] = (
     FluxPipeline,
 )
 INDEX = "model_index.json"
-_DTYPE = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"  # renamed in diffusers 0.37
+# newer versions of diffusers renamed it
+_DTYPE = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
 _LIBRARIES = ("diffusers", "transformers")
 _OURS = ("layton.distillation.few_step_schedulers", "distill.stacked")  # what distilled students bring
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # judges and inputs that training has no use for

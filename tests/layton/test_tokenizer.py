@@ -55,6 +55,16 @@ def test_a_tokenizer_in_half_precision_still_works() -> None:
     assert float((half.decode(codes) - pictures).abs().mean()) < 0.05
 
 
+def test_encoding_multiplies_in_float32_and_leaves_settings_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn, model, seen = torch.backends.cudnn, tiny(), []
+    settings = lambda: (cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic)  # noqa: E731
+    monkeypatch.setattr(cudnn, "deterministic", True)
+    model.encoder.register_forward_hook(lambda *_: seen.append(settings()))
+    before = settings()
+    model.encode(torch.zeros(1, 3, model.image_size, model.image_size))
+    assert seen == [(False, *before[1:])] and settings() == before
+
+
 @pytest.mark.parametrize("policy", ["crop", "pad", "resize"])
 def test_sizes_come_back(policy: str) -> None:
     model, images = tiny(), [picture(*size) for size in ((40, 20), (1, 1), (32, 32), (3, 200))]

@@ -180,14 +180,15 @@ def test_bad_folders_are_refused_before_anything_is_loaded(tmp_path: Path) -> No
         open_pipeline(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux"])
 def test_prompts_alone_need_no_weights_of_network_and_autoencoder(tmp_path: Path, kind: str) -> None:
     tiny.build(kind).save_pretrained(tmp_path)
     whole = PromptEncoder(open_pipeline(tmp_path), latent_size=(8, 8))(["a star"])
-    for weights in (*tmp_path.glob("unet/*.safetensors"), *tmp_path.glob("vae/*.safetensors")):
+    for weights in (file for name in ("unet", "transformer", "vae") for file in tmp_path.glob(f"{name}/*.safetensors")):
         weights.unlink()
     pipe = open_pipeline(tmp_path, text_only=True)
-    assert {parameter.device.type for parameter in pipe.unet.parameters()} == {"meta"}
+    network = getattr(pipe, "unet", None) or pipe.transformer
+    assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
     alone = PromptEncoder(pipe, latent_size=(8, 8))(["a star"])
     for name in ("embeds", "pooled", "time_ids"):
         told, expected = getattr(alone, name), getattr(whole, name)

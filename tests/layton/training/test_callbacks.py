@@ -17,7 +17,8 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
-from toy import ToyPart, ToyTask, toy_data
+from torch.utils.data import DataLoader
+from toy import ToyPart, ToySource, ToyTask, toy_data
 
 from layton.callbacks import (
     EMA,
@@ -81,6 +82,14 @@ class ByHand(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, task: Any, *args: Any) -> None:
         self.trained.append([p.detach().clone() for p in task.parameters()])
+
+
+def test_every_task_is_tested_as_it_is_validated() -> None:
+    task = toy_task()
+    trainer = Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False)
+    samples = [ToySource("test").sample(index, seed=0) for index in range(10)]
+    (found,) = trainer.test(task, DataLoader(samples, batch_size=5), verbose=False)
+    assert {"test/loss", "test/pixel", "test/odd", "test/even"} <= found.keys()
 
 
 def test_average_follows_its_formula_and_stands_in_during_validation(tmp_path: Path) -> None:
