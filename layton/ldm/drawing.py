@@ -104,7 +104,7 @@ class TextToImage:
             num_steps: Denoising steps.
             guidance_scale: Of classifier-free guidance.
             device: Where to run; the accelerator if there is one.
-            dtype: Type of all weights but the autoencoder's, which are float32.
+            dtype: Type of all weights.
 
         Raises:
             ValueError: If it cannot be read, draws nothing from text, or a setting makes no sense.
@@ -129,7 +129,7 @@ class TextToImage:
         place = choose_device(device)
         if place.type == "cpu" and hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
             pipeline.vae.enable_slicing()  # quicker there, see `layton.ldm.autoencoder.Autoencoder.decode`
-        return cls(pipeline.to(place), num_steps, guidance_scale)
+        return cls(pipeline.to(place, getattr(torch, dtype)), num_steps, guidance_scale)
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[NDArray[np.uint8]]:
         """One image for each prompt and seed, which depends on these two alone.

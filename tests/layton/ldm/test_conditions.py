@@ -204,6 +204,15 @@ def test_weights_are_read_in_the_type_they_are_used_in_but_the_autoencoders(tmp_
     assert all(value.equal(exact[name]) for name, value in pipe.vae.state_dict().items())  # not rounded on the way
 
 
+def test_a_pipeline_draws_in_a_smaller_type(tmp_path: Path) -> None:
+    tiny.build("sd").save_pretrained(tmp_path)
+    whole, small = (
+        TextToImage.load(tmp_path, num_steps=2, guidance_scale=1.0, dtype=dtype)(["a star"], [0])[0].astype(float)
+        for dtype in ("float32", "bfloat16")
+    )
+    assert 0 < abs(whole - small).mean() < 10  # of 255 levels
+
+
 def test_folders_that_hold_the_fp16_variant_alone_are_read(tmp_path: Path) -> None:
     pipe = tiny.build("sd").to(torch.float16)
     pipe.save_pretrained(tmp_path, variant="fp16")
