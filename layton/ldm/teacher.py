@@ -62,9 +62,7 @@ def open_pipeline(
     root = find_pipeline(folder)
     index = checked_index(root)
     kind = _pipeline_class(root, index)
-    left_out: dict[str, Any] = {key: None for key in _UNUSED if key in index}
-    if "requires_safety_checker" in index:
-        left_out["requires_safety_checker"] = False
+    left_out = _left_out(index)
     if text_only:
         left_out |= _outlines(root, index)
     with _silent():
@@ -86,8 +84,16 @@ def open_outline(folder: str | Path) -> DiffusionPipeline:
     index = checked_index(root)
     kind = _pipeline_class(root, index)
     parts: dict[str, Any] = {key: None for key, value in index.items() if isinstance(value, list)}
-    parts |= _outlines(root, index)
+    parts |= _left_out(index) | _outlines(root, index)
     return kind(**{key: value for key, value in parts.items() if key in inspect.signature(kind.__init__).parameters})
+
+
+def _left_out(index: Mapping[str, Any]) -> dict[str, Any]:
+    """What a pipeline is made without, and said to be, or diffusers warns of it."""
+    left_out: dict[str, Any] = {key: None for key in _UNUSED if key in index}
+    if "requires_safety_checker" in index:
+        left_out["requires_safety_checker"] = False
+    return left_out
 
 
 def _outlines(root: Path, index: Mapping[str, Any]) -> dict[str, torch.nn.Module]:
