@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from generation.judge import Judge
-from generation.text_encoders import TextEncoder, text_encoder
+from generation.text.encoders import TextEncoder, text_encoder
 from layton.folder import CONFIG_NAME, class_name, load_config, save_config
 from layton.tokenizer import LDM_FOLDER, LaytonTokenizer, resolve_class
 

@@ -15,8 +15,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from generation.shapes import CaptionShape
-from generation.transformer import LaytonGenTransformer
+from generation.model.shapes import CaptionShape
+from generation.model.transformer import LaytonGenTransformer
 from layton.convert.checkpoint import ConvertError, read_checkpoint
 from layton.convert.layout import Layout, require, slot
 from layton.convert.llamagen import count
@@ -116,7 +116,7 @@ def gpt_layout(model: LaytonGenTransformer) -> Layout:
 
 
 def half_planes(weight: Tensor, num_heads: int) -> Tensor:
-    """Query, key and value rows (3 D, D) with the planes of queries and keys as `generation.rope.rotate` has them."""
+    """Query, key and value rows (3 D, D) with planes as `generation.model.rope.rotate` has them."""
     query, key, value = weight.chunk(3)
 
     def reorder(part: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def convert_gpt(
 ) -> LaytonGenTransformer:
     """Convert a LaCTokGen-T or LlamaGen GPT checkpoint; sizes are read off the tensors.
 
-    Captions get the rotary tables of zeros with which the released models were trained (`generation.rope`).
+    Captions get the rotary tables of zeros with which the released models were trained (`generation.model.rope`).
 
     Args:
         path: ``.pt``, ``.pth`` or ``.safetensors``; nothing in it is executed.

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from generation.choice import SamplingChoice, require_sampling
-from generation.weight_types import Weights
+from generation.model.weight_types import Weights
+from generation.sampling.choice import SamplingChoice, require_sampling
 from layton.options import require_least
 
 if TYPE_CHECKING:

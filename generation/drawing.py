@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from generation.choice import SamplingChoice
-from generation.compiled import compile_decoding
-from generation.layout import PlacedObject
+from generation.model.compiled import compile_decoding
+from generation.model.layout import PlacedObject
+from generation.model.quantization import set_weights, weights_type
+from generation.model.weight_types import Weights
 from generation.pipeline import LaytonGenPipeline
-from generation.quantization import set_weights, weights_type
-from generation.text_encoders import TextCut
-from generation.weight_types import Weights
+from generation.sampling.choice import SamplingChoice
+from generation.text.encoders import TextCut
 from layton.modules import weights_digest
 
 Layout = Sequence[PlacedObject]
@@ -72,7 +72,7 @@ class LaytonGenDrawer:
         """Load a model with the one decoder that is wanted.
 
         ``weights`` sets the transformer's for the time being; by default they are as saved. ``compiled`` has its
-        decoding steps compiled (`generation.compiled`).
+        decoding steps compiled (`generation.model.compiled`).
 
         Raises:
             ValueError: If it does not exist or is damaged, or a setting is out of range.

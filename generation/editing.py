@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from generation.decoding import FREE
-from generation.layout import PlacedObject
+from generation.model.layout import PlacedObject
 from generation.pictures import OutputType
 from generation.pipeline import LaytonGenOutput, LaytonGenPipeline
-from generation.text_encoders import TextFeatures
+from generation.sampling.decoding import FREE
+from generation.text.encoders import TextFeatures
 from layton.interface import Generators
 
 

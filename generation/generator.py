@@ -15,12 +15,12 @@ from typing import Any, cast
 
 import torch
 
+from generation.data.token_shards import differences
+from generation.model.transformer import LaytonGenTransformer
 from generation.planner import PART as PLANNER_PART
 from generation.planner import LayoutPlanner
-from generation.sampling import SamplingOptions
-from generation.text_encoders import TextEncoder
-from generation.token_shards import differences
-from generation.transformer import LaytonGenTransformer
+from generation.sampling.codes import SamplingOptions
+from generation.text.encoders import TextEncoder
 from layton import assets
 from layton.folder import CONFIG_NAME, JsonValue, class_name, load_config, read_class, save_config
 from layton.tokenizer import CLASS_NAME as TOKENIZER_CLASS
@@ -71,7 +71,7 @@ class SamplingDefaults:
         top_k: Number of likeliest codes; 0 for all.
         top_p: Share of the likeliest codes; 1 for all.
         min_entropy: Of the next code, in nats, from which on guidance and temperature act; see
-            `generation.sampling.SamplingOptions`.
+            `generation.sampling.codes.SamplingOptions`.
         candidates: Images drawn for each one that is wanted, of which a judge keeps the best; heeded where there is a
             judge (`generation.caption_judge`).
 

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from generation.caption_judge import PART as JUDGE_PART
 from generation.caption_judge import CaptionJudge, judge_beside
-from generation.choice import SamplingChoice
-from generation.decoding import FREE, generate_codes
 from generation.generator import (
     MAX_CANDIDATES,
     PART,
@@ -29,14 +27,16 @@ from generation.generator import (
     load_generator,
     save_generator,
 )
-from generation.guidance import Guidance
-from generation.layout import PlacedObject
-from generation.packing import PackedCopy
+from generation.model.layout import PlacedObject
+from generation.model.packing import PackedCopy
+from generation.model.transformer import LaytonGenTransformer
 from generation.pictures import OUTPUT_TYPES, OutputType, Pictures, finish, join
-from generation.sampling import SamplingOptions
-from generation.seeding import child_generator, image_generators
-from generation.text_encoders import TextCut, TextEncoder, TextFeatures
-from generation.transformer import LaytonGenTransformer
+from generation.sampling.choice import SamplingChoice
+from generation.sampling.codes import SamplingOptions
+from generation.sampling.decoding import FREE, generate_codes
+from generation.sampling.guidance import Guidance
+from generation.sampling.seeding import child_generator, image_generators
+from generation.text.encoders import TextCut, TextEncoder, TextFeatures
 from layton import assets
 from layton.interface import Generators
 from layton.tokenizer import LaytonTokenizer
@@ -204,7 +204,7 @@ class LaytonGenPipeline:
             top_k: Number of likeliest codes to draw among; 0 for all.
             top_p: Share of the likeliest codes to draw among; 1 for all.
             min_entropy: Where the model is surer of the next code than so many nats, it is drawn plainly, without
-                guidance and at temperature 1; 0 for nowhere. See `generation.sampling.SamplingOptions`.
+                guidance and at temperature 1; 0 for nowhere. See `generation.sampling.codes.SamplingOptions`.
             candidates: Images drawn for each one that is wanted, of which the judge keeps the best; by default the
                 model's own number, or 1 where there is no judge.
             num_inference_steps: Steps of the decoder; its own number by default.
@@ -214,9 +214,9 @@ class LaytonGenPipeline:
             callback_on_step_end: Called with the pipeline, the index of the code, the same again (diffusers' time
                 step), and a dictionary with ``codes`` (B, N) of all candidates so far, -1 where none is yet.
             known_codes: (B, N) codes that are given, -1 where one is to be drawn.
-            layouts: Where objects shall stand, one list for each prompt (`generation.layout`); None instead of a list
-                tells nothing, and with an empty prompt nothing should be told. By default the planner says it, anew
-                for each image, where there is one and no codes are known, which it cannot look at (a warning
+            layouts: Where objects shall stand, one list for each prompt (`generation.model.layout`); None instead of a
+                list tells nothing, and with an empty prompt nothing should be told. By default the planner says it,
+                anew for each image, where there is one and no codes are known, which it cannot look at (a warning
                 says so).
             batch_size: Images encoded, drawn and decoded at once, candidates counted, but at least one; what more
                 images take is their codes and pictures.
@@ -385,7 +385,7 @@ class LaytonGenPipeline:
         known: Tensor | None = None,
         callback: StepEnd | None = None,
     ) -> Tensor:
-        """Codes (B, N) int64 for text features; see `generation.decoding.generate_codes`."""
+        """Codes (B, N) int64 for text features; see `generation.sampling.decoding.generate_codes`."""
 
         def step(index: int, codes: Tensor) -> None:
             if callback is not None:

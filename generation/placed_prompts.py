@@ -17,9 +17,9 @@ from typing import Self, cast
 import torch
 
 from generation.generator import find_generator, load_generator
-from generation.layout import PlacedObject, scenes_layout
+from generation.model.layout import PlacedObject, scenes_layout
 from generation.planner import PART, LayoutPlanner
-from generation.text_encoders import TextEncoder
+from generation.text.encoders import TextEncoder
 from layton.devices import choose_device
 from layton.ldm.text import hears_places
 from layton.scenes import Colour, Shape

@@ -1,9 +1,10 @@
 """Where objects could stand, from a caption: a small LaytonGen whose "image" is a table of objects.
 
-A layout (`generation.layout`) has a row for each object and a column for each of its numbers. Written row by row it is
-a sequence like that of an image's codes, with its own 2-D positions, so that the same transformer, cache and sampling
-serve. Drawing a picture is far easier when it is known from the first code on what stands where (as in LayoutGPT,
-arXiv 2305.15393, which asks a language model); the layout can be looked at, changed, or given by the user instead.
+A layout (`generation.model.layout`) has a row for each object and a column for each of its numbers. Written row by row
+it is a sequence like that of an image's codes, with its own 2-D positions, so that the same transformer, cache and
+sampling serve. Drawing a picture is far easier when it is known from the first code on what stands where (as in
+LayoutGPT, arXiv 2305.15393, which asks a language model); the layout can be looked at, changed, or given by the user
+instead.
 
 Legend: B images, M objects, F numbers of an object, L caption tokens.
 """
@@ -20,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from generation.decoding import FREE, generate_codes
-from generation.layout import UNTOLD, LayoutShape
-from generation.sampling import SamplingOptions
-from generation.shapes import CaptionShape, Dropout
-from generation.text_encoders import TextFeatures
-from generation.transformer import LaytonGenTransformer
+from generation.model.layout import UNTOLD, LayoutShape
+from generation.model.shapes import CaptionShape, Dropout
+from generation.model.transformer import LaytonGenTransformer
+from generation.sampling.codes import SamplingOptions
+from generation.sampling.decoding import FREE, generate_codes
+from generation.text.encoders import TextFeatures
 from layton.folder import WEIGHTS_NAME, JsonValue, class_name, load_config, load_tensors, require_match, save_pretrained
 
 PART: Final = "planner"

@@ -2,16 +2,16 @@
 
     transformer: {class_path: generation.pretrained.laytongen_transformer, init_args: {folder: runs/a/transformer}}
 
-For a text encoder see `generation.text_encoders.text_encoder`.
+For a text encoder see `generation.text.encoders.text_encoder`.
 """
 
 from __future__ import annotations
 
 from generation.caption_judge import CaptionJudge
 from generation.judge import Judge
-from generation.layout import LayoutShape
+from generation.model.layout import LayoutShape
+from generation.model.transformer import LaytonGenTransformer
 from generation.planner import LayoutPlanner
-from generation.transformer import LaytonGenTransformer
 
 
 def laytongen_transformer(folder: str, layout: LayoutShape | None = None) -> LaytonGenTransformer:

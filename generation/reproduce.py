@@ -9,9 +9,9 @@ import hashlib
 import json
 from typing import Any
 
-from generation.choice import SamplingChoice
 from generation.drawers import Drawer, DrawerOptions, load_drawer
 from generation.generator import find_generator, find_tokenizer
+from generation.sampling.choice import SamplingChoice
 from layton.ldm.drawing import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from layton.ldm.text import hears_places
 from layton.loading import default_decoder

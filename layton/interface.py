@@ -75,7 +75,7 @@ class CodeDecoder(nn.Module, ABC):
         """Code embeddings (B, d, h, w) -> images (B, 3, H, W) in [-1, 1].
 
         Args:
-            embeddings: From `layton.quantizer.Quantizer.codes_to_embeddings`.
+            embeddings: From `layton.quantizers.Quantizer.codes_to_embeddings`.
             num_steps: Network evaluations; the decoder's own number by default.
             conditioning_scale: Strength of the codes, where the decoder has such a thing.
             generator: Source of the noise, one for the batch or one for each image; seeded with 0 by default.

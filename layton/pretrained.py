@@ -14,7 +14,7 @@ from pathlib import Path
 from layton.assets import resolve
 from layton.encoder import ViTEncoder
 from layton.pixel_decoder import PixelDecoder
-from layton.quantizer import Quantizer
+from layton.quantizers import Quantizer
 from layton.vqgan import VQGANEncoder
 
 

@@ -21,7 +21,7 @@ from layton.encoder import ImageEncoder
 from layton.folder import JsonValue, class_name, load_config, save_config
 from layton.interface import CodeDecoder, Generators, ImageTokenizer
 from layton.precision import dtype_of, exact_convolutions
-from layton.quantizer import Quantizer
+from layton.quantizers import Quantizer
 
 CLASS_NAME = "layton.tokenizer.LaytonTokenizer"
 ALLOWED_PREFIXES = ("layton.", "generation.")

@@ -10,7 +10,7 @@ from layton.errors import UsageError
 from layton.reports import write_json
 
 if TYPE_CHECKING:
-    from generation.bench import BenchReport
+    from generation.bench.decoding import BenchReport
     from layton.bench.distillation import DistillationReport
 
 
@@ -60,7 +60,7 @@ def bench(
 
 
 def _decoding(quick: bool, rounds: int) -> BenchReport:
-    from generation.bench import SHAPES, BenchOptions, run_bench
+    from generation.bench.decoding import SHAPES, BenchOptions, run_bench
 
     options = BenchOptions(rounds=2, num_codes=48, compiled=False) if quick else BenchOptions(rounds=rounds)
     return run_bench(SHAPES[:1] if quick else SHAPES, options)

@@ -11,7 +11,7 @@ from layton.options import require_least
 
 if TYPE_CHECKING:
     from generation.generator import Generator
-    from generation.transformer import LaytonGenTransformer
+    from generation.model.transformer import LaytonGenTransformer
     from layton.convert import ConvertError
     from layton.tokenizer import LaytonTokenizer
 
@@ -103,7 +103,7 @@ def _generator(model: LaytonGenTransformer, tokenizer: LaytonTokenizer, text_enc
         ValueError: If they do not fit it.
     """
     from generation.generator import Generator, GeneratorCard, SamplingDefaults, TokenizerFacts
-    from generation.text_encoders import text_encoder as load_text_encoder
+    from generation.text.encoders import text_encoder as load_text_encoder
 
     facts, shape = TokenizerFacts.of(tokenizer), model.caption
     if (model.vocab_size, model.num_tokens) != (facts.vocab_size, facts.num_tokens):

@@ -15,7 +15,7 @@ from layton.progress import progress
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from generation.token_shards import TokenShard
+    from generation.data.token_shards import TokenShard
     from layton.tokenizer import EncodedImages, LaytonTokenizer
 
 
@@ -25,7 +25,7 @@ def verify(folder: Path) -> int:
     Args:
         folder: what `layton tokenize` wrote.
     """
-    from generation import token_shards
+    from generation.data import token_shards
 
     faults = token_shards.verify(folder)
     for fault in faults:
@@ -138,8 +138,8 @@ def export(tokens: Path, *, out: Path) -> None:
         tokens: what `layton tokenize` wrote.
         out: folder to write; made if needed.
     """
-    from generation.parquet import write_parquet
-    from generation.token_shards import shard_sizes
+    from generation.data.parquet import write_parquet
+    from generation.data.token_shards import shard_sizes
     from layton.staging import staged
 
     with staged(out) as folder, progress(sum(shard_sizes(tokens).values()), "export") as bar:
@@ -149,7 +149,7 @@ def export(tokens: Path, *, out: Path) -> None:
 
 def _spread(tokens: Path, count: int) -> dict[Path, list[int]]:
     """Rows of the shards that ``count`` samples, evenly spread over all of them, stand in."""
-    from generation.token_shards import read_shard, shard_sizes
+    from generation.data.token_shards import read_shard, shard_sizes
 
     sizes = shard_sizes(tokens) if tokens.is_dir() else {tokens: len(read_shard(tokens, with_text=False)[1])}
     total = sum(sizes.values())
@@ -170,7 +170,7 @@ def _read(path: Path, model: LaytonTokenizer) -> tuple[TokenShard, Callable[[lis
     Raises:
         ValueError: With both fingerprints, if the codes are another tokenizer's.
     """
-    from generation.token_shards import read_shard
+    from generation.data.token_shards import read_shard
     from layton.tokenizer import EncodedImages
 
     header, shard = read_shard(path, with_text=False)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from generation.applications_check import EditScore, EnlargeScore, InpaintScore
+    from generation.evaluation.applications import EditScore, EnlargeScore, InpaintScore
 
 
 def evaluate_applications(
@@ -62,7 +62,7 @@ def evaluate_applications(
         device: where to run; the accelerator if there is one.
         json: write scores and settings to this file as well.
     """
-    from generation.applications_check import TaskSettings, score_editing, score_enlargement, score_inpainting
+    from generation.evaluation.applications import TaskSettings, score_editing, score_enlargement, score_inpainting
     from layton.distillation.one_step_model import load_one_step_model
     from layton.metrics.protocol import library_versions
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from generation.choice import SamplingChoice
 from generation.drawers import DrawerOptions, load_drawer
+from generation.sampling.choice import SamplingChoice
 from layton.data.types import Share
 from layton.errors import UsageError
 from layton.options import require_least
@@ -55,7 +55,7 @@ def evaluate_generation(
         batch_size: images at once.
         json: write figures and protocol to this file as well.
     """
-    from generation.evaluation import evaluate_generation as evaluate
+    from generation.evaluation.generation import evaluate_generation as evaluate
     from layton.data.evaluation import open_images
     from layton.metrics.external import ExternalSources
 

@@ -7,15 +7,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from generation.choice import SamplingChoice
 from generation.drawers import DrawerOptions, load_drawer
+from generation.sampling.choice import SamplingChoice
 from layton.errors import UsageError
 from layton.options import require_least
 from layton.progress import progress
 from layton.reports import write_json
 
 if TYPE_CHECKING:
-    from generation.geneval import GenEvalScores
+    from generation.evaluation.geneval import GenEvalScores
 
 _DRAWER, _SAMPLING = DrawerOptions(), SamplingChoice()
 
@@ -46,7 +46,7 @@ def evaluate_geneval(
         seed: of the first image of every prompt.
         json: write settings, or scores, to this file as well.
     """
-    from generation.geneval import read_prompts, run_geneval, summarise_results
+    from generation.evaluation.geneval import read_prompts, run_geneval, summarise_results
 
     if (prompts is None) != (out is None) or (prompts is None and results is None):
         raise UsageError("give --prompts with --out to draw images, or --results to sum up, or all three")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from generation.weight_types import Weights
+from generation.model.weight_types import Weights
 from layton.data.types import Split
 from layton.errors import UsageError
 from layton.options import require_least
@@ -42,10 +42,10 @@ def evaluate_next_codes(
     """
     import copy
 
-    from generation.data import TokenShards
+    from generation.data.source import TokenShards
+    from generation.evaluation.likelihood import score_next_codes
     from generation.generator import find_generator, load_generator
-    from generation.likelihood import score_next_codes
-    from generation.quantization import set_weights
+    from generation.model.quantization import set_weights
     from layton.devices import choose_device
     from layton.metrics.protocol import library_versions
     from layton.modules import weights_digest

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from generation.choice import SamplingChoice
 from generation.drawers import DrawerOptions, load_drawer
+from generation.sampling.choice import SamplingChoice
 from layton.errors import UsageError
 from layton.options import require_least
 from layton.progress import progress

@@ -8,20 +8,21 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from generation.choice import SamplingChoice, require_sampling
-from generation.weight_types import Weights
+from generation.model.weight_types import Weights
+from generation.sampling.choice import SamplingChoice, require_sampling
 from layton.errors import UsageError
 from layton.options import require_least
 from layton.progress import progress
 from layton.reports import write_json
 
 if TYPE_CHECKING:
-    from generation.layout import PlacedObject
-    from generation.text_encoders import TextCut
+    from generation.model.layout import PlacedObject
+    from generation.text.encoders import TextCut
 
 _SLUG_LENGTH = 60
+_TOLD_WORDS = 8
 _SAMPLING = SamplingChoice()
 
 
@@ -77,7 +78,7 @@ def generate(
     from PIL import Image
 
     from generation.drawing import LaytonGenDrawer
-    from generation.layout import read_layout
+    from generation.model.layout import read_layout
     from generation.pipeline import MAX_IMAGES
     from layton.staging import staged
 
@@ -109,6 +110,7 @@ def generate(
         allow=allow or (),
     )
     loaded = time.perf_counter()
+    _tell_unread(getattr(draw.pipeline.text_encoder, "tokenizer", None), wanted)
     told: list[Sequence[PlacedObject] | None] = []
     cut: dict[int, TextCut] = {}  # by prompt, whose images may lie in several batches
     batches = list(_batches(len(wanted), num_images, batch_size))
@@ -154,6 +156,18 @@ def _prompts(given: Sequence[str], file: Path | None, *, unconditional: bool) ->
     if not all(prompt.strip() for prompt in found) and not unconditional:
         raise UsageError("a prompt is empty: say what to draw, or --unconditional")
     return found
+
+
+def _tell_unread(tokenizer: Any, prompts: Sequence[str]) -> None:
+    """Say on stderr which words a model of Scenes cannot draw, or its picture of a cat is a riddle."""
+    from layton.ldm.text import unread_words
+
+    if tokenizer is None:
+        return
+    words = dict.fromkeys(word for prompt in prompts for word in unread_words(tokenizer, prompt))
+    if words:
+        some = ", ".join(list(words)[:_TOLD_WORDS]) + ", ..." * (len(words) > _TOLD_WORDS)
+        sys.stderr.write(f"layton: this model reads of shapes, colours and places only; it does not know: {some}\n")
 
 
 def _batches(num_prompts: int, num_images: int, batch_size: int) -> Iterator[tuple[range, range]]:

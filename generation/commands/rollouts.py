@@ -50,8 +50,8 @@ def rollouts(
         allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
     """
     from generation.drawing import LaytonGenDrawer
-    from generation.rewards import SceneReward
-    from generation.rollouts import draw_rollouts
+    from generation.tasks.rewards import SceneReward
+    from generation.tasks.rollouts import draw_rollouts
     from layton.data.prompts import SceneCaptions
 
     require_least(1, {"count": count, "images_per_prompt": images_per_prompt, "batch_size": batch_size})

@@ -22,7 +22,7 @@ from layton.reports import write_json
 from layton.scenes import Texture
 
 if TYPE_CHECKING:
-    from generation.tokenizing import ShardRunner, TokenizeJob
+    from generation.data.tokenizing import ShardRunner, TokenizeJob
     from layton.data.sources import ImageSource
 
 SCENES = "scenes"
@@ -99,7 +99,7 @@ def tokenize(
         allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
         json: write figures to this file as well.
     """
-    from generation.tokenizing import tokenize_dataset
+    from generation.data.tokenizing import tokenize_dataset
 
     require_least(1, {"count": count, "shard_size": shard_size, "batch_size": batch_size, "text_length": text_length})
     require_least(0, {"offset": offset, "max_bad": max_bad})
@@ -137,11 +137,11 @@ def tokenize(
     job = make_job(device="cpu") if workers or isolate else make_job()  # others take the GPUs
     elsewhere: ShardRunner | None = None
     if workers:
-        from generation.scaling import RayRunner
+        from generation.data.scaling import RayRunner
 
         elsewhere = RayRunner(make_job, workers, cluster, isolate)
     elif isolate:
-        from generation.isolation import IsolatedRunner
+        from generation.data.isolation import IsolatedRunner
 
         elsewhere = IsolatedRunner(make_job)
     with progress(len(job.source), "tokenize") as bar:
@@ -188,8 +188,8 @@ def build_job(
     allow: tuple[str, ...],
 ) -> TokenizeJob:
     """The job of the command's arguments; workers make it anew from them."""
-    from generation.text_encoders import text_encoder as load_text_encoder
-    from generation.tokenizing import TokenizeJob
+    from generation.data.tokenizing import TokenizeJob
+    from generation.text.encoders import text_encoder as load_text_encoder
     from layton.devices import choose_device
     from layton.tokenizer import LaytonTokenizer
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from layton.convert.checkpoint import read_checkpoint
 from layton.convert.layout import Layout, Slot, require, slot, take
-from layton.quantizer import CosineVQ
+from layton.quantizers import CosineVQ
 from layton.vqgan import VQ16_MULTIPLIERS, VQGANDecoder, VQGANEncoder
 
 USAGE_BUFFER = "quantize.codebook_used"

@@ -37,7 +37,7 @@ from layton.convert.released import (
 )
 from layton.folder import JsonValue, save_config, save_tensors
 from layton.ladd import LADD
-from layton.quantizer import CosineVQ
+from layton.quantizers import CosineVQ
 from layton.vqgan import VQGANEncoder
 
 PEFT_PREFIX = "decoder.unet.base_model.model."

@@ -26,7 +26,7 @@ class ObjectWindows(SampleSource):
     (side * side,) with ``positions`` (side * side,), their places on the whole grid, row-major.
 
     Args:
-        source: Latents (`layton.ldm.cache.CachedLatents`) or codes (`generation.data.TokenShards`) of scenes.
+        source: Latents (`layton.ldm.cache.CachedLatents`) or codes (`generation.data.source.TokenShards`) of scenes.
         side: Rows and columns of a window.
         chinese: Share of captions in Chinese.
         reworded: Share of captions said in another way than the canonical one.

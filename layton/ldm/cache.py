@@ -251,7 +251,7 @@ def load_code_parts(folder: str | Path, *, frozen: bool = True) -> tuple[Any, An
     """
     from layton.encoder import ImageEncoder
     from layton.folder import read_class
-    from layton.quantizer import Quantizer
+    from layton.quantizers import Quantizer
     from layton.tokenizer import resolve_class
 
     root = Path(folder)

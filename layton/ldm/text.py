@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -17,8 +18,12 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPToken
 
 from layton.modules import variant_of
 from layton.scenes import caption, sample_scene
+from layton.scenes.captions import vocabulary
 from layton.scenes.placed import DIAMETER_TOKENS, SQUARE_TOKENS
 
+_OWN_VOCABULARY = 2048  # no vocabulary of the world at large is as small
+# no picture is missed for want of them
+_FILLING_WORDS = frozenset(["the", "in", "on", "with", "at", "of", "to", "there", "is", "are"])
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
 
@@ -116,6 +121,19 @@ def read_text_parts(pipeline: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
 def knows_places(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a pipeline's tokenizer has the words of `layton.scenes.placed`."""
     return DIAMETER_TOKENS.keys() | SQUARE_TOKENS.keys() <= tokenizer.get_vocab().keys()
+
+
+def unread_words(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[str]:
+    """Words of a prompt that a model of Scenes has never read: its own small vocabulary takes them for letters.
+
+    Returns:
+        Words, of Chinese characters, in their order; none where the vocabulary is a large one, of words' parts.
+    """
+    if len(tokenizer) > _OWN_VOCABULARY:
+        return []
+    words = re.findall(r"[\u3400-\u9fff]|[^\W\d_\u3400-\u9fff]+", re.sub(r"<\w+>", " ", prompt.lower()))
+    known = _FILLING_WORDS.union(vocabulary())
+    return [word for word in dict.fromkeys(words) if word not in known]
 
 
 def hears_places(pipeline: Path) -> bool:

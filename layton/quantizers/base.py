@@ -235,7 +235,7 @@ class Quantizer(nn.Module, ABC):
             ValueError: If files are missing, damaged or changed, tensors are unknown, missing, mis-shaped or not
                 finite, or the folder holds a quantizer that is not a ``cls``.
         """
-        from layton.quantizer import QUANTIZERS  # the list of all subclasses cannot be known up here
+        from layton.quantizers import QUANTIZERS  # the list of all subclasses cannot be known up here
 
         own = {} if inspect.isabstract(cls) else {cls.__name__: cls}  # of a user, who asks for it by its class
         quantizer = load_quantizer(folder, {**QUANTIZERS, **own})

@@ -15,7 +15,7 @@ from layton.losses.adversarial import PatchDiscriminator, hinge_discriminator_lo
 from layton.losses.perceptual import PerceptualLoss
 from layton.losses.reconstruction import psnr
 from layton.pixel_decoder import PixelDecoder
-from layton.quantizer import Quantizer
+from layton.quantizers import Quantizer
 from layton.scenes import seed_of_key
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
 from layton.tasks.manual import ManualTask

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 from generation.convert import convert_gpt, gpt_layout
 from generation.generator import load_generator
+from generation.model.shapes import CaptionShape
+from generation.model.transformer import LaytonGenTransformer
 from generation.pipeline import LaytonGenPipeline
-from generation.shapes import CaptionShape
-from generation.text_encoders import TransformersTextEncoder
-from generation.transformer import LaytonGenTransformer
+from generation.text.encoders import TransformersTextEncoder
 from layton.cli import main
 from layton.convert.layout import Layout
 

@@ -45,7 +45,7 @@ from layton.ldm.unet import build_unet
 from layton.losses.pixel_supervision import PixelSupervision
 from layton.metrics.image import psnr, round_to_uint8
 from layton.pixel_decoder import PixelDecoder
-from layton.quantizer import CosineVQ
+from layton.quantizers import CosineVQ
 from layton.scenes import render, sample_scene, split_seeds
 from layton.tokenizer import LaytonTokenizer
 

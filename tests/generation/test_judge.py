@@ -13,18 +13,18 @@ from torch.optim import AdamW
 from torch.testing import assert_close
 
 from generation.caption_judge import CaptionJudge
-from generation.data import TokenShards
+from generation.data.source import TokenShards
+from generation.data.token_shards import verify
+from generation.data.tokenizing import TokenizeJob, tokenize_dataset
 from generation.editing import continue_image
 from generation.generator import SamplingDefaults
 from generation.judge import Judge
-from generation.judge_task import JudgeTask, _told_apart
 from generation.pipeline import LaytonGenPipeline
 from generation.pretrained import judge as judge_from
-from generation.rewards import Reward, Scores
-from generation.rollouts import draw_rollouts
-from generation.seeding import child_generator
-from generation.token_shards import verify
-from generation.tokenizing import TokenizeJob, tokenize_dataset
+from generation.sampling.seeding import child_generator
+from generation.tasks.judge import JudgeTask, _told_apart
+from generation.tasks.rewards import Reward, Scores
+from generation.tasks.rollouts import draw_rollouts
 from layton.cli import main
 from layton.data.loader import collate
 from layton.data.prompts import SceneCaptions

@@ -13,10 +13,10 @@ from laytongen_parts import CODES, SIZE, TOKENS, tiny_generator, tiny_tokenizer,
 
 from generation.demonstration import has_generator
 from generation.generator import find_generator, find_tokenizer, load_generator, save_generator
-from generation.packing import packed
+from generation.model.packing import packed
+from generation.model.quantization import set_weights
+from generation.model.weight_types import Weights
 from generation.pipeline import LaytonGenPipeline, PromptCutWarning
-from generation.quantization import set_weights
-from generation.weight_types import Weights
 from layton import assets
 
 PROMPTS = ["a red circle", "", "two blue stars", "写 😀\n\0"]
@@ -69,7 +69,7 @@ def test_guidance_of_one_is_none_and_more_of_it_changes_codes(pipe: LaytonGenPip
     def codes(**options: Any) -> torch.Tensor:
         return pipe("two blue stars", temperature=0.0, output_type="codes", **options).codes
 
-    from generation.guidance import Guidance
+    from generation.sampling.guidance import Guidance
 
     assert codes(guidance_scale=1.0).equal(codes(guidance_scale=Guidance()))
     assert codes(guidance_scale=1.5).equal(codes())  # the model's own default
@@ -200,7 +200,7 @@ def test_weights_are_packed_once_and_anew_when_they_change(monkeypatch: pytest.M
     tokenizer = tiny_tokenizer()
     own = LaytonGenPipeline(tiny_generator(tokenizer), tokenizer)
     made: list[object] = []
-    monkeypatch.setattr("generation.packing.packed", lambda module: made.append(module) or packed(module))
+    monkeypatch.setattr("generation.model.packing.packed", lambda module: made.append(module) or packed(module))
     first, again = (own("a star", generator=seeds(1), output_type="pt").codes for _ in range(2))
     assert torch.equal(first, again) and sum(module is own.transformer for module in made) == 1
     with torch.no_grad():

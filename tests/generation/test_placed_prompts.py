@@ -11,7 +11,7 @@ import pytest
 from laytongen_parts import tiny_generator, tiny_tokenizer
 
 from generation.generator import save_generator
-from generation.layout import LayoutShape, PlacedObject
+from generation.model.layout import LayoutShape, PlacedObject
 from generation.placed_prompts import PlacedPrompts, has_places, say_objects
 from layton import assets
 from layton.cli import main

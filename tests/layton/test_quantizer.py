@@ -15,7 +15,7 @@ from torch import nn
 from vector_quantize_pytorch import SimVQ, VectorQuantize
 
 from layton.nearest import nearest_codes
-from layton.quantizer import (
+from layton.quantizers import (
     QUANTIZERS,
     CodebookCollapseWarning,
     CosineVQ,

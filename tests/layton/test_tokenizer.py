@@ -18,7 +18,7 @@ from layton.data.images import load_image
 from layton.decoders import LightDecoder
 from layton.encoder import ViTEncoder
 from layton.pixel_decoder import PixelDecoder
-from layton.quantizer import CosineVQ
+from layton.quantizers import CosineVQ
 from layton.tokenizer import EncodedImages, LaytonTokenizer, resolve_class
 
 

@@ -13,7 +13,7 @@ from layton.encoder import ViTEncoder
 from layton.ladd import LADD
 from layton.ldm.autoencoder import Autoencoder
 from layton.pixel_decoder import PixelDecoder
-from layton.quantizer import CosineVQ
+from layton.quantizers import CosineVQ
 from layton.scenes import render, sample_scene
 from layton.tokenizer import LaytonTokenizer
 

@@ -8,16 +8,16 @@ import torch
 from torch.nn import functional as F
 
 from generation.generator import Generator, GeneratorCard, SamplingDefaults, TokenizerFacts, save_generator
-from generation.layout import LayoutShape
+from generation.model.layout import LayoutShape
+from generation.model.shapes import CaptionShape, Dropout, Factors
+from generation.model.transformer import LaytonGenTransformer
 from generation.planner import LayoutPlanner
-from generation.shapes import CaptionShape, Dropout, Factors
-from generation.text_encoders import TransformersTextEncoder
-from generation.transformer import LaytonGenTransformer
+from generation.text.encoders import TransformersTextEncoder
 from layton.decoders import LightDecoder
 from layton.encoder import ViTEncoder
 from layton.ldm.text import build_text_encoder, build_tokenizer
 from layton.pixel_decoder import PixelDecoder
-from layton.quantizer import CosineVQ
+from layton.quantizers import CosineVQ
 from layton.scenes import render, sample_scene
 from layton.tokenizer import LaytonTokenizer
 

@@ -8,7 +8,7 @@ import signal
 from laytongen_parts import tiny_tokenizer
 from torch import Tensor
 
-from generation.tokenizing import TokenizeJob
+from generation.data.tokenizing import TokenizeJob
 from layton.data.sources import ScenesSource
 from layton.data.types import ImageSample
 

@@ -17,7 +17,7 @@ from layton.ladd import LADD
 from layton.ldm.autoencoder import Autoencoder, build_autoencoder
 from layton.ldm.pipeline import build_scheduler
 from layton.ldm.unet import build_unet
-from layton.quantizer import CosineVQ
+from layton.quantizers import CosineVQ
 from layton.tokenizer import LaytonTokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"

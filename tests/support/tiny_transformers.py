@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from generation.shapes import CaptionShape, Dropout, Factors
-from generation.transformer import LaytonGenTransformer
+from generation.model.shapes import CaptionShape, Dropout, Factors
+from generation.model.transformer import LaytonGenTransformer
 
 TOKENS, CODES, LENGTH, DIM = 16, 64, 6, 12
 

@@ -33,10 +33,10 @@ def test_run_files_parse(path: Path, data: str, capsys: pytest.CaptureFixture[st
     assert main(["fit", *arguments]) == 0
     written = capsys.readouterr().out
     kinds = {
-        "reward": "reward_task.LaytonGenRewardTask",
-        "judge": "judge_task.JudgeTask",
-        "scenes_layouts": "planner_task.LayoutPlannerTask",
+        "reward": "tasks.reward.LaytonGenRewardTask",
+        "judge": "tasks.judge.JudgeTask",
+        "scenes_layouts": "tasks.planner.LayoutPlannerTask",
     }
-    task = next((name for word, name in kinds.items() if word in data), "tasks.LaytonGenTask")
+    task = next((name for word, name in kinds.items() if word in data), "tasks.laytongen.LaytonGenTask")
     assert f"class_path: generation.{task}" in written
-    assert ("class_path: generation.data.TokenShards" in written) == ("tokens" in data)
+    assert ("class_path: generation.data.source.TokenShards" in written) == ("tokens" in data)

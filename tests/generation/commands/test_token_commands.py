@@ -13,16 +13,16 @@ import yaml
 from laytongen_parts import CODES, LENGTH, SIZE, TOKENS, tiny_tokenizer
 from PIL import Image
 
-from generation.data import TokenShards
+from generation.data.source import TokenShards
 from generation.pipeline import LaytonGenPipeline
 from layton.cli import main
 
 
 def run_file(folder: Path, tokens: Path, steps: int) -> Path:
     options = {"folder": str(tokens), "reworded": 0.5, "unbegun": 0.4}
-    sources = [{"class_path": "generation.data.TokenShards", "init_args": options}]
+    sources = [{"class_path": "generation.data.source.TokenShards", "init_args": options}]
     transformer = {
-        "class_path": "generation.transformer.LaytonGenTransformer",
+        "class_path": "generation.model.transformer.LaytonGenTransformer",
         "init_args": {
             "width": 16,
             "depth": 1,
@@ -45,11 +45,11 @@ def run_file(folder: Path, tokens: Path, steps: int) -> Path:
             "callbacks": [{"class_path": "layton.callbacks.SafeCheckpoint", "init_args": {"every_n_train_steps": 2}}],
         },
         "model": {
-            "class_path": "generation.tasks.LaytonGenTask",
+            "class_path": "generation.tasks.laytongen.LaytonGenTask",
             "init_args": {
                 "tokenizer": str(folder / "tokenizer"),
                 "transformer": transformer,
-                "text_encoder": {"class_path": "generation.text_encoders.small_text_encoder", "init_args": words},
+                "text_encoder": {"class_path": "generation.text.encoders.small_text_encoder", "init_args": words},
                 "code_dropout": 0.1,
                 "label_smoothing": 0.1,
                 "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},

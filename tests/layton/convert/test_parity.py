@@ -9,7 +9,7 @@ from distill.denoiser import Condition
 from layton.convert import ConvertedParts, convert_tokenizer
 from layton.decoders.consistency import sampling_at
 from layton.ladd import LADD
-from layton.quantizer import CosineVQ
+from layton.quantizers import CosineVQ
 from layton.vqgan import VQGANEncoder
 
 

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 
 from distill.few_step import FewStepSampling
 from distill.models import denoiser_from_pipeline
-from generation.text_encoders import text_encoder as load_text_encoder
+from generation.text.encoders import text_encoder as load_text_encoder
 from layton.assets import find_pipeline, resolve
 from layton.control import encode_null_caption, load_unet
 from layton.distillation.distilled import save_distilled, student_pipeline

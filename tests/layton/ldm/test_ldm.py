@@ -22,7 +22,7 @@ from layton.ldm.cache import CachedLatents
 from layton.ldm.latent_data import LatentDataModule
 from layton.ldm.pipeline import save_pipeline
 from layton.ldm.positions import PlaceTeacher, places
-from layton.ldm.text import TextConditioner, build_text_encoder, build_tokenizer, tell_places
+from layton.ldm.text import TextConditioner, build_text_encoder, build_tokenizer, tell_places, unread_words
 from layton.ldm.unet import build_unet, use_fast_attention
 from layton.scenes import caption, render, sample_scene
 from layton.scenes.placed import DIAMETER_TOKENS, SQUARE_TOKENS, placed_caption
@@ -356,3 +356,13 @@ def test_half_precision_does_not_reach_the_autoencoder() -> None:
         assert model.decode(latents).equal(plain) and model.encode(plain).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert model.decode(latents).dtype == torch.bfloat16
+
+
+def test_words_that_a_model_of_scenes_has_never_read() -> None:
+    tokenizer = build_tokenizer()
+    assert unread_words(tokenizer, "A photo of the purple elephant, two stars and a cat") == ["elephant", "cat"]
+    assert unread_words(tokenizer, "\u4e00\u4e2a\u7ea2\u8272\u7684\u9f99") == ["\u9f99"]
+    for seed in range(200):
+        assert not unread_words(tokenizer, placed_caption(sample_scene(seed)))
+        assert not unread_words(tokenizer, caption(sample_scene(seed), language="zh", variant=seed))
+    assert not unread_words(CLIPTokenizer(vocab={f"w{n}": n for n in range(4096)}, merges=[]), "an elephant")

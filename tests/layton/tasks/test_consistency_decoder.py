@@ -35,7 +35,7 @@ from layton.ldm.pipeline import build_scheduler
 from layton.ldm.unet import build_unet
 from layton.losses.pixel_supervision import PixelExample, PixelSupervision, last_step_sample
 from layton.pixel_decoder import PixelDecoder
-from layton.quantizer import CosineVQ
+from layton.quantizers import CosineVQ
 from layton.tasks.consistency_decoder import ConsistencyDecoderTask
 from layton.tasks.critics import CriticSettings
 

@@ -20,7 +20,7 @@ from layton.ladd import LADD
 from layton.ldm.autoencoder import Autoencoder, build_autoencoder
 from layton.ldm.cache import load_code_parts
 from layton.pixel_decoder import PixelDecoder
-from layton.quantizer import CosineVQ
+from layton.quantizers import CosineVQ
 from layton.tasks.decoder import DecoderTask
 from layton.tasks.text_to_image import TextToImageTask, draw
 from layton.tasks.tokenizer import TokenizerTask
@@ -144,7 +144,7 @@ def test_tokenizer_run_exports_parts_that_encode(tmp_path: Path) -> None:
                 "init_args": {"code_dim": 4, "width": 16, "depth": 1, "num_heads": 2, "stem_width": 8},
             },
             "quantizer": {
-                "class_path": "layton.quantizer.CosineVQ",
+                "class_path": "layton.quantizers.CosineVQ",
                 "init_args": {"vocab_size": 32, "code_dim": 4, "start_points": 0},
             },
             "decoder": {
@@ -221,7 +221,7 @@ def test_adversarial_stage_0_trains_the_judge_before_it_counts(tmp_path: Path) -
         "init_args": {
             "encoder": {"class_path": "layton.encoder.ViTEncoder", "init_args": {**tiny, "stem_width": 8}},
             "quantizer": {
-                "class_path": "layton.quantizer.CosineVQ",
+                "class_path": "layton.quantizers.CosineVQ",
                 "init_args": {"vocab_size": 32, "code_dim": 4, "start_points": 0},
             },
             "decoder": {"class_path": "layton.pixel_decoder.PixelDecoder", "init_args": {**tiny, "fine_width": 8}},

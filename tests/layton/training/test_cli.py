@@ -163,7 +163,7 @@ def test_info_counts_the_work_of_a_step(tmp_path: Path, monkeypatch: pytest.Monk
     report, whole = tmp_path / "info.json", write_run(tmp_path).read_text()
     start, end = whole.index("data:"), whole.index("trainer:")
     path = tmp_path / "own.yaml"
-    elsewhere = "train: {class_path: generation.data.TokenShards, init_args: {folder: nowhere}}"
+    elsewhere = "train: {class_path: generation.data.source.TokenShards, init_args: {folder: nowhere}}"
     path.write_text(whole.replace("train: {class_path: toy.ToySource}", elsewhere))  # without --data it is not built
     assert main(["info", "--config", str(path), "--json", str(report)]) == 0
     assert json.loads(report.read_text())["run"]["step"] is None

@@ -1,0 +1,1 @@
+"""Speed of decoding as ratios, side by side in one run."""

@@ -1,0 +1,1 @@
+"""Token shards: how data sets become tokens, and how tokens become training samples."""

@@ -1,0 +1,1 @@
+"""Measures of generated images, and of a generator on given ones, each with its protocol."""
