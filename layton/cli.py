@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterable, Sequence
 
 from layton.commands import COMMANDS, Command
 from layton.config_folders import config_folders
 from layton.errors import UsageError
+from layton.usage import innermost_reason
 
 TRAINING = {
     "fit": "train a stage: layton fit --config RUN.yaml [--config OVERLAY.yaml] [--run_dir DIR] [--resume auto]",
@@ -18,13 +18,6 @@ TRAINING = {
 }
 _DISTILL_HELP = (
     "distil a diffusion model: layton distill METHOD --pipeline FOLDER; `fit` on configs/distill/METHOD.yaml"
-)
-
-# jsonargparse of a part that may be left out and could not be made: the reason stands between its type and its settings
-_OPTIONAL_PART = re.compile(
-    r"Does not validate against any of the Union subtypes.*?Errors:\s*- (?P<reason>.*?)\s*"
-    r"(- Expected a <class 'NoneType'>|\Z)",
-    re.DOTALL,
 )
 
 
@@ -142,9 +135,7 @@ def _one_line(error: BaseException) -> str:
     text = str(error)
     if text.startswith("Caught ") and "\nOriginal Traceback" in text:  # a loader's worker sends all of it as a message
         text = text.rstrip().rsplit("\n", 1)[-1].partition(": ")[2] or text
-    while (optional := _OPTIONAL_PART.search(text)) is not None:
-        text = optional["reason"]
-    text = " ".join(text.split()) or type(error).__name__
+    text = " ".join(innermost_reason(text).split()) or type(error).__name__
     return text if isinstance(error, ValueError | RuntimeError | OSError) else f"{type(error).__name__}: {text}"
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import sys
 import warnings
+from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from layton.lock import is_main_process, lock_folder
 from layton.quiet import cut_captions_told_once
 from layton.run_files import allow_modules, check_run_files, nulls_as_files, refused_class_paths
 from layton.tasks.base import LaytonTask
+from layton.usage import usage_error
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -170,7 +173,7 @@ def run(subcommand: str, args: Sequence[str], *, allow: Iterable[str] = ()) -> i
         0, or 128 + the number of the signal that ended training early.
 
     Raises:
-        SystemExit: status 2 for a wrong command line or run file.
+        UsageError: the command line or a run file is wrong.
         FolderInUseError: another process trains in the run folder.
     """
     args = nulls_as_files(found_configs(args))
@@ -206,7 +209,7 @@ def build_run(config: Sequence[str], *, data: str | None = None, allow: Iterable
         allow: further modules that run files may name.
 
     Raises:
-        SystemExit: status 2 for a wrong run file.
+        UsageError: a run file is wrong.
     """
     words = [*(word for path in config for word in ("--config", path)), "--data", "null" if data is None else data]
     args = found_configs(words)
@@ -264,9 +267,9 @@ class _PartsOnly(TrainingCLI):
 
 
 def _make(kind: type[TrainingCLI], args: list[str], *, run: bool) -> TrainingCLI:
-    exact: dict[str, Any] = {"allow_abbrev": False}  # a misspelt option is an error, never a guess
+    exact: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False}  # a misspelt option is never guessed
     each = {name: dict(exact) for name in TrainingCLI.subcommands()} if run else {}
-    with _quiet():
+    with _quiet(), _told_as_usage(f"layton {args[0]}" if run else "layton info"):
         return kind(
             LaytonTask,
             LightningDataModule if run else None,  # without it none need be named
@@ -328,6 +331,20 @@ def _write_text(path: Path, text: str) -> None:
 
 def _callbacks(trainer: Trainer) -> list[Callback]:
     return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _told_as_usage(command: str) -> Iterator[None]:
+    try:
+        yield
+    except ArgumentError as error:
+        raise usage_error(error, command, run_options()) from error
+
+
+def run_options() -> list[str]:
+    """Options of ``layton fit`` that stand on the command line by themselves, and the trainer's."""
+    own = ["config", "data", "model", "trainer", "seed_everything", "run_dir", "resume", "ckpt_path", "print_config"]
+    return [f"--{name}" for name in own] + [f"--trainer.{name}" for name in signature(Trainer).parameters]
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import import_module
@@ -17,6 +18,7 @@ from jsonargparse import ArgumentParser
 
 from layton.commands import Command
 from layton.errors import UsageError
+from layton.usage import usage_error
 
 
 def call_function(name: str, command: Command, args: Sequence[str]) -> int:
@@ -31,11 +33,17 @@ def call_function(name: str, command: Command, args: Sequence[str]) -> int:
         The function's exit status, 0 for None.
 
     Raises:
-        SystemExit: status 2 after telling what is wrong with ``args``, 0 after help.
+        UsageError: something is wrong with ``args``.
+        SystemExit: status 0 after help.
     """
     function: Callable[..., int | None] = getattr(import_module(command.module), command.function)
     parser = function_parser(function, program=f"layton {name}")
-    given = parser.parse_args(_words_of(function, [_underscored(word) for word in args])).as_dict()
+    try:
+        given = parser.parse_args(_words_of(function, [_underscored(word) for word in args])).as_dict()
+    except ArgumentError as error:
+        raise usage_error(
+            error, parser.prog, (option for action in parser._actions for option in action.option_strings)
+        ) from error
     figures = given.get("json")
     if isinstance(figures, Path) and figures.is_dir():
         raise UsageError(f"--json {figures} is a folder, and a file is to be written")
@@ -47,6 +55,10 @@ def call_function(name: str, command: Command, args: Sequence[str]) -> int:
         return _together(name, command, function, positional, given)
     status = function(*positional, **given)
     return 0 if status is None else int(status)
+
+
+def _options(parser: ArgumentParser) -> list[str]:
+    return [option for action in parser._actions for option in action.option_strings]
 
 
 def _together(
@@ -75,7 +87,7 @@ def function_parser(function: Callable[..., Any], *, program: str) -> ArgumentPa
     """
     documentation = parse_docstring(inspect.getdoc(function) or "")
     text = "\n\n".join(part for part in (documentation.short_description, documentation.long_description) if part)
-    parser = ArgumentParser(prog=program, description=text)
+    parser = ArgumentParser(prog=program, description=text, exit_on_error=False)
     bundles = _bundles(function)
     parser.add_function_arguments(function, as_group=False, skip={*_add_arguments(parser, function), *bundles})
     for bundle in bundles.values():

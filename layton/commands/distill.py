@@ -14,6 +14,7 @@ from layton.assets import find_pipeline
 from layton.data.stored import source_of
 from layton.errors import UsageError
 from layton.run_files import moved, set_scenes
+from layton.usage import did_you_mean
 
 HELP = """usage: layton distill METHOD [--pipeline FOLDER] [--prompts FILE] [--run_dir DIR] [--max_steps N] [OVERRIDES]
 
@@ -31,7 +32,9 @@ METHOD is one of: {methods}.
   --resume auto       continue from the newest checkpoint of the run folder
 
 Everything else is as for `layton fit` on configs/distill/METHOD.yaml, for example
-  --model.init_args.adapter.rank=16   --model.init_args.adapter=null   --data configs/data/scenes_prompts.yaml
+  --model.init_args.adapter.rank=16     --model.init_args.adapter=null (all weights)
+  --data.init_args.batch_size=4         --model.init_args.optimizer.init_args.lr=1e-4
+  --trainer.precision=bf16-mixed        --data configs/data/scenes_prompts.yaml
 """
 LATENT_DATA = "layton.ldm.latent_data.LatentDataModule"
 PAIRS = "layton.distillation.pair_data.TeacherPairs"
@@ -54,11 +57,12 @@ def fit_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
         words: What stands after the method.
 
     Raises:
-        UsageError: A short option has no value, no such folder or file, or prompts for a method that needs pictures, or
-            the reverse.
+        UsageError: A short option has no value, an option is unknown, no such folder or file, or prompts for a method
+            that needs pictures, or the reverse.
     """
     run, method = yaml.safe_load(run_file.read_text(encoding="utf-8")), run_file.stem
     short, rest = _take_short(words)
+    _require_known(rest)
     told = [*rest, f"{_PAIRS}={_number(_PAIRS, short[_PAIRS])}"] if _PAIRS in short else rest
     if _PAIRS in short and _first_source(run).get("class_path") != PAIRS:
         raise UsageError(f"{method} takes no pairs that a teacher makes beforehand: {_PAIRS} has no meaning")
@@ -70,8 +74,9 @@ def fit_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
         size = picture_size(folder, latent_size=_value_of(_LATENT_SIZE, rest)) if needs_pictures else None
         drop = _ROLES if "--images" in short else ()
         arguments += _moved_arguments(run, folder, parts=parts, size=size, words=told, drop=drop)
-    elif "data" in parts:
-        arguments += _told_arguments(run, told)
+    else:
+        _require_teacher(run, rest)
+        arguments += _told_arguments(run, told) if "data" in parts else []
     if "--images" in short:
         arguments += _image_arguments(short, method, run, rest)
     elif "--pipeline" in short and "data" in parts:
@@ -230,6 +235,27 @@ def _take_short(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
             value = waiting.pop(0)
         short[name] = value
     return short, rest
+
+
+def _require_teacher(run: Mapping[str, Any], words: Sequence[str]) -> None:
+    """Without --pipeline, the folder that the run file names has to be there, or the user names one in another way."""
+    place = run["model"]["init_args"]["pipeline"]
+    if not Path(place).is_dir() and _value_of("--model.init_args.pipeline", words) is None and "--config" not in words:
+        raise UsageError(f"no teacher at {place}: name one by --pipeline FOLDER (the embedded one is mini)")
+
+
+def _require_known(words: Sequence[str]) -> None:
+    """Find a misspelt option here, where the short ones are known as well."""
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    if not options:
+        return
+    from layton.training import run_options
+
+    known = run_options()
+    for option in options:
+        if not any(option == name or option.startswith(f"{name}.") for name in known):
+            near = did_you_mean(option, [*_SHORT, *known])
+            raise UsageError(f"no option {option}{near}; `layton distill --help` says what there is")
 
 
 def _prompt_arguments(file: str, run: Mapping[str, Any], *, folder: str | None, words: Sequence[str]) -> list[str]:

@@ -130,7 +130,7 @@ class Stage:
 
     Attributes:
         name: Its folder below the arm's.
-        config: Run file in the claim's folder of configs.
+        config: Run file, as seen from the claim's folder of configs; those of several claims lie beside the folders.
         overlay: Another one there that is laid over it: its values win, its lists replace.
         share: Of the arm's budget.
         teacher: Stage of the same arm whose student is the teacher here; None is the claim's own teacher.

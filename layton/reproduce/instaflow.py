@@ -49,7 +49,7 @@ DIRECT = Arm(
 PROGRESSIVE = Arm(
     "progressive",
     "baseline",
-    (Stage("train", "progressive.yaml", phases=PROGRESSIVE_PHASES, scenes=LATENT_SCENES),),
+    (Stage("train", "../progressive.yaml", phases=PROGRESSIVE_PHASES, scenes=LATENT_SCENES),),
     steps=(1,),
 )
 

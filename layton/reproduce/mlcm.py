@@ -17,7 +17,7 @@ _PHASES = (
 )
 
 METHOD = Arm("mlcm", "method", (Stage("train", "mlcm.yaml", phases=_PHASES),), steps=(2, 4, 8))
-BASELINE = Arm("lcm", "baseline", (Stage("train", "lcm.yaml", phases=LCM_PHASES, scenes=LATENT_SCENES),), steps=(4,))
+BASELINE = Arm("lcm", "baseline", (Stage("train", "../lcm.yaml", phases=LCM_PHASES, scenes=LATENT_SCENES),), steps=(4,))
 
 
 def judge(measured: Measured, context: Context) -> list[Check]:

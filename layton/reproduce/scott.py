@@ -12,7 +12,7 @@ _PHASES = (Phase(LR_END, forwards=21.36),)
 
 METHOD = Arm("scott", "method", (Stage("train", "scott.yaml", phases=_PHASES, scenes=LATENT_SCENES),), steps=(1, 2, 4))
 BASELINE = Arm(
-    "lcm", "baseline", (Stage("train", "lcm.yaml", phases=LCM_PHASES, scenes=LATENT_SCENES),), steps=(1, 2, 4)
+    "lcm", "baseline", (Stage("train", "../lcm.yaml", phases=LCM_PHASES, scenes=LATENT_SCENES),), steps=(1, 2, 4)
 )
 
 

@@ -150,7 +150,7 @@ def claim_out(context: Context, *, claim: str, teacher: str) -> None:
     Raises:
         ValueError: The folder holds another measurement.
     """
-    files = [*sorted(context.configs.glob("*.yaml")), context.configs.parent / QUICK_OVERLAY]
+    files = [*sorted(context.configs.glob("*.yaml")), *sorted(context.configs.parent.glob("*.yaml"))]
     plan = {
         "claim": claim,
         "scale": json.loads(json.dumps(context.scale.to_dict())),

@@ -39,10 +39,12 @@ def tiny_configs(root: Path, claim: str, *, rank: int = 2, batch_size: int = 2, 
     """The committed configs below ``root/configs``, with small adapters and batches, and a tiny quick scale."""
     folder = root / "configs" / "reproduce" / claim
     shutil.copytree(CONFIGS / "reproduce" / claim, folder)
-    overlay = yaml.safe_load((CONFIGS / "reproduce" / "quick.yaml").read_text())
+    shared = [Path(shutil.copy(path, folder.parent)) for path in (CONFIGS / "reproduce").glob("*.yaml")]
+    (quick,) = (path for path in shared if path.name == "quick.yaml")
+    overlay = yaml.safe_load(quick.read_text())
     overlay["trainer"] |= {"accelerator": "cpu", "enable_progress_bar": False}
-    (folder.parent / "quick.yaml").write_text(yaml.safe_dump(overlay))
-    for path in folder.glob("*.yaml"):
+    quick.write_text(yaml.safe_dump(overlay))
+    for path in [*folder.glob("*.yaml"), *(path for path in shared if path != quick)]:
         run = yaml.safe_load(path.read_text().replace("crop: 8", "crop: 4"))  # of four latents
         if "model" in run and "data" not in run:  # laid over another
             if run["model"]["init_args"].get("critic"):

@@ -140,6 +140,44 @@ def test_help_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no-such-method" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("generate --bogus x", "unrecognized arguments: --bogus; `layton generate --help`"),
+        ("tokenize scenes --out o --cuont 3", "did you mean --count?"),
+        ("tokenize scenes --out o --count many", "--count: expected int. Got value: many"),
+        ("evaluate sceneval --kind painter", "--kind: expected one of ['laytongen', 'diffusion']. Got value: painter"),
+        ("fit --confg x.yaml", "did you mean --config?"),
+        ("fit --config nowhere.yaml", "--config: File does not exist"),
+        ("distill lcm --pipelin mini", "no option --pipelin (did you mean --pipeline?)"),
+        ("distill lcm --lr 1", "no option --lr; `layton distill --help`"),
+    ],
+)
+def test_wrong_words_are_told_in_one_line(words: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_info_of_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = tmp_path / "info.json"
+    assert main(["info", "--json", str(figures)]) == 0
+    (mini,) = json.loads(figures.read_text())["models"]
+    parts = {part["place"]: part for part in mini["parts"]}
+    assert parts["decoders/consistency"]["steps"] == [1, 2, 3]
+    assert [place for place, part in parts.items() if part["default"]] == ["decoders/consistency"]
+    assert parts["quantizer"]["parameters"] == 16_384 * 8
+    assert Path(mini["card"]).is_file()
+    assert "UNet2DConditionModel" in capsys.readouterr().out
+    assert main(["info", "nowhere"]) == 1
+    damaged = tmp_path / "part"
+    damaged.mkdir()
+    (damaged / "model.safetensors").write_bytes(b"not tensors")
+    assert main(["info", str(damaged)]) == 1
+    assert "cannot be read" in capsys.readouterr().err
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from layton.cli import main; main(['--help']);"

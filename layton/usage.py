@@ -1,0 +1,64 @@
+"""Wrong words on a command line, told in one line and in the words that were typed."""
+
+from __future__ import annotations
+
+import re
+from argparse import ArgumentError
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from layton.errors import UsageError
+
+# jsonargparse of a part that may be left out and could not be made: the reason stands between its type and its settings
+_OPTIONAL_PART = re.compile(
+    r"Does not validate against any of the Union subtypes.*?Errors:\s*- (?P<reason>.*?)\s*"
+    r"(- Expected a <class 'NoneType'>|\Z)",
+    re.DOTALL,
+)
+_OPTIONAL_VALUE = re.compile(r'(?P<option>Parser key "\w+":).*Given value: (?P<value>\w+)\Z', re.DOTALL)
+_NO_SUBCLASS = re.compile(r"\s*- Not a valid subclass of .*", re.DOTALL)  # which class a part could not be is no reason
+_PLAINLY = (
+    (r'Parser key "(?:(?:fit|validate|test)\.)?([\w.]+)":', r"--\1:"),
+    (r"Expected an? ", "expected "),
+    (r"<class '(?:\w+\.)*(\w+)'>", r"\1"),
+    (r"typing\.Literal(\[.*?\])", r"one of \1"),
+    (r"\b(?:fit|validate|test)\.(data|model)\b", r"--\1"),
+)
+_UNKNOWN = re.compile(r"unrecognized arguments: (?P<option>--[\w.-]+)")
+
+
+def innermost_reason(text: str) -> str:
+    """What jsonargparse could not do, without what it tried around it."""
+    while (optional := _OPTIONAL_PART.search(text)) is not None:
+        text = optional["reason"]
+    return _NO_SUBCLASS.sub("", text)
+
+
+def usage_error(error: ArgumentError, command: str, options: Iterable[str]) -> UsageError:
+    """The error that tells a user what a parser found.
+
+    Args:
+        error: From a parser with ``exit_on_error=False``.
+        command: As it was typed, such as ``layton fit``.
+        options: That it has, ``--`` included; a misspelt one is told the nearest.
+    """
+    text = _one_reason(str(error))
+    for pattern, plain in _PLAINLY:
+        text = re.sub(pattern, plain, text)
+    unknown = _UNKNOWN.search(text)
+    near = "" if unknown is None else did_you_mean(unknown["option"], options)
+    return UsageError(f"{text}{near}; `{command} --help` says what there is")
+
+
+def _one_reason(text: str) -> str:
+    """The innermost reason, with the option and the value of it where these were told around it."""
+    reason, optional = innermost_reason(text), _OPTIONAL_VALUE.match(text)
+    if optional is None or reason == text:
+        return reason
+    return f"{optional['option']} {reason}. Got value: {optional['value']}"
+
+
+def did_you_mean(option: str, options: Iterable[str]) -> str:
+    """A question to the user, or nothing where no option is like the one that was typed."""
+    found = get_close_matches(option.replace("-", "_").replace("__", "--", 1), list(options), n=1, cutoff=0.7)
+    return f" (did you mean {found[0]}?)" if found else ""
