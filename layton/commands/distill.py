@@ -74,9 +74,8 @@ def fit_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
         size = picture_size(folder, latent_size=_value_of(_LATENT_SIZE, rest)) if needs_pictures else None
         drop = _ROLES if "--images" in short else ()
         arguments += _moved_arguments(run, folder, parts=parts, size=size, words=told, drop=drop)
-    else:
-        _require_teacher(run, rest)
-        arguments += _told_arguments(run, told) if "data" in parts else []
+    elif "data" in parts:
+        arguments += _told_arguments(run, told)
     if "--images" in short:
         arguments += _image_arguments(short, method, run, rest)
     elif "--pipeline" in short and "data" in parts:
@@ -94,6 +93,22 @@ def fit_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
         if _has_cycle(run):  # of the learning rate, which ends with the run
             arguments.append(f"--model.init_args.lr_scheduler.init_args.total_steps={short['--max_steps']}")
     return arguments + rest
+
+
+def require_teacher(run_file: Path, words: Sequence[str]) -> None:
+    """Miss a teacher before anything is imported.
+
+    Args:
+        run_file: Of the method.
+        words: What stands after the method.
+
+    Raises:
+        UsageError: None is named, and the folder that the run file names is not there.
+    """
+    place = Path(yaml.safe_load(run_file.read_text(encoding="utf-8"))["model"]["init_args"]["pipeline"])
+    named = ("--pipeline", "--model.init_args.pipeline", "--config")  # the last may be laid over it
+    if not place.is_dir() and not any(word.partition("=")[0] in named for word in words):
+        raise UsageError(f"no teacher at {place}: name one by --pipeline FOLDER (the embedded one is mini)")
 
 
 def _moved_arguments(
@@ -235,13 +250,6 @@ def _take_short(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
             value = waiting.pop(0)
         short[name] = value
     return short, rest
-
-
-def _require_teacher(run: Mapping[str, Any], words: Sequence[str]) -> None:
-    """Without --pipeline, the folder that the run file names has to be there, or the user names one in another way."""
-    place = run["model"]["init_args"]["pipeline"]
-    if not Path(place).is_dir() and _value_of("--model.init_args.pipeline", words) is None and "--config" not in words:
-        raise UsageError(f"no teacher at {place}: name one by --pipeline FOLDER (the embedded one is mini)")
 
 
 def _require_known(words: Sequence[str]) -> None:

@@ -150,6 +150,7 @@ def test_help_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
         ("fit --confg x.yaml", "did you mean --config?"),
         ("fit --config nowhere.yaml", "--config: File does not exist"),
         ("distill lcm --pipelin mini", "no option --pipelin (did you mean --pipeline?)"),
+        ("distill lcm", "no teacher at runs/text_to_image/export: name one by --pipeline"),
         ("distill lcm --lr 1", "no option --lr; `layton distill --help`"),
     ],
 )
