@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from generation.commands.tokenize import SCENES, SplitOrAll, open_source
+from generation.data.inputs import SCENES, ImageOptions, SplitOrAll
 from layton.data.geometry import FIT_POLICIES
 from layton.progress import progress
 
@@ -51,9 +51,7 @@ def check(sources: list[str], *, split: SplitOrAll = "all", repeated_keys: bool 
 
     if list(sources) == [SCENES]:
         raise UsageError("scenes are rendered, there is nothing to check: name shards or a folder of images")
-    source, name = open_source(
-        sources, split=split, count=None, offset=0, size=256, chinese=0.0, reworded=0.0, repeated_keys=repeated_keys
-    )
+    source, name = ImageOptions(split=split, repeated_keys=repeated_keys).open(sources, size=256)
     if not isinstance(source, StoredSource):
         raise UsageError(f"{name} holds no stored images")
     faults, found = list(source.bad.reasons), Counter[str]()
