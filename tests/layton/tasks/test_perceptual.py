@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from layton.data.sources import ScenesSource
-from layton.tasks.perceptual import DISTORTIONS, WORDS, word_targets
+from layton.tasks.distortion import WORDS, word_targets
+from layton.tasks.perceptual import DISTORTIONS
 
 
 @pytest.mark.parametrize("distort", DISTORTIONS, ids=lambda f: f.__name__)
