@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -226,18 +227,11 @@ class LaytonGenPipeline:
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         total = len(prompts) * num_images_per_prompt
-        if not 1 <= total <= MAX_IMAGES or batch_size < 1:
-            raise ValueError(f"images and batch_size must be in [1, {MAX_IMAGES}], got {total} and {batch_size}")
+        self._check(prompts, total, batch_size, known_codes)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         if output_type != "codes":
             self.tokenizer.decoder(decoder).check_steps(num_inference_steps)
-        if not all(isinstance(each, str) for each in prompts):
-            raise ValueError(f"prompts must be texts, got {str(prompts)[:80]}")
-        if known_codes is not None and known_codes.shape != (total, self.num_tokens):
-            raise ValueError(
-                f"known_codes must be ({total}, {self.num_tokens}), one row an image, got {tuple(known_codes.shape)}"
-            )
         generators = image_generators(generator, total)
         noise = [child_generator(each) for each in generators]
         sampling, guidance = self.options(
@@ -247,6 +241,7 @@ class LaytonGenPipeline:
         free = known_codes is None or bool((known_codes == FREE).all())
         if self.planner is not None and wanted is None and not free:
             warnings.warn(UNPLANNED, stacklevel=2)
+        draw = partial(self.draw_codes, sampling=sampling, guidance=guidance, callback=callback_on_step_end)
         each = self.candidates(candidates)
         at_once = max(1, batch_size // each)
         codes: list[Tensor] = []
@@ -259,21 +254,16 @@ class LaytonGenPipeline:
             text = self._text_of(prompts, images, num_images_per_prompt, cuts)
             if wanted is not None:
                 text = replace(text, layout=wanted[[index // num_images_per_prompt for index in images]])
-            own = _generators_of_candidates(generators[part], each)
-            text = self.planned(_repeated(text, each), own, free=free)
-            drawn = self.draw_codes(
+            drawn, stand = self._draw_best(
                 text,
-                generators=own,
-                sampling=sampling,
-                guidance=guidance,
-                known=None if known_codes is None else known_codes[part].repeat_interleave(each, 0),
-                callback=callback_on_step_end,
+                [prompts[index // num_images_per_prompt] for index in images],
+                generators[part],
+                candidates=each,
+                free=free,
+                known=None if known_codes is None else known_codes[part],
+                draw=draw,
             )
-            best = torch.arange(len(images)) * each
-            if each > 1 and self.judge is not None:
-                best = self._best(self.judge, drawn, [prompts[index // num_images_per_prompt] for index in images])
-            drawn = drawn[best.to(drawn.device)]
-            told += self._told(text, best)
+            told += stand
             codes.append(drawn.cpu())
             if output_type != "codes":
                 decoded = self.tokenizer.decode(
@@ -283,6 +273,36 @@ class LaytonGenPipeline:
         return LaytonGenOutput(
             images=join(pictures, output_type), codes=torch.cat(codes), cut=tuple(cuts.values()), layouts=tuple(told)
         )
+
+    def _check(self, prompts: Sequence[str], total: int, batch_size: int, known_codes: Tensor | None) -> None:
+        if not 1 <= total <= MAX_IMAGES or batch_size < 1:
+            raise ValueError(f"images and batch_size must be in [1, {MAX_IMAGES}], got {total} and {batch_size}")
+        if not all(isinstance(each, str) for each in prompts):
+            raise ValueError(f"prompts must be texts, got {str(prompts)[:80]}")
+        if known_codes is not None and known_codes.shape != (total, self.num_tokens):
+            raise ValueError(
+                f"known_codes must be ({total}, {self.num_tokens}), one row an image, got {tuple(known_codes.shape)}"
+            )
+
+    def _draw_best(
+        self,
+        text: TextFeatures,
+        prompts: Sequence[str],
+        generators: Sequence[torch.Generator],
+        *,
+        candidates: int,
+        free: bool,
+        known: Tensor | None,
+        draw: Callable[..., Tensor],
+    ) -> tuple[Tensor, list[tuple[PlacedObject, ...] | None]]:
+        """Codes (B, N) of B images, each the best of its candidates, and where their objects were told to stand."""
+        own = _generators_of_candidates(generators, candidates)
+        text = self.planned(_repeated(text, candidates), own, free=free)
+        drawn = draw(text, generators=own, known=None if known is None else known.repeat_interleave(candidates, 0))
+        best = torch.arange(len(prompts)) * candidates
+        if candidates > 1 and self.judge is not None:
+            best = self._best(self.judge, drawn, prompts)
+        return drawn[best.to(drawn.device)], self._told(text, best)
 
     def candidates(self, asked: int | None) -> int:
         """How many images to draw for each.
