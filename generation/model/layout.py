@@ -158,6 +158,8 @@ def scenes_layout(*, steps: int = 64) -> LayoutShape:
 def read_layout(path: Path) -> list[PlacedObject]:
     """A JSON file of a list of objects, ``{"labels": ["star", "red"], "x": 0.3, "y": 0.5, "diameter": 0.25}`` each.
 
+    What ``layton generate --json`` wrote of one image is read as well.
+
     Raises:
         ValueError: If it cannot be read, or is something else.
     """
@@ -165,6 +167,10 @@ def read_layout(path: Path) -> list[PlacedObject]:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: no layout can be read ({error})") from error
+    if isinstance(rows, dict) and isinstance(rows.get("layouts"), list):
+        if len(rows["layouts"]) != 1:
+            raise ValueError(f"{path} tells of {len(rows['layouts'])} images: keep the layout of the one that is meant")
+        (rows,) = rows["layouts"]
     if not isinstance(rows, list):
         raise ValueError(f"{path}: a layout is a list of objects, got {type(rows).__name__}")
     return [_placed(row, f"{path}: object {number}") for number, row in enumerate(rows)]

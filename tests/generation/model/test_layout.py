@@ -447,6 +447,12 @@ def test_generate_takes_a_layout_and_says_which_was_drawn(
     assert found["own"]["settings"]["planner"] is found["none"]["settings"]["planner"] is None  # nobody planned
     pictures = [(tmp_path / name / found[name]["files"][0]).read_bytes() for name in found]
     assert pictures[0] != pictures[1]
+    again = ["--layout", str(tmp_path / "own.json")]  # what was written is read
+    assert main([*words, str(tmp_path / "again.json"), "--out", str(tmp_path / "again"), *again]) == 0
+    assert json.loads((tmp_path / "again.json").read_text())["layouts"] == found["own"]["layouts"]
+    (tmp_path / "two.json").write_text(json.dumps({"layouts": [[], []]}))
+    with pytest.raises(ValueError, match="tells of 2 images"):
+        read_layout(tmp_path / "two.json")
     (tmp_path / "layout.json").write_text('[{"labels": ["star"], "x": true, "y": 0, "diameter": 0}]')
     assert main([*words, str(tmp_path / "x.json"), "--out", str(tmp_path / "x"), *given]) == 1
     assert "x, y and diameter are numbers in [0, 1]" in capsys.readouterr().err
