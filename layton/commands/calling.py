@@ -48,8 +48,8 @@ def call_function(name: str, command: Command, args: Sequence[str]) -> int:
     if isinstance(figures, Path) and figures.is_dir():
         raise UsageError(f"--json {figures} is a folder, and a file is to be written")
     positional = [given.pop(parameter.name) for parameter in _positional(function)]
-    for name, bundle in _bundles(function).items():
-        given[name] = bundle(**{field.name: given.pop(field.name) for field in fields(bundle)})
+    for parameter, bundle in _bundles(function).items():
+        given[parameter] = bundle(**{field.name: given.pop(field.name) for field in fields(bundle)})
     # torchrun says both; a cluster may say the first of them to whoever works there by hand
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
         return _together(name, command, function, positional, given)
