@@ -41,9 +41,7 @@ def call_function(name: str, command: Command, args: Sequence[str]) -> int:
     try:
         given = parser.parse_args(_words_of(function, [_underscored(word) for word in args])).as_dict()
     except ArgumentError as error:
-        raise usage_error(
-            error, parser.prog, (option for action in parser._actions for option in action.option_strings)
-        ) from error
+        raise usage_error(error, parser.prog, _options(parser)) from error
     figures = given.get("json")
     if isinstance(figures, Path) and figures.is_dir():
         raise UsageError(f"--json {figures} is a folder, and a file is to be written")
@@ -58,6 +56,7 @@ def call_function(name: str, command: Command, args: Sequence[str]) -> int:
 
 
 def _options(parser: ArgumentParser) -> list[str]:
+    """What can be typed, ``--`` included."""
     return [option for action in parser._actions for option in action.option_strings]
 
 
