@@ -61,6 +61,21 @@ def test_resolved_run_files_parse(tmp_path: Path, claim: str, arm: Arm, stage: S
     assert run["trainer"]["max_steps"] == run["trainer"]["max_epochs"] == -1
 
 
+def test_straightness_is_measured_of_a_flow_that_had_enough(tmp_path: Path) -> None:
+    for name in get_args(ScaleName):
+        measurement = context("instaflow", tmp_path, name)
+        arm = instaflow.reflow_alone(measurement.scale)
+        own = instaflow.REFLOW.share * measurement.scale.budget
+        assert (arm is None) == (name == "quick" or own >= instaflow.STRAIGHT_FORWARDS)
+        if arm is None:
+            continue
+        run = resolved_run(arm, arm.stages[0], measurement, {TEACHER_PLACE: tmp_path}, image_size=64)
+        stop = run["trainer"]["callbacks"][0]["init_args"]
+        assert stop["forwards"] == pytest.approx(instaflow.STRAIGHT_FORWARDS)
+        pairs = run["data"]["init_args"]["train"][0]["init_args"]["num_pairs"]
+        assert stop["prepaid"] == pytest.approx(0.4 * stop["forwards"], rel=1e-3) == pairs * 20
+
+
 @pytest.mark.parametrize("claim", ARMS)
 def test_arms_of_a_claim_differ_in_what_they_claim_only(claim: str) -> None:
     files = [read_run(CONFIGS / claim / stage.config) for arm in ARMS[claim] for stage in arm.stages]
