@@ -59,8 +59,8 @@ def continue_image(
     Raises:
         ValueError: If codes are not those of images, or k is out of range.
     """
-    if not 0 <= keep <= pipeline.num_tokens:
-        raise ValueError(f"keep must be in [0, {pipeline.num_tokens}], got {keep}")
+    if not isinstance(keep, int) or not 0 <= keep <= pipeline.num_tokens:
+        raise ValueError(f"keep must be a number of tokens in [0, {pipeline.num_tokens}], got {keep}")
     drawn = torch.arange(pipeline.num_tokens) >= keep
     return resample_tokens(
         pipeline,

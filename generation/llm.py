@@ -94,11 +94,16 @@ class ImageVocabulary:
         Args:
             parts: Texts, and codes (N,) of images.
             words: The text tokenizer.
+
+        Raises:
+            ValueError: A part is neither, or codes are no image's.
         """
+        if isinstance(parts, str):
+            raise ValueError(f"parts must be a list of texts and codes, got the text {parts[:40]!r}")
         found: list[int] = []
         for part in parts:
-            if isinstance(part, Tensor):
-                found += self.ids(part[None])[0].tolist()
+            if not isinstance(part, str):
+                found += self.ids(torch.as_tensor(part)[None])[0].tolist()
             else:
                 found += words(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return found
@@ -107,9 +112,12 @@ class ImageVocabulary:
         """Texts and codes (N,) of images of what `join` gave or a model wrote; special tokens of its own are left out.
 
         Raises:
-            ValueError: An image is not whole, or a code stands outside one.
+            ValueError: An image is not whole, a code stands outside one, or the ids are those of several texts.
         """
-        given = torch.as_tensor(ids, dtype=torch.int64).tolist()
+        row = torch.as_tensor(ids, dtype=torch.int64)
+        if row.ndim != 1:
+            raise ValueError(f"ids must be those of one text, (L,), got {tuple(row.shape)}")
+        given: list[int] = row.tolist()
         parts: list[Part] = []
         text: list[int] = []
         place = 0
@@ -164,6 +172,7 @@ def make_room(
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     known = min(vocabulary.known, tables[0].weight.shape[0])
     if tables[0].weight.shape[0] < vocabulary.size:  # some models have spare rows
+        known = min(known, vocabulary.offset)  # it cannot have learnt images
         model.resize_token_embeddings(vocabulary.size, mean_resizing=False)
         tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     weights = {id(table.weight): table.weight for table in tables if table is not None}

@@ -225,6 +225,8 @@ class LaytonGenPipeline:
         Raises:
             ValueError: If an argument is out of range or the prompt is no text.
         """
+        if not isinstance(prompt, str | Sequence):
+            raise ValueError(f"prompt must be a text or several, got {type(prompt).__name__}")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         total = len(prompts) * num_images_per_prompt
         self._check(prompts, total, batch_size, known_codes)
@@ -392,7 +394,7 @@ class LaytonGenPipeline:
         """Text features of prompts; a prompt that is cut is told by a `PromptCutWarning`, an empty one means none."""
         text = self._encode(prompts)
         for cut in text.cut:
-            warnings.warn(str(cut), PromptCutWarning, stacklevel=3)
+            warnings.warn(str(cut), PromptCutWarning, stacklevel=2)
         return text
 
     def draw_codes(

@@ -34,6 +34,8 @@ def main(args: Sequence[str] | None = None, *, allow: Iterable[str] = ()) -> int
     words = list(sys.argv[1:] if args is None else args)
     debug = _take_flag(words, "--debug")
     allowed = [*allow, *_take_values(words, "--allow")]
+    if allowed and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where modules of one's own lie; last, so that they hide no others
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(_help())
         return 0 if words else 2

@@ -23,6 +23,21 @@ def cut_captions_told_once() -> Iterator[None]:
             handler.removeFilter(once)
 
 
+@contextmanager
+def no_advertisements() -> Iterator[None]:
+    """Without Lightning's advice to install its cloud logger."""
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    log.addFilter(_no_advertisement)
+    try:
+        yield
+    finally:
+        log.removeFilter(_no_advertisement)
+
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in str(record.msg)
+
+
 class _CutOnce(logging.Filter):
     told = False
 

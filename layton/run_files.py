@@ -127,7 +127,10 @@ def check_run_files(words: Sequence[str], *, allowed: Iterable[str]) -> list[Pat
         seen.append(path)
         for key, value in _scalars(path):
             if key in _CLASS_KEYS and "." in value and not _within(value, prefixes):
-                raise UsageError(f"{path}: class_path {value!r} is not in an allowed module ({', '.join(prefixes)})")
+                raise UsageError(
+                    f"{path}: class_path {value!r} is not in an allowed module ({', '.join(prefixes)}); "
+                    f"--allow {value.partition('.')[0]} would allow one of your own"
+                )
             nested = _run_file(path.parent / value) if value.endswith(_SUFFIXES) else None
             if nested is not None:
                 waiting.append(nested)

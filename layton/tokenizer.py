@@ -106,7 +106,8 @@ class LaytonTokenizer(ImageTokenizer):
         """Images to codes.
 
         Args:
-            images: (B, 3, H, W) in [-1, 1], of any size.
+            images: (B, 3, H, W) in [-1, 1], of any size; resized as tensors, by which some codes (up to 2 %) differ
+                from those of `encode_images`, which resizes 8-bit pictures.
             policy: How images that are not square become square; see `encode_images` for a way back.
 
         Returns:
@@ -115,6 +116,8 @@ class LaytonTokenizer(ImageTokenizer):
         Raises:
             ValueError: If shape or values are not those of images, or values are not finite.
         """
+        if not isinstance(images, Tensor):
+            raise ValueError(f"encode takes a tensor, encode_images PIL images; got {type(images).__name__}")
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
         if not len(images):
@@ -123,9 +126,10 @@ class LaytonTokenizer(ImageTokenizer):
         if not -1.01 <= low <= high <= 1.01:
             raise ValueError(f"images must lie in [-1, 1], got [{low:g}, {high:g}] (uint8 or [0, 1] images?)")
         if 0 <= low < 0.1 and high > 0.9:  # as ToTensor makes them, whose codes would be none of the right ones
-            warnings.warn(f"images span [{low:.2f}, {high:.2f}]: encode takes [-1, 1], not [0, 1]", stacklevel=2)
+            warnings.warn(f"images span [{low:.2f}, {high:.2f}]: encode takes [-1, 1], not [0, 1]", stacklevel=3)
         if images.shape[2:] != (self.image_size, self.image_size):
-            images = Geometry.plan((images.shape[2], images.shape[3]), self.image_size, policy=policy).apply(images)
+            plan = Geometry.plan((images.shape[2], images.shape[3]), self.image_size, policy=policy)
+            images = plan.apply(images.float())  # no type of two bytes is resized on every device
         images = images.to(self.device, dtype_of(self.encoder))
         with exact_convolutions():
             features = self.encoder(images)
@@ -158,6 +162,10 @@ class LaytonTokenizer(ImageTokenizer):
             ValueError: For codes that are out of range or of wrong number, an unknown decoder, or steps that it was
                 not trained for.
         """
+        if not isinstance(codes, Tensor):
+            raise ValueError(
+                f"decode takes a tensor, decode_images what encode_images gave; got {type(codes).__name__}"
+            )
         if not len(codes):
             raise ValueError("there must be codes of at least one image, got none")
         self.quantizer.check_codes(codes, grid=self.grid)

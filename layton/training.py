@@ -40,19 +40,27 @@ from layton.config_folders import found_configs
 from layton.errors import UsageError
 from layton.folder import write_atomically
 from layton.lock import is_main_process, lock_folder
-from layton.quiet import cut_captions_told_once
+from layton.quiet import cut_captions_told_once, no_advertisements
 from layton.run_files import allow_modules, check_run_files, nulls_as_files, refused_class_paths
 from layton.tasks.base import LaytonTask
-from layton.usage import usage_error
+from layton.usage import innermost_reason, usage_error
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes the merged configuration to ``<run folder>/config.yaml`` and to loggers that keep hyperparameters."""
+    """Writes the merged configuration to ``<run folder>/config.yaml`` and to loggers that keep hyperparameters.
+
+    Only when training begins: settings with which a checkpoint cannot be continued do not replace those of the run.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet: the checkpoint is not read so far."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Everything fits."""
+        super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write atomically; only for fit, so that validating does not replace the configuration of the run."""
-        if stage != "fit":
-            return
+        """Write atomically."""
         text = self.parser.dump(self.config, skip_unset=False)
         write_atomically(Path(trainer.default_root_dir) / "config.yaml", lambda part: _write_text(part, text))
         for logger in trainer.loggers:
@@ -153,7 +161,13 @@ class TrainingCLI(LightningCLI):
         checkpoints = self.run_dir / CHECKPOINT_FOLDER
         if subcommand == "fit":
             arguments["ckpt_path"] = _resume_path(self._get(self.config, "resume"), checkpoints)
-        elif arguments.get("ckpt_path") == "auto":
+            return arguments
+        kind = "validation" if subcommand == "validate" else "test"
+        if getattr(self.datamodule, kind, None) == []:
+            raise UsageError(f"the data has no {kind} samples: name some under `{kind}:`")
+        if arguments.get("ckpt_path") is None:
+            sys.stderr.write("layton: figures of fresh weights: --ckpt_path auto takes the run's newest checkpoint\n")
+        elif arguments["ckpt_path"] == "auto":
             found = newest_good_checkpoint(checkpoints)
             if found is None:
                 raise CheckpointError(f"no good checkpoint in {checkpoints}")
@@ -176,11 +190,26 @@ def run(subcommand: str, args: Sequence[str], *, allow: Iterable[str] = ()) -> i
         UsageError: the command line or a run file is wrong.
         FolderInUseError: another process trains in the run folder.
     """
-    args = nulls_as_files(found_configs(args))
+    args = _settings_last(nulls_as_files(found_configs(args)))
     check_run_files(args, allowed=allow_modules(allow))
     cli = _make(TrainingCLI, [subcommand, *args], run=True)
     signals = [c.signal_number for c in _callbacks(cli.trainer) if isinstance(c, GracefulStop) and c.signal_number]
     return 128 + signals[0] if signals else 0
+
+
+def _settings_last(words: Sequence[str]) -> list[str]:
+    """The words with single settings (``--data.batch_size 2``) behind all files, which would undo them."""
+    files: list[str] = []
+    settings: list[str] = []
+    waiting = list(words)
+    while waiting:
+        word = waiting.pop(0)
+        name, equals, _ = word.partition("=")
+        found = settings if name.startswith("--") and "." in name else files
+        found.append(word)
+        if not equals and word.startswith("--") and waiting and not waiting[0].startswith("--"):
+            found.append(waiting.pop(0))
+    return files + settings
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -245,11 +274,17 @@ def load_task(path: Path | str, *, averaged: bool = True, allow: Iterable[str] =
     if refused:
         raise CheckpointError(f"{path} names classes outside the allowed modules: {', '.join(refused)}")
     module, _, kind = name.rpartition(".")
-    task_class = getattr(import_module(module), kind, None)
+    try:
+        task_class = getattr(import_module(module), kind, None)
+    except ImportError as error:
+        raise CheckpointError(f"{path} names {name}, which this version does not have") from error
     if not (isinstance(task_class, type) and issubclass(task_class, LaytonTask)):
         raise CheckpointError(f"{path} names {name}, which is not a LaytonTask")
-    with _quiet():
-        task = task_class.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    try:
+        with _quiet():
+            task = task_class.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    except ArgumentError as error:
+        raise CheckpointError(f"{path} cannot be built by this version: {innermost_reason(str(error))}") from error
     states = [state for key, state in checkpoint["callbacks"].items() if key.startswith("EMA") and state]
     if averaged and states:
         named = dict(task.named_parameters())
@@ -360,5 +395,5 @@ def _quiet() -> Iterator[None]:
         # Lightning 2.6 asks torch for a name that torch 2.14 renames, and sums up a model in one precision alone.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         warnings.filterwarnings("ignore", message=".*not supported by the model summary.*")
-        with cut_captions_told_once():
+        with cut_captions_told_once(), no_advertisements():
             yield

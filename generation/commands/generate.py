@@ -159,7 +159,7 @@ def _prompts(given: Sequence[str], file: Path | None, *, unconditional: bool) ->
 
 
 def _tell_unread(tokenizer: Any, prompts: Sequence[str]) -> None:
-    """Say on stderr which words a model of Scenes cannot draw, or its picture of a cat is a riddle."""
+    """Say on stderr which words are letters only to a text encoder of Scenes, or the picture of a cat is a riddle."""
     from layton.ldm.text import unread_words
 
     if tokenizer is None:
@@ -167,7 +167,7 @@ def _tell_unread(tokenizer: Any, prompts: Sequence[str]) -> None:
     words = dict.fromkeys(word for prompt in prompts for word in unread_words(tokenizer, prompt))
     if words:
         some = ", ".join(list(words)[:_TOLD_WORDS]) + ", ..." * (len(words) > _TOLD_WORDS)
-        sys.stderr.write(f"layton: this model reads of shapes, colours and places only; it does not know: {some}\n")
+        sys.stderr.write(f"layton: not in this model's vocabulary (that of Scenes: shapes, colours, places): {some}\n")
 
 
 def _batches(num_prompts: int, num_images: int, batch_size: int) -> Iterator[tuple[range, range]]:

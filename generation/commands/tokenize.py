@@ -92,5 +92,7 @@ def _tell_faults(report: TokenizeReport, max_bad: int) -> None:
         sys.stderr.write(f"layton: and {len(report.skipped) - _NAMED} more; the manifest names all of them\n")
     if len(report.skipped) > max_bad:
         sys.stderr.write(f"layton: {len(report.skipped)} passed over where --max-bad allows {max_bad}: exit status 1\n")
+    if report.uncaptioned:
+        sys.stderr.write(f"layton: {report.uncaptioned} images have no caption\n")
     if report.cut_captions:
         sys.stderr.write(f"layton: {report.cut_captions} captions were longer than the text encoder reads\n")

@@ -56,6 +56,7 @@ class TokenizeReport:
         shards: Number of shards.
         reused: Shards that were there already.
         cut_captions: Captions longer than the text encoder reads, of the shards that were written now.
+        uncaptioned: Images without a caption.
     """
 
     inputs: int
@@ -64,6 +65,7 @@ class TokenizeReport:
     shards: int
     reused: int
     cut_captions: int
+    uncaptioned: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,6 +147,7 @@ class ShardResult:
         sha256: Of its file.
         reused: Whether it was there already.
         cut_captions: Captions longer than the text encoder reads, if it was written now.
+        uncaptioned: Images without a caption.
     """
 
     number: int
@@ -153,6 +156,7 @@ class ShardResult:
     sha256: str
     reused: bool
     cut_captions: int
+    uncaptioned: int
 
     @property
     def inputs(self) -> int:
@@ -197,7 +201,8 @@ class ShardWriter:
         if shard is None:
             shard, cut = _make(job, indices, _Loader(job, on_begin, passed_over or {}), on_progress)
             write_shard(path, self.header, shard)
-        return ShardResult(number, len(shard), tuple(shard.skipped), sha256_of(path), reused, cut)
+        bare = sum(not caption for caption in shard.captions)
+        return ShardResult(number, len(shard), tuple(shard.skipped), sha256_of(path), reused, cut, bare)
 
     def try_alone(self, index: int | None) -> None:
         """Read and encode one input, or a blank image, and keep nothing of it: to find the one that fails."""
@@ -273,6 +278,7 @@ def _finish(out: Path, plan: dict[str, Any], found: Sequence[ShardResult], missi
         len(entries),
         sum(result.reused for result in found),
         sum(result.cut_captions for result in found),
+        sum(result.uncaptioned for result in found),
     )
 
 

@@ -138,6 +138,8 @@ class LayoutShape:
             )
 
     def _row(self, item: PlacedObject) -> list[int]:
+        if not isinstance(item, PlacedObject):
+            raise ValueError(f"a layout is a list of PlacedObject, got {str(item)[:80]}")
         if len(item.labels) != len(self.labels):
             raise ValueError(f"an object has {len(self.labels)} labels, got {item.labels}")
         for names, label in zip(self.labels, item.labels, strict=True):

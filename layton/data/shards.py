@@ -71,7 +71,7 @@ class ShardSource(StoredSource):
         if not repeated_keys:
             _check_unique(self.indexes)
         self.ignored = sum((index.ignored for index in self.indexes), Counter[str]())
-        self._keys = _ShardKeys(self.indexes, self._wanted)
+        self._keys = _ShardKeys(self.indexes, self._wanted, _told_apart(self.paths) if repeated_keys else None)
         if not len(self._keys):
             raise ValueError(f"split {split!r} of {len(self.paths)} shards ({self.paths[0]}, ...) holds no images")
         for index in self.indexes:
@@ -199,8 +199,11 @@ def absolute_pattern(pattern: str) -> str:
 class _ShardKeys(LazyTexts):
     """Keys "shard/key" of the wanted samples, put together when they are asked for: a row number is all each takes."""
 
-    def __init__(self, indexes: Sequence[ShardIndex], wanted: Callable[[str], bool]) -> None:
+    def __init__(
+        self, indexes: Sequence[ShardIndex], wanted: Callable[[str], bool], names: Sequence[str] | None = None
+    ) -> None:
         self._indexes = indexes
+        self._names = names if names is not None else [index.path.stem for index in indexes]
         self._rows = [
             np.fromiter((row for row, key in enumerate(index.keys) if wanted(key)), dtype=np.int32) for index in indexes
         ]
@@ -213,14 +216,23 @@ class _ShardKeys(LazyTexts):
     def at(self, place: int) -> str:
         """See `LazyTexts.at`."""
         number, row = self.locate(place)
-        shard = self._indexes[number]
-        return f"{shard.path.stem}/{shard.keys[row]}"
+        return f"{self._names[number]}/{self._indexes[number].keys[row]}"
 
     def locate(self, index: int) -> tuple[int, int]:
         """Number of the shard, and the sample's row in it; the index is in [0, len)."""
         number = bisect.bisect_right(self._ends, index)
         start = self._ends[number - 1] if number else 0
         return number, int(self._rows[number][index - start])
+
+
+def _told_apart(paths: Sequence[Path]) -> list[str]:
+    """Names of shards of which keys may repeat: stems, with as many folders before them as tell all apart."""
+    deepest = max(len(path.parts) for path in paths)
+    for depth in range(1, deepest + 1):
+        names = ["/".join([*path.parts[-depth:-1], path.stem]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise ShardError(f"shards differ in their endings alone, and repeat keys: {paths[0]}, ...")
 
 
 def _check_unique(indexes: list[ShardIndex]) -> None:

@@ -103,6 +103,9 @@ def open_stored(
         return ImageFolderSource(places[0], split=split, classes=classes, transform=transform, max_bad=max_bad)
     from layton.data.shards import ShardSource
 
+    bare = [place for place in places if Path(place).is_dir() and not any(Path(place).glob(_SHARDS))]
+    if bare and len(places) > 1:
+        raise UsageError(f"{bare[0]} holds no tar shards; of folders of images only one is taken at a time")
     return ShardSource(
         [str(Path(place) / _SHARDS) if Path(place).is_dir() else place for place in places],
         split=split,

@@ -177,3 +177,25 @@ def test_whatever_a_model_would_write_images_are_whole(words: PreTrainedTokenize
         whole = row if len(row) - last >= TOKENS + 2 else row[:last]  # one may be under way at the end
         images += sum(isinstance(part, torch.Tensor) for part in known.split(whole, words))
     assert images >= 3
+
+
+def test_rows_of_images_begin_anew_where_the_tokenizer_knew_them_and_the_model_did_not(
+    words: PreTrainedTokenizerFast,
+) -> None:
+    ImageVocabulary.add_to(words, tiny_tokenizer())
+    known = ImageVocabulary.add_to(words, tiny_tokenizer())  # as loaded again: all of it was there before
+    model = language_model(known.size - 5)
+    before = model.get_input_embeddings().weight.detach().clone()
+    make_room(model, known, generator=torch.Generator().manual_seed(0))
+    after = model.get_input_embeddings().weight.detach()
+    assert torch.equal(after[: known.offset], before[: known.offset])
+    assert not (after[known.offset : len(before)] == before[known.offset :]).all(1).any()
+
+
+def test_what_is_no_list_of_texts_and_codes_is_refused(words: PreTrainedTokenizerFast) -> None:
+    known = ImageVocabulary.add_to(words, tiny_tokenizer())
+    with pytest.raises(ValueError, match="list of texts and codes"):
+        known.join("a red star", words)
+    with pytest.raises(ValueError, match="those of one text"):
+        known.split(torch.zeros(2, 3, dtype=torch.int64), words)
+    assert known.join(["a", codes(1).tolist()], words) == known.join(["a", codes(1)], words)

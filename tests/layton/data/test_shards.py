@@ -108,6 +108,10 @@ def test_a_key_in_two_shards_names_both(kit, tmp_path):
     with pytest.raises(ShardError, match=r"'000001' is in both .*a\.tar and .*b\.tar"):
         source(str(tmp_path / "*.tar"))
     assert source(str(tmp_path / "*.tar"), repeated_keys=True).keys[:] == ["a/000001", "b/000001"]
+    (tmp_path / "more").mkdir()
+    kit.shard(tmp_path / "more" / "a.tar", ["000001"])  # of the same name: the folder tells them apart
+    paths = [str(tmp_path / "a.tar"), str(tmp_path / "more" / "a.tar")]
+    assert source(paths, repeated_keys=True).keys[:] == [f"{tmp_path.name}/a/000001", "more/a/000001"]
 
 
 def test_ranges_of_shards_as_webdataset_writes_them(kit, tmp_path):

@@ -74,6 +74,23 @@ def test_resume_auto_never_and_continue(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["validate", *arguments], allow=["toy"]) == 0
 
 
+def test_settings_that_cannot_be_continued_leave_the_run_as_it_was(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    assert fit(run, "--trainer.max_steps=2") == 0
+    written = (tmp_path / "run" / "config.yaml").read_bytes()
+    wider = ["--resume", "auto", "--trainer.max_steps=4", "--model.init_args.part.init_args.width=9"]
+    assert fit(run, *wider) == 1
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == written
+    assert fit(run, "--resume", "auto", "--trainer.max_steps=4") == 0
+    assert b"max_steps: 4" in (tmp_path / "run" / "config.yaml").read_bytes()
+
+
+def test_settings_win_over_files_wherever_they_stand(tmp_path: Path) -> None:
+    words = ["--trainer.max_steps", "1", "--config", str(write_run(tmp_path)), "--run_dir", str(tmp_path / "run")]
+    assert main(["fit", *words], allow=["toy"]) == 0
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("*.ckpt")] == ["step=00000001.ckpt"]
+
+
 def test_a_task_comes_back_from_its_checkpoint_alone(tmp_path: Path) -> None:
     run = write_run(tmp_path)
     assert fit(run, "--model.init_args.part.init_args.width=6") == 0
