@@ -99,7 +99,10 @@ def load_drawer(options: DrawerOptions, sampling: SamplingChoice | None = None) 
     choice = sampling or SamplingChoice()
     require_sampling(choice)
     if options.kind == "laytongen":
-        _refuse({"student": options.student, "planner": options.planner}, "a diffusion model's, not LaytonGen's")
+        _refuse(
+            {"student": options.student, "planner": options.planner},
+            "a diffusion model's, not LaytonGen's: say --kind diffusion",
+        )
         from generation.drawing import LaytonGenDrawer
 
         draw = LaytonGenDrawer.load(

@@ -45,6 +45,9 @@ from layton.run_files import allow_modules, check_run_files, nulls_as_files, ref
 from layton.tasks.base import LaytonTask
 from layton.usage import innermost_reason, usage_error
 
+RUN_CONFIG = "config.yaml"
+"""What was run, in the run folder."""
+
 
 class SaveRunConfig(SaveConfigCallback):
     """Writes the merged configuration to ``<run folder>/config.yaml`` and to loggers that keep hyperparameters.
@@ -62,7 +65,7 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write atomically."""
         text = self.parser.dump(self.config, skip_unset=False)
-        write_atomically(Path(trainer.default_root_dir) / "config.yaml", lambda part: _write_text(part, text))
+        write_atomically(Path(trainer.default_root_dir) / RUN_CONFIG, lambda part: _write_text(part, text))
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):
                 logger.log_hyperparams({"config": text})
@@ -111,6 +114,9 @@ class TrainingCLI(LightningCLI):
         if given:
             return Path(given).expanduser().absolute()
         files = self._get(self.config, "config") or []
+        own = Path(str(files[0])) if files else Path()
+        if own.name == RUN_CONFIG and (own.parent / CHECKPOINT_FOLDER).is_dir():  # of a run that is to go on
+            return own.parent.absolute()
         return (Path("runs") / (Path(str(files[0])).stem if files else "run")).absolute()
 
     def _run_subcommand(self, subcommand: str) -> None:

@@ -20,6 +20,7 @@ _NO_SUBCLASS = re.compile(r"\s*- Not a valid subclass of .*", re.DOTALL)  # whic
 _PLAINLY = (
     (r'Parser key "(?:(?:fit|validate|test)\.)?([\w.]+)":', r"--\1:"),
     (r"Expected an? ", "expected "),
+    (r"(Importing) '?((\w+)[\w.]*)'? is not allowed.*?to allow it\.", r"\2 is not allowed; --allow \3 would allow it"),
     (r"<class '(?:\w+\.)*(\w+)'>", r"\1"),
     (r"typing\.Literal(\[.*?\])", r"one of \1"),
     (r"\b(?:fit|validate|test)\.(data|model)\b", r"--\1"),

@@ -277,7 +277,7 @@ def _find_unet(denoiser: Denoiser) -> nn.Module:
     if not isinstance(unet, nn.Module) or not hasattr(unet, "up_blocks"):
         raise ValueError(
             f"{type(denoiser).__name__} has no UNet, whose stages a discriminator reads: "
-            "train without one (SCott: adversary.weight=0)"
+            "train without one (SCott: --model.init_args.method.init_args.adversary.weight=0)"
         )
     return unet
 

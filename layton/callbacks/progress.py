@@ -83,9 +83,11 @@ class LineProgress(ProgressBar):
 
 
 def batch_size(batch: Any) -> int:
-    """Length B of the first tensor of a batch; 0 when there is none."""
+    """Length B of the first tensor, or list of texts, of a batch; 0 when there is none."""
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.ndim else 0
+    if isinstance(batch, list | tuple) and all(isinstance(value, str) for value in batch):
+        return len(batch)
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
     return next((size for value in values if (size := batch_size(value))), 0)
 

@@ -43,6 +43,8 @@ _LATENT_SIZE = "--model.init_args.latent_size"
 _FLUX_SIZE = 128  # h = w; its configuration names none (diffusers: FluxPipeline.default_sample_size)
 _TEACHER = ("latent_size", "network_guidance", "negative_prompt")  # of the task and of pairs alike
 _SOLVER, _RULE = "--model.init_args.method.init_args.solver", ("name", "num_steps", "guidance_scale")
+_NO_TEACHER = "no teacher at {}: name one by --pipeline FOLDER (the embedded one is mini)"
+_ALPHA = "--model.init_args.adapter.alpha"
 _RANK, _SHARE = "--model.init_args.adapter.rank", "--model.init_args.adapter_share"
 _PAIRS = "--pairs"
 _ROLES = ("train", "validation")
@@ -88,6 +90,8 @@ def fit_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
         arguments += _prompt_arguments(short["--prompts"], run, folder=short.get("--pipeline"), words=told)
     if _value_of(_RANK, rest) is not None and _value_of(_SHARE, rest) is None:
         arguments += [f"{_SHARE}=null"]  # a rank that is asked for is the rank, whatever its share of the parameters
+    if (rank := _value_of(_RANK, rest)) is not None and _value_of(_ALPHA, rest) is None and _has_scale_of_one(run):
+        arguments += [f"{_ALPHA}={rank}"]
     if "--max_steps" in short:
         arguments.append(f"--trainer.max_steps={short['--max_steps']}")
         if _has_cycle(run):  # of the learning rate, which ends with the run
@@ -108,7 +112,7 @@ def require_teacher(run_file: Path, words: Sequence[str]) -> None:
     place = Path(yaml.safe_load(run_file.read_text(encoding="utf-8"))["model"]["init_args"]["pipeline"])
     named = ("--pipeline", "--model.init_args.pipeline", "--config")  # the last may be laid over it
     if not place.is_dir() and not any(word.partition("=")[0] in named for word in words):
-        raise UsageError(f"no teacher at {place}: name one by --pipeline FOLDER (the embedded one is mini)")
+        raise UsageError(_NO_TEACHER.format(place))
 
 
 def _moved_arguments(
@@ -297,7 +301,10 @@ def _image_arguments(short: Mapping[str, str], method: str, run: Mapping[str, An
         raise UsageError(
             f"--images is for methods that learn from pictures, without --prompts or --data; {method} was asked"
         )
-    folder = find_pipeline(short.get("--pipeline", run["model"]["init_args"]["pipeline"]))
+    own = run["model"]["init_args"]["pipeline"]
+    if "--pipeline" not in short and not Path(own).is_dir():
+        raise UsageError(_NO_TEACHER.format(own))
+    folder = find_pipeline(short.get("--pipeline", own))
     size = picture_size(folder, latent_size=_value_of(_LATENT_SIZE, words))
     if size is None:
         raise UsageError(f"{folder} does not say how large its pictures are: give {_LATENT_SIZE}")
@@ -324,6 +331,13 @@ def _learns_from_pictures(run: Any) -> bool:
     if not isinstance(found, dict):
         return False
     return found.get("class_path") == LATENT_DATA or _first_source(run).get("class_path") == PICTURE_PAIRS
+
+
+def _has_scale_of_one(run: Mapping[str, Any]) -> bool:
+    """Whether a run file's LoRA has alpha = rank, as one has whose rank follows from its share of the parameters."""
+    options = run["model"]["init_args"]
+    adapter = options.get("adapter") or {}
+    return bool(options.get("adapter_share") or (adapter.get("rank") and adapter.get("rank") == adapter.get("alpha")))
 
 
 def _has_cycle(run: Mapping[str, Any]) -> bool:

@@ -2,8 +2,8 @@
 
 They are what `layton.distillation.distilled.load_distilled` puts into a pipeline, so that
 ``pipeline(..., num_inference_steps=4)`` evaluates the network exactly where it was trained to be evaluated. Their
-configuration carries the times, so a pipeline saved with one loads again wherever this library is installed; elsewhere
-their plain base classes take the same configuration.
+configuration carries the times. diffusers loads a pipeline that was saved with one where this module has been imported
+before; elsewhere their plain base classes take the same configuration.
 """
 
 from __future__ import annotations
