@@ -83,13 +83,20 @@ class LineProgress(ProgressBar):
 
 
 def batch_size(batch: Any) -> int:
-    """Length B of the first tensor, or list of texts, of a batch; 0 when there is none."""
+    """Length B of the first tensor of a batch, or of its first list of texts where it has none; 0 without both."""
+    return _length(batch, Tensor) or _length(batch, str)
+
+
+def _length(batch: Any, kind: type) -> int:
     if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else 0
-    if isinstance(batch, list | tuple) and all(isinstance(value, str) for value in batch):
-        return len(batch)
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
-    return next((size for value in values if (size := batch_size(value))), 0)
+        return batch.shape[0] if kind is Tensor and batch.ndim else 0
+    if isinstance(batch, Mapping):
+        return next((size for value in batch.values() if (size := _length(value, kind))), 0)
+    if not isinstance(batch, list | tuple):
+        return 0
+    if batch and all(isinstance(value, str) for value in batch):
+        return len(batch) if kind is str else 0
+    return next((size for value in batch if (size := _length(value, kind))), 0)
 
 
 def _metrics(trainer: Trainer, prefix: str) -> str:

@@ -155,7 +155,14 @@ def test_progress_lines_tell_speed_and_losses(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    ("batch", "size"), [({"key": ["a"], "image": torch.zeros(3, 2)}, 3), ([torch.zeros(2)], 2), ({}, 0), (None, 0)]
+    ("batch", "size"),
+    [
+        ({"key": ["a"], "image": torch.zeros(3, 2)}, 3),
+        ([torch.zeros(2)], 2),
+        ({"caption": ["a"] * 4}, 4),
+        ({}, 0),
+        (None, 0),
+    ],
 )
 def test_batch_size(batch: Any, size: int) -> None:
     assert batch_size(batch) == size
