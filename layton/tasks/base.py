@@ -255,10 +255,15 @@ class LaytonTask(LightningModule, ABC):
             rank_zero_info(f"perceptual loss: {', '.join(self.measures())}")
 
     def on_train_start(self) -> None:
-        """A resumed run's cycle of the learning rate is as long as its run file says now."""
+        """A resumed run's cycle of the learning rate is as long as its run file says now; another rate is told."""
         super().on_train_start()
         for cycle, extent in self._cycles:
             vars(cycle).update(extent)
+        for optimizer in [] if self._cycles else self.trainer.optimizers:
+            asked, group = optimizer.defaults.get("lr"), optimizer.param_groups[0]
+            kept = group.get("initial_lr", asked if self.trainer.lr_scheduler_configs else group["lr"])
+            if asked != kept:
+                rank_zero_warn(f"the run goes on at the learning rate that it was saved with, {kept}, not at {asked}")
 
     def _one_cycles(self) -> list[OneCycleLR]:
         configs = [] if self._trainer is None else self.trainer.lr_scheduler_configs

@@ -81,6 +81,9 @@ def test_settings_that_cannot_be_continued_leave_the_run_as_it_was(tmp_path: Pat
     wider = ["--resume", "auto", "--trainer.max_steps=4", "--model.init_args.part.init_args.width=9"]
     assert fit(run, *wider) == 1
     assert (tmp_path / "run" / "config.yaml").read_bytes() == written
+    with pytest.warns(UserWarning, match=r"saved with, 0\.01, not at 0\.5"):
+        more = ["--resume", "auto", "--trainer.max_steps=3", "--model.init_args.optimizer.init_args.lr=0.5"]
+        assert fit(run, *more) == 0
     assert fit(run, "--resume", "auto", "--trainer.max_steps=4") == 0
     assert b"max_steps: 4" in (tmp_path / "run" / "config.yaml").read_bytes()
 
