@@ -86,6 +86,9 @@ def test_settings_that_cannot_be_continued_leave_the_run_as_it_was(tmp_path: Pat
         assert fit(run, *more) == 0
     assert fit(run, "--resume", "auto", "--trainer.max_steps=4") == 0
     assert b"max_steps: 4" in (tmp_path / "run" / "config.yaml").read_bytes()
+    own = ["--config", str(tmp_path / "run" / "config.yaml"), "--resume", "auto", "--trainer.max_steps=5"]
+    assert main(["fit", *own], allow=["toy"]) == 0  # goes on in its folder
+    assert (tmp_path / "run" / "checkpoints" / "step=00000005.ckpt").is_file()
 
 
 def test_settings_win_over_files_wherever_they_stand(tmp_path: Path) -> None:
