@@ -24,8 +24,17 @@ def gaussian_like(x: Tensor, generator: Generators) -> Tensor:
     """
     if isinstance(generator, torch.Generator):
         return torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)
-    if isinstance(generator, int):
-        raise ValueError(f"generator must be a torch.Generator: torch.Generator().manual_seed({generator})")
-    if len(generator) != x.shape[0]:
-        raise ValueError(f"expected one generator or {x.shape[0]} of them, got {len(generator)}")
+    require_generators(generator, x.shape[0])
     return torch.stack([gaussian_like(sample, one) for sample, one in zip(x, generator, strict=True)])
+
+
+def require_generators(generators: Sequence[torch.Generator], count: int) -> None:
+    """Refuse what is not one generator for each of ``count`` samples.
+
+    Raises:
+        ValueError: A seed, or another number of generators.
+    """
+    if isinstance(generators, int):
+        raise ValueError(f"generator must be a torch.Generator: torch.Generator().manual_seed({generators})")
+    if len(generators) != count:
+        raise ValueError(f"expected one generator or {count} of them, got {len(generators)}")

@@ -83,7 +83,7 @@ def _train(name: str, rest: list[str], allowed: list[str]) -> int:
 
 
 def _distill(rest: list[str], allowed: list[str]) -> int:
-    from layton.commands.distill import HELP, fit_arguments, require_teacher
+    from layton.commands.distill import HELP, check_words, fit_arguments
 
     files = {path.stem: path for folder in reversed(config_folders()) for path in (folder / "distill").glob("*.yaml")}
     methods = ", ".join(sorted(files)) or "none"
@@ -94,9 +94,8 @@ def _distill(rest: list[str], allowed: list[str]) -> int:
         raise UsageError(f"layton distill needs a method; there are {methods}")
     if rest[0] not in files:
         raise UsageError(f"no method {rest[0]!r}; there are {methods}")
-    arguments = fit_arguments(files[rest[0]], rest[1:])
-    require_teacher(files[rest[0]], rest[1:])
-    return _train("fit", arguments, allowed)
+    check_words(files[rest[0]], rest[1:])
+    return _train("fit", fit_arguments(files[rest[0]], rest[1:]), allowed)
 
 
 def _call(name: str, command: Command, rest: list[str], allowed: list[str]) -> int:

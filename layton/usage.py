@@ -20,11 +20,11 @@ _NO_SUBCLASS = re.compile(r"\s*- Not a valid subclass of .*", re.DOTALL)  # whic
 _PLAINLY = (
     (r'Parser key "(?:(?:fit|validate|test)\.)?([\w.]+)":', r"--\1:"),
     (r"Expected an? ", "expected "),
-    (r"(Importing) '?((\w+)[\w.]*)'? is not allowed.*?to allow it\.", r"\2 is not allowed; --allow \3 would allow it"),
     (r"<class '(?:\w+\.)*(\w+)'>", r"\1"),
     (r"typing\.Literal(\[.*?\])", r"one of \1"),
     (r"\b(?:fit|validate|test)\.(data|model)\b", r"--\1"),
 )
+_NOT_ALLOWED = re.compile(r"Importing '(?P<name>(?P<module>\w+)[\w.]*)' is not allowed")
 _UNKNOWN = re.compile(r"unrecognized arguments: (?P<option>--[\w.-]+)")
 
 
@@ -43,6 +43,9 @@ def usage_error(error: ArgumentError, command: str, options: Iterable[str]) -> U
         command: As it was typed, such as ``layton fit``.
         options: That it has, ``--`` included; a misspelt one is told the nearest.
     """
+    denied = _NOT_ALLOWED.search(str(error))
+    if denied is not None:
+        return UsageError(f"{denied['name']} is not allowed; --allow {denied['module']} would allow it")
     text = _one_reason(str(error))
     for pattern, plain in _PLAINLY:
         text = re.sub(pattern, plain, text)

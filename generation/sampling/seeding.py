@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from distill.noise import require_generators
 from layton.interface import Generators
 
 
@@ -17,10 +18,7 @@ def image_generators(generator: Generators | None, count: int) -> list[torch.Gen
         return [torch.Generator().manual_seed(seed) for seed in range(count)]
     if isinstance(generator, torch.Generator):
         return [generator] if count == 1 else [child_generator(generator) for _ in range(count)]
-    if isinstance(generator, int):
-        raise ValueError(f"generator must be a torch.Generator: torch.Generator().manual_seed({generator})")
-    if len(generator) != count:
-        raise ValueError(f"{count} images need as many generators, got {len(generator)}")
+    require_generators(generator, count)
     return list(generator)
 
 

@@ -43,7 +43,6 @@ _LATENT_SIZE = "--model.init_args.latent_size"
 _FLUX_SIZE = 128  # h = w; its configuration names none (diffusers: FluxPipeline.default_sample_size)
 _TEACHER = ("latent_size", "network_guidance", "negative_prompt")  # of the task and of pairs alike
 _SOLVER, _RULE = "--model.init_args.method.init_args.solver", ("name", "num_steps", "guidance_scale")
-_NO_TEACHER = "no teacher at {}: name one by --pipeline FOLDER (the embedded one is mini)"
 _ALPHA = "--model.init_args.adapter.alpha"
 _RANK, _SHARE = "--model.init_args.adapter.rank", "--model.init_args.adapter_share"
 _PAIRS = "--pairs"
@@ -59,12 +58,11 @@ def fit_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
         words: What stands after the method.
 
     Raises:
-        UsageError: A short option has no value, an option is unknown, no such folder or file, or prompts for a method
-            that needs pictures, or the reverse.
+        UsageError: A short option has no value, no such folder or file, or prompts for a method that needs pictures, or
+            the reverse.
     """
     run, method = yaml.safe_load(run_file.read_text(encoding="utf-8")), run_file.stem
     short, rest = _take_short(words)
-    _require_known(rest)
     told = [*rest, f"{_PAIRS}={_number(_PAIRS, short[_PAIRS])}"] if _PAIRS in short else rest
     if _PAIRS in short and _first_source(run).get("class_path") != PAIRS:
         raise UsageError(f"{method} takes no pairs that a teacher makes beforehand: {_PAIRS} has no meaning")
@@ -99,20 +97,21 @@ def fit_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
     return arguments + rest
 
 
-def require_teacher(run_file: Path, words: Sequence[str]) -> None:
-    """Miss a teacher before anything is imported.
+def check_words(run_file: Path, words: Sequence[str]) -> None:
+    """Find a misspelt option, and miss a teacher, before anything is looked at.
 
     Args:
         run_file: Of the method.
         words: What stands after the method.
 
     Raises:
-        UsageError: None is named, and the folder that the run file names is not there.
+        UsageError: An option is unknown; or no teacher is named, and the folder that the run file names is not there.
     """
+    _require_known(_take_short(words)[1])
     place = Path(yaml.safe_load(run_file.read_text(encoding="utf-8"))["model"]["init_args"]["pipeline"])
     named = ("--pipeline", "--model.init_args.pipeline", "--config")  # the last may be laid over it
     if not place.is_dir() and not any(word.partition("=")[0] in named for word in words):
-        raise UsageError(_NO_TEACHER.format(place))
+        raise UsageError(f"no teacher at {place}: name one by --pipeline FOLDER (the embedded one is mini)")
 
 
 def _moved_arguments(
@@ -301,10 +300,7 @@ def _image_arguments(short: Mapping[str, str], method: str, run: Mapping[str, An
         raise UsageError(
             f"--images is for methods that learn from pictures, without --prompts or --data; {method} was asked"
         )
-    own = run["model"]["init_args"]["pipeline"]
-    if "--pipeline" not in short and not Path(own).is_dir():
-        raise UsageError(_NO_TEACHER.format(own))
-    folder = find_pipeline(short.get("--pipeline", own))
+    folder = find_pipeline(short.get("--pipeline", run["model"]["init_args"]["pipeline"]))
     size = picture_size(folder, latent_size=_value_of(_LATENT_SIZE, words))
     if size is None:
         raise UsageError(f"{folder} does not say how large its pictures are: give {_LATENT_SIZE}")

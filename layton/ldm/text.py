@@ -124,7 +124,7 @@ def knows_places(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def unread_words(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[str]:
-    """Words of a prompt that a model of Scenes has never read: its own small vocabulary takes them for letters.
+    """Words of a prompt that captions of Scenes never have: a vocabulary made of these takes them for letters.
 
     Returns:
         Words, of Chinese characters, in their order; none where the vocabulary is a large one, of words' parts.

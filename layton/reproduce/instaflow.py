@@ -73,12 +73,14 @@ def judge(measured: Measured, context: Context) -> list[Check]:
     straight = _straightness(measured, context)
     teacher = min(straight["teacher"], straight["teacher_guided"])
     flow = straight.get("reflow_alone", straight["reflow"])
+    alone = straight.get("reflow_alone_forwards")
+    spent = "" if alone is None else f" after {alone:,.0f} forward-equivalents"
     checks = [
         Check(
             "straightness S of the 2-rectified flow over the teacher's",
             "lower (figure 6)",
-            f"{flow:.4f} against {straight['teacher']:.4f} (guided {straight['teacher_guided']:.4f}; the flow of the "
-            f"one-step student {straight['reflow']:.4f})",
+            f"{flow:.4f}{spent} against {straight['teacher']:.4f} (guided {straight['teacher_guided']:.4f}; flow of "
+            f"the one-step student {straight['reflow']:.4f})",
             flow / max(teacher, 1e-12),
             "at most",
             0.5,

@@ -199,8 +199,13 @@ def test_shards_that_use_the_same_keys_are_taken_on_request(tmp_path: Path, caps
     call = ["tokenize", shards, "--tokenizer", str(tmp_path / "tokenizer"), "--out", out]
     assert main(call) == 1 and "--repeated-keys, accepts that" in capsys.readouterr().err
     assert main([*call, "--repeated_keys"]) == 0
+    assert "2 images have no caption" in capsys.readouterr().err
     assert list(TokenShards(out).keys) == ["s-000/000001", "s-001/000001"]
     assert main(["data", "check", shards, "--repeated_keys"]) == 0
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    assert main(["tokenize", str(tmp_path / "first"), str(tmp_path / "second"), *call[2:]]) == 2
+    assert "of folders of images only one is taken at a time" in capsys.readouterr().err
     assert main(["tokenize", "s3://bucket/x.tar", "--out", out]) == 1
     assert "must be local files, got 's3://bucket/x.tar'" in capsys.readouterr().err
 

@@ -34,6 +34,7 @@ from layton.tasks.distill import DistillTask
 from layton.training import load_task
 
 CONFIGS = Path(__file__).parents[3] / "configs"
+TEACHER = "--model.init_args.pipeline=elsewhere"
 T = torch.tensor([999, 259])
 SOLVER = {"name": "euler", "num_steps": 2, "guidance_scale": 1.0}
 CASES = [("lcm", "sd"), ("lcm", "sdxl"), ("mlcm", "sd-v"), ("mlcm", "sdxl"), ("scott", "sd-v"), ("scott", "sdxl")]
@@ -177,7 +178,8 @@ def test_a_student_that_changes_pictures(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["distill", *words, "--data", str(CONFIGS / "data" / "picture_pairs.yaml")]) == 0
     told = capsys.readouterr().out
     assert "weights: null" in told and "epoch_length: null" in told and "total_steps: 5" in told
-    assert main(["distill", "one_step_tasks", "--prompts", str(tmp_path / "b.png")]) == 2
+    named = ["--pipeline", str(folder), "--prompts", str(tmp_path / "b.png")]
+    assert main(["distill", "one_step_tasks", *named]) == 2
     assert "learns from pictures" in capsys.readouterr().err
 
 
@@ -226,6 +228,10 @@ def test_a_rank_that_is_asked_for_is_the_rank() -> None:
     assert f"{share}=null" in fit_arguments(hipa, [rank])
     assert not any(word.startswith(share) for word in fit_arguments(hipa, []))
     assert f"{share}=null" not in fit_arguments(hipa, [rank, f"{share}=0.1"])
+    alpha = "--model.init_args.adapter.alpha"
+    assert f"{alpha}=16" in fit_arguments(hipa, [rank])  # whose scale was one
+    assert f"{alpha}=16" not in fit_arguments(hipa, [rank, f"{alpha}=4"])
+    assert not any(word.startswith(alpha) for word in fit_arguments(CONFIGS / "distill" / "lcm.yaml", [rank]))
 
 
 def test_sizes_of_the_real_shapes(tmp_path: Path) -> None:
@@ -398,13 +404,13 @@ def test_wrong_usage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
     cases = {
         "no method 'lcn'; there are": ["lcn"],
         "needs a method; there are": [],
-        "--pairs must be a number": ["reflow", "--pairs", "many"],
-        "takes no pairs that": ["lcm", "--pairs", "3"],
+        "--pairs must be a number": ["reflow", TEACHER, "--pairs", "many"],
+        "takes no pairs that": ["lcm", TEACHER, "--pairs", "3"],
         "no pipeline folder at absent": ["lcm", "--pipeline", "absent"],
         "is no diffusers pipeline folder": ["lcm", "--pipeline=empty"],
         "--pipeline needs a value": ["mlcm", "--pipeline"],
-        "no prompts file at absent.txt": ["mlcm", "--prompts", "absent.txt"],
-        "lcm learns from pictures": ["lcm", "--prompts", "mine.txt"],
+        "no prompts file at absent.txt": ["mlcm", TEACHER, "--prompts", "absent.txt"],
+        "lcm learns from pictures": ["lcm", TEACHER, "--prompts", "mine.txt"],
     }
     for message, words in cases.items():
         assert main(["distill", *words]) == 2

@@ -17,7 +17,7 @@ import torch
 from toy import write_run
 
 import layton.run_files
-from layton.callbacks import CheckpointError
+from layton.callbacks import CheckpointError, SafeCheckpointIO
 from layton.cli import _one_line, main
 from layton.folder import load_tensors
 from layton.ldm.conditions import PromptEncoder
@@ -71,7 +71,13 @@ def test_resume_auto_never_and_continue(tmp_path: Path, capsys: pytest.CaptureFi
     for note in checkpoints.glob("*.ckpt.away"):
         note.rename(note.with_suffix(".json"))
     arguments = ["--config", str(run), "--run_dir", str(tmp_path / "run"), "--ckpt_path", "auto"]
+    capsys.readouterr()
     assert main(["validate", *arguments], allow=["toy"]) == 0
+    assert "fresh weights" not in capsys.readouterr().err
+    assert main(["validate", *arguments[:4]], allow=["toy"]) == 0
+    assert "figures of fresh weights: --ckpt_path auto" in capsys.readouterr().err
+    assert main(["validate", *arguments, "--data.validation", "null"], allow=["toy"]) == 2
+    assert "the data has no validation samples" in capsys.readouterr().err
 
 
 def test_settings_that_cannot_be_continued_leave_the_run_as_it_was(tmp_path: Path) -> None:
@@ -109,6 +115,12 @@ def test_a_task_comes_back_from_its_checkpoint_alone(tmp_path: Path) -> None:
     assert all(torch.equal(averaged.get_parameter(f"part.{name}"), tensor) for name, tensor in exported.items())
     with pytest.raises(CheckpointError, match=r"toy\.ToyTask"):
         load_task(path)
+    for moved, told in (("layton.nowhere.Task", "does not have"), ("layton.lock.lock_folder", "not a LaytonTask")):
+        older = torch.load(path, weights_only=True)
+        older["hyper_parameters"]["_class_path"] = moved
+        SafeCheckpointIO().save_checkpoint(older, tmp_path / "older.ckpt")
+        with pytest.raises(CheckpointError, match=told):
+            load_task(tmp_path / "older.ckpt", allow=["toy"])
 
 
 def test_later_files_win_and_the_written_configuration_replays(tmp_path: Path) -> None:
