@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -38,6 +39,7 @@ def reproduce(
     pipeline: str = "mini",
     tokenizer: str = "mini",
     photographs: list[str] | None = None,
+    images: int | None = None,
     json: Path | None = None,
 ) -> int:
     """Measure one paper's headline claim again: method and baseline from one teacher, with equal seeds and budgets.
@@ -56,6 +58,7 @@ def reproduce(
         pipeline: embedded model or folder of a diffusers text-to-image pipeline, the teacher.
         tokenizer: embedded tokenizer or folder, for the claims layton and laytongen.
         photographs: image folder or tar shards; the claim layton measures its absolute floors there, too.
+        images: test images for FD-effnet and coverage, in place of the scale's number.
         json: write the result to this file as well.
     """
     from layton.lock import lock_folder
@@ -69,7 +72,7 @@ def reproduce(
     if quick and scale not in (None, "quick"):
         raise UsageError(f"--quick is --scale quick: leave one of them out, got --scale {scale} as well")
     chosen = scale or ("quick" if quick else "full")
-    context = _context(claim, chosen, out, pipeline, tokenizer, tuple(photographs or ()))
+    context = _context(claim, chosen, out, pipeline, tokenizer, tuple(photographs or ()), images)
     measure = import_module(CLAIMS[claim]).measure
     with lock_folder(context.out), cut_captions_told_once():
         try:
@@ -98,16 +101,23 @@ def find_claim_configs(claim: str) -> Path:
 
 
 def _context(
-    claim: str, scale: ScaleName, out: Path | None, pipeline: str, tokenizer: str, photographs: tuple[str, ...]
+    claim: str,
+    scale: ScaleName,
+    out: Path | None,
+    pipeline: str,
+    tokenizer: str,
+    photographs: tuple[str, ...],
+    images: int | None = None,
 ) -> Context:
     from layton.reproduce.claim import SCALE_FILE, Context, Scale
 
     configs = find_claim_configs(claim)
+    how_large = Scale.read(configs / SCALE_FILE, scale)
     folder = out if out is not None else Path("runs") / "reproduce" / (claim if scale == "full" else f"{claim}-{scale}")
     return Context(
         out=folder.absolute(),
         configs=configs,
-        scale=Scale.read(configs / SCALE_FILE, scale),
+        scale=how_large if images is None else replace(how_large, images=images),
         pipeline=pipeline,
         tokenizer=tokenizer,
         say=_say,

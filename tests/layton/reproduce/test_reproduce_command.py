@@ -48,10 +48,10 @@ def test_mlcm_against_lcm_and_again_after_an_interruption(
             raise KeyboardInterrupt
 
         patch.setattr(Evaluator, "scene_scores", give_up)
-        assert reproduce("mlcm", teacher) == 130  # the first arm is trained, and its features drawn
+        assert reproduce("mlcm", teacher, "--images=5") == 130  # the first arm is trained, and its features drawn
     done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/**/*.safetensors")}
     assert sum("export" in path.parts for path in done) == 1 and any("features" in path.name for path in done)
-    assert reproduce("mlcm", teacher, "--json=result.json") == 0  # claims that do not hold are results
+    assert reproduce("mlcm", teacher, "--images=5", "--json=result.json") == 0  # claims that do not hold are results
     assert all(path.stat().st_mtime_ns == time for path, time in done.items())
     result = json.loads(Path("result.json").read_text())
     assert result == json.loads(Path("out/result.json").read_text())
@@ -61,7 +61,7 @@ def test_mlcm_against_lcm_and_again_after_an_interruption(
         assert made["stages"]["train"]["steps"] >= 2 or arm == "mlcm"
     assert set(result["figures"]) == {"mlcm-2", "mlcm-4", "mlcm-8", "lcm-4", "teacher-25"}
     assert len(result["figures"]["lcm-4"]["sceneval"]["overall"]) == 2
-    assert result["figures"]["mlcm-4"]["num_images"] == 6 and result["label"] == QUICK_LABEL
+    assert result["figures"]["mlcm-4"]["num_images"] == 5 and result["label"] == QUICK_LABEL
     assert len(result["checks"]) == 3 and result["protocol"]["teacher"] and result["versions"]["diffusers"]
     shown = capsys.readouterr()
     assert QUICK_LABEL in shown.out and "floor at least 3" in shown.out and "trained already" in shown.err
@@ -129,6 +129,8 @@ def test_what_is_missing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert ("this claim needs" in error and "--pipeline" in error) or "--tokenizer" in error
     assert main(["reproduce", "nothing"]) == 2
     assert main(["reproduce", "mlcm", "--photographs", "x"]) == 2
+    assert main(["reproduce", "mlcm", "--images", "1"]) == 1
+    assert "images=1" in capsys.readouterr().err
 
 
 @pytest.mark.slow
