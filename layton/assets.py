@@ -10,24 +10,28 @@ from layton.errors import UsageError
 ASSETS = Path(__file__).parent / "assets"
 # of a part or a tokenizer; of a diffusers pipeline; of a student in few steps
 INDEX_FILES = ("config.json", "model_index.json", "few_step.json")
+# in a tokenizer: its latent diffusion model, and the decoders that others begin with and listen to
+LDM, DIFFUSION, LIGHT = "ldm", "decoders/diffusion", "decoders/light"
 
 
 def resolve(name: Path | str, *, part: str = "") -> Path:
     """The folder that ``name`` means.
 
-    A path that exists wins; otherwise the name of an embedded model, of which ``part`` is a sub-folder; or a
-    name on the Hugging Face hub, of which nothing is downloaded: only what lies in its local cache is found.
+    A path that exists wins, or the part in it, if there is one; otherwise the name of an embedded model, of which
+    ``part`` is a sub-folder; or a name on the Hugging Face hub, of which nothing is downloaded: only what lies in its
+    local cache is found.
 
     Args:
-        name: A folder, or the name of an embedded model such as ``"mini"``.
-        part: Sub-folder of the embedded model, e.g. ``"perceptual"``.
+        name: The part's own folder, that of a tokenizer with the part in it, or the name of an embedded model such as
+            ``"mini"``.
+        part: Sub-folder of the model, e.g. ``"decoders/light"``.
 
     Raises:
         ValueError: If neither exists.
     """
     folder = Path(name)
     if folder.is_dir():
-        return folder
+        return folder / part if (folder / part).is_dir() else folder
     embedded = ASSETS / str(name) / part
     if Path(name).name == str(name) and any((embedded / index).is_file() for index in INDEX_FILES):
         return embedded
@@ -51,18 +55,29 @@ def find_pipeline(name: Path | str) -> Path:
         UsageError: There is none.
     """
     folder, index = Path(name).expanduser(), INDEX_FILES[1]
-    for place in (folder, folder / "ldm"):
+    for place in (folder, folder / LDM):
         if (place / index).is_file():
             return place
     if folder.is_dir():
         raise UsageError(f"{name} is no diffusers pipeline folder: it holds neither {index} nor ldm/{index}")
     try:
-        found = resolve(name, part="ldm")
+        found = resolve(name, part=LDM)
         if not (found / index).is_file():
             raise ValueError(f"{found} holds no {index}")
     except ValueError as error:
         raise UsageError(f"no pipeline folder at {name}, nor one of this name in the Hugging Face cache") from error
     return found
+
+
+def find_autoencoder(name: Path | str) -> Path:
+    """The AutoencoderKL folder that a name means: its own, or that of a pipeline or tokenizer which holds it.
+
+    Raises:
+        ValueError: There is none.
+    """
+    parts = f"{LDM}/vae", "vae"
+    found = resolve(name, part=parts[0])
+    return next((found / part for part in parts if (found / part).is_dir()), found)
 
 
 def _cached(name: str, wanted: Collection[str]) -> Path | None:

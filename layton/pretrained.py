@@ -9,9 +9,7 @@ learns nor holds the features to its codes.
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from layton.assets import resolve
+from layton.assets import LIGHT, resolve
 from layton.encoder import ViTEncoder
 from layton.pixel_decoder import PixelDecoder
 from layton.quantizers import Quantizer
@@ -28,26 +26,20 @@ def vit_encoder(folder: str, *, frozen: bool = False) -> ViTEncoder:
     Raises:
         ValueError: If the folder holds something else.
     """
-    return ViTEncoder.from_pretrained(_part(folder, "encoder")).requires_grad_(not frozen).train(not frozen)
+    return ViTEncoder.from_pretrained(resolve(folder, part="encoder")).requires_grad_(not frozen).train(not frozen)
 
 
 def vqgan_encoder(folder: str, *, frozen: bool = False) -> VQGANEncoder:
     """A saved `VQGANEncoder`; see `vit_encoder`."""
-    return VQGANEncoder.from_pretrained(_part(folder, "encoder")).requires_grad_(not frozen).train(not frozen)
+    return VQGANEncoder.from_pretrained(resolve(folder, part="encoder")).requires_grad_(not frozen).train(not frozen)
 
 
 def quantizer(folder: str, *, frozen: bool = False) -> Quantizer:
     """A saved quantizer of any kind; see `vit_encoder`. Its averages start anew, with equal counts for all codes."""
-    loaded = Quantizer.from_pretrained(_part(folder, "quantizer"))
+    loaded = Quantizer.from_pretrained(resolve(folder, part="quantizer"))
     return loaded.freeze() if frozen else loaded.train()
 
 
 def pixel_decoder(folder: str, *, frozen: bool = False) -> PixelDecoder:
     """A saved `PixelDecoder`; see `vit_encoder`."""
-    return PixelDecoder.from_pretrained(_part(folder, "decoders/light")).requires_grad_(not frozen).train(not frozen)
-
-
-def _part(folder: str, name: str) -> Path:
-    """A part's own folder, also of a tokenizer's or an embedded one's that it is in."""
-    root = resolve(folder)
-    return root / name if (root / name).is_dir() else root
+    return PixelDecoder.from_pretrained(resolve(folder, part=LIGHT)).requires_grad_(not frozen).train(not frozen)

@@ -10,6 +10,7 @@ import torch
 
 from distill.condition import Condition
 from distill.methods.pairs import DEFAULT_SOLVER, TeacherSolver
+from layton.assets import DIFFUSION, LDM, LIGHT, resolve
 from layton.data.sources import SampleSource
 from layton.decoders.consistency import ConsistencyDecoder
 from layton.decoders.latent import read_network
@@ -32,8 +33,8 @@ class DecoderPairs(SampleSource):
     Args:
         source: Samples with ``codes`` and ``latent``, usually a `layton.ldm.cache.CachedLatents`; only the shape of
             their latents counts.
-        ldm: Diffusers pipeline folder.
-        tokenizer: Folder with ``quantizer/``, whose codes they are.
+        ldm: Diffusers pipeline folder, or the name of an embedded one.
+        tokenizer: Folder with ``encoder/`` and ``quantizer/``, or ``mini``, whose codes they are.
         decoder: The teacher: stage 1's export, or one of what was distilled from it, such as a 2-rectified flow.
         folder: Where the pairs lie.
         base: Stage 1's export, for a teacher that was distilled from it.
@@ -73,6 +74,12 @@ class DecoderPairs(SampleSource):
                 f"pairs of a code decoder need codes, latents and no guidance; got {list(first)}, {solver}"
             )
         self._source = source
+        ldm, tokenizer = str(resolve(ldm, part=LDM)), str(resolve(tokenizer))
+        decoder, base = (
+            str(resolve(decoder, part=DIFFUSION)),
+            None if base is None else str(resolve(base, part=DIFFUSION)),
+        )
+        reader = None if reader is None else str(resolve(reader, part=LIGHT))
         channels, height, width = first["latent"].shape
         count = len(source) if num_pairs is None else num_pairs
         plan = PairPlan(count, (channels, height, width), solver, seed, part_size, batch_size, ("codes",))

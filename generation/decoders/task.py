@@ -27,15 +27,15 @@ class OneStepDecoderTask(ConsistencyDecoderTask):
     originals too, which the papers, text to image, have no counterpart of: codes say nearly all of a picture.
 
     Args:
-        ldm: Diffusers pipeline folder.
-        tokenizer: Folder with ``encoder/`` and ``quantizer/``, whose codes the batches hold.
-        decoder: Stage 1's export: where the student starts, and the teacher.
+        ldm: See `ConsistencyDecoderTask`.
+        tokenizer: See there.
+        decoder: See there.
         name: Which decoder comes out.
         method: How it is distilled.
         optimizer: Makes the optimizer.
         lr_scheduler: Makes the learning-rate schedule.
         adaptation: Which weights are trained; for HiPA, adaptors on attention.
-        reader: Folder of the light decoder, where the student listens to it; see `ConsistencyDecoderTask`.
+        reader: See there.
         start: A finished export ``decoder/`` of the same adaptation to go on from: for InstaFlow's second half, the
             2-rectified flow, which then is the teacher, too.
         pixels: How one-step pictures are supervised; None without.

@@ -162,6 +162,7 @@ class LaytonGenTask(LaytonTask):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch, ()."""
+        self.look_at_captions(batch["caption"])
         terms, weights = self.supervised_terms(batch)
         return self.log_losses(terms, weights=weights, batch_size=len(batch["caption"]))
 

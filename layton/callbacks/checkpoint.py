@@ -28,14 +28,14 @@ class SafeCheckpoint(ModelCheckpoint):
         every_n_train_steps: save after so many optimizer steps; None to save by time or metric only.
         every_minutes: save after so many minutes of training; excludes every_n_train_steps.
         keep: how many are kept, the newest ones, or the best ones when monitor is given; -1 for all.
-        monitor: a logged metric, for example ``"val/loss"``; saves after validation then.
+        monitor: a logged metric, for example ``"val/loss"``; saves after validation then, and at no other time.
         mode: whether the smallest or the largest value of monitor is the best.
         dirpath: another folder than ``<run folder>/checkpoints``.
         filename: name pattern without suffix, as in ModelCheckpoint.
         in_background: write files in a thread while training goes on; takes the memory of one more checkpoint.
 
     Raises:
-        ValueError: keep is 0 or below -1, or nothing says when to save.
+        ValueError: keep is 0 or below -1, or nothing, or both of two, say when to save.
     """
 
     def __init__(
@@ -53,6 +53,11 @@ class SafeCheckpoint(ModelCheckpoint):
             raise ValueError(f"keep must be positive, or -1 for all, got {keep}")
         if every_n_train_steps is None and every_minutes is None and monitor is None:
             raise ValueError("say when to save: every_n_train_steps, every_minutes or monitor")
+        if monitor is not None and (every_n_train_steps is not None or every_minutes is not None):
+            raise ValueError(
+                f"a callback with a monitor ({monitor}) saves after validation: have another one save every so often. "
+                "On the command line, --trainer.callbacks.init_args means the last callback of the list"
+            )
         self.periodic = monitor is None
         self._in_background = in_background
         self._loops_at_step: dict[str, Any] | None = None

@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from einops import rearrange
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 from torch import Tensor
 
 from layton.callbacks.ema import averaged_weights
-from layton.folder import write_atomically
+from layton.data.images import to_image
+from layton.pictures import Cell, Row, save_png, sheet
 from layton.tasks.base import LaytonTask
 
 GRID_FOLDER = "grids"
@@ -75,29 +76,27 @@ class PictureGrid(Callback):
         for module, mode in modes.items():
             module.training = mode
         if rows:
-            self._write(trainer, picture_array(rows, max_images=self.max_images))
+            self._write(trainer, rows)
 
-    def _write(self, trainer: Trainer, pixels: Tensor) -> None:
-        picture = Image.fromarray(pixels.numpy())
+    def _write(self, trainer: Trainer, rows: dict[str, Tensor]) -> None:
+        picture = labelled(rows, title=f"step {trainer.global_step:,}", max_images=self.max_images)
         path = Path(trainer.default_root_dir) / GRID_FOLDER / f"step={trainer.global_step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
+        save_png(picture, path)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image(key="grid", images=[picture], step=trainer.global_step)
             elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("grid", pixels.numpy(), trainer.global_step, dataformats="HWC")
+                logger.experiment.add_image("grid", np.asarray(picture), trainer.global_step, dataformats="HWC")
 
 
-def picture_array(rows: dict[str, Tensor], *, max_images: int) -> Tensor:
-    """Join named rows of pictures to one.
+def labelled(rows: dict[str, Tensor], *, title: str, max_images: int) -> Image.Image:
+    """Named rows of pictures on one sheet.
 
     Args:
-        rows: (B, 3, H, W) in [-1, 1] each; rows of different H, W are resized to the largest by nearest neighbour.
+        rows: (B, 3, H, W) in [-1, 1] each, NaN is black; smaller ones are enlarged to the largest.
+        title: The line at the top.
         max_images: columns taken from B.
-
-    Returns:
-        (rows * H, columns * W, 3) uint8 on the CPU.
 
     Raises:
         ValueError: no rows, or a row that is not (B, 3, H, W).
@@ -105,14 +104,12 @@ def picture_array(rows: dict[str, Tensor], *, max_images: int) -> Tensor:
     wrong = {name: tuple(images.shape) for name, images in rows.items() if images.ndim != 4 or images.shape[1] != 3}
     if wrong or not rows:
         raise ValueError(f"picture_grid must return at least one row, each (B, 3, H, W); got {wrong or rows}")
-    columns = min(max_images, *(images.shape[0] for images in rows.values()))
-    height, width = (max(images.shape[axis] for images in rows.values()) for axis in (2, 3))
-    resized = [
-        torch.nn.functional.interpolate(images[:columns].detach().float().cpu(), size=(height, width), mode="nearest")
-        for images in rows.values()
-    ]
-    joined = rearrange(torch.stack(resized), "r b c h w -> (r h) (b w) c")
-    return ((joined.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    cells = {
+        name: [Cell(to_image(image.float().nan_to_num(nan=-1.0))) for image in images[:max_images]]
+        for name, images in rows.items()
+    }
+    side = max(max(images.shape[2:]) for images in rows.values())
+    return sheet([Row(name, row) for name, row in cells.items()], title=title, cell=side)
 
 
 def _first_validation_batch(trainer: Trainer) -> Any:

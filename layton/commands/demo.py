@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from layton.commands.images import FittedImage
-    from layton.commands.pictures import Cell, Row
+    from layton.pictures import Cell, Row
     from layton.sceneval import PromptSpec
     from layton.tokenizer import LaytonTokenizer
 
@@ -54,8 +54,8 @@ def demo(
         device: where to run; the accelerator if there is one.
         allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
     """
-    from layton.commands.pictures import sheet
     from layton.loading import load_tokenizer
+    from layton.pictures import sheet
     from layton.staging import staged
 
     started = time.perf_counter()
@@ -96,9 +96,9 @@ def sample_images(size: int) -> list[FittedImage]:
 def reconstruct_samples(model: LaytonTokenizer, name: str) -> tuple[list[Row], dict[str, Any]]:
     """Rows of pictures (originals, then one row for each decoder) and figures by decoder."""
     from layton.commands.measures import ImageMeasures, mean_figures
-    from layton.commands.pictures import Cell, Row
     from layton.commands.reconstruction import Reconstructor
     from layton.loading import describe
+    from layton.pictures import Cell, Row
 
     samples, measures = sample_images(model.image_size), ImageMeasures()
     rows = [Row("originals", [Cell(item.original or item.square, item.name) for item in samples])]
@@ -142,7 +142,7 @@ def generate_by_laytongen(
     """Prompts of every task as tokens, shown by every decoder; the report counts those of the default decoder."""
     from PIL import Image
 
-    from layton.commands.pictures import Cell, Row
+    from layton.pictures import Cell, Row
     from layton.sceneval import make_prompts
     from layton.sceneval.report import PROTOCOL
 
@@ -199,7 +199,7 @@ def _judge(drawn: Sequence[tuple[int, PromptSpec, NDArray[np.uint8]]]) -> tuple[
     """Rows of pictures by task with the checker's verdict under each, and the verdicts."""
     from PIL import Image
 
-    from layton.commands.pictures import Cell, Row
+    from layton.pictures import Cell, Row
     from layton.sceneval import check
 
     rows: dict[str, list[Cell]] = {}

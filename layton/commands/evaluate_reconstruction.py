@@ -176,11 +176,8 @@ def autoencoder_alone(folder: Path, device: str | None) -> Subject:
     from layton.devices import choose_device
     from layton.ldm.autoencoder import Autoencoder
 
-    place = folder if (folder / "config.json").is_file() else folder / "vae"
-    if not (place / "config.json").is_file():
-        raise ValueError(f"{folder} holds no AutoencoderKL: neither config.json nor vae/config.json")
     target = choose_device(device)
-    model = Autoencoder.from_pretrained(place).to(target).float().eval()
+    model = Autoencoder.from_pretrained(folder).to(target).float().eval()
 
     @torch.no_grad()
     def reconstruct(images: Tensor) -> Tensor:

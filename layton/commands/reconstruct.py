@@ -111,9 +111,9 @@ def _write_pictures(
     one: Reconstructor, fitted: Iterable[FittedImage], folder: Path, *, batch_size: int, on_batch: Callable[[int], Any]
 ) -> list[ReconstructedFile]:
     from layton.commands.measures import in_words
-    from layton.commands.pictures import Cell, side_by_side
     from layton.data.threads import batched
     from layton.loading import describe
+    from layton.pictures import Cell, side_by_side
     from layton.staging import SafeNames
 
     decoder = describe(one.tokenizer.decoder(one.decoder), one.decoder, one.num_steps)

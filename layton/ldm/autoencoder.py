@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from layton.assets import find_autoencoder
 from layton.modules import require_weights, variant_of
 
 _AT_ONCE = 2**20  # pixels
@@ -108,8 +109,8 @@ class Autoencoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> Autoencoder:
-        """Read a diffusers AutoencoderKL folder."""
-        return cls(load_autoencoder(folder))
+        """Read a diffusers AutoencoderKL: its folder, or what `layton.assets.find_autoencoder` finds it in."""
+        return cls(load_autoencoder(find_autoencoder(folder)))
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w), the mean of the posterior."""
@@ -158,7 +159,7 @@ def load_autoencoder(folder: Path | str) -> AutoencoderKL:
         ValueError: If the folder holds none.
     """
     if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"{folder} holds no autoencoder: there is no config.json")
+        raise ValueError(f"{folder} holds no AutoencoderKL: neither config.json nor vae/config.json")
     model: AutoencoderKL = AutoencoderKL.from_pretrained(
         str(folder),
         torch_dtype=torch.float32,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from layton.assets import find_autoencoder, resolve
 from layton.data.cache import CachedTensors
 from layton.data.geometry import Geometry
 from layton.data.loader import collate
@@ -36,9 +37,10 @@ class CachedLatents(SampleSource):
 
     Args:
         source: Images of equal size. Latents are of this size, codes of the tokenizer's, to which images are resized.
-        autoencoder: Folder of the AutoencoderKL.
+        autoencoder: Folder of the AutoencoderKL, or of a pipeline or tokenizer that holds it, or ``mini``.
         folder: Where the cache lies.
-        tokenizer: Folder with ``encoder/`` and ``quantizer/`` (an export of stage 0); None caches no codes.
+        tokenizer: Folder with ``encoder/`` and ``quantizer/`` (an export of stage 0 or a tokenizer), or ``mini``; None
+            caches no codes.
         num_samples: How many; more than the source has means that its augmentation is drawn anew each time round.
         batch_size: Images encoded at once.
         images: Samples also hold ``image`` (3, H, W) in [-1, 1], the very one that the latent was made of. ``"read"``
@@ -66,6 +68,8 @@ class CachedLatents(SampleSource):
     ) -> None:
         if images not in get_args(Images):
             raise ValueError(f"images must be one of {get_args(Images)}, got {images!r}")
+        autoencoder = str(find_autoencoder(autoencoder))
+        tokenizer = None if tokenizer is None else str(resolve(tokenizer))
         self._source, self._images, self._fresh_captions = source, images, fresh_captions
         self._tokenizer = tokenizer
         count = len(source) if num_samples is None else num_samples
@@ -222,9 +226,10 @@ def code_size(tokenizer: str | Path) -> int | None:
     Codes are always of such squares, whatever the size of the images that are decoded from them (arXiv 2503.08377,
     section 3: 256 tokens for an image of 1024 pixels).
     """
-    if not (Path(tokenizer) / CONFIG_NAME).is_file():
+    place = resolve(tokenizer) / CONFIG_NAME
+    if not place.is_file():
         return None
-    found = json.loads((Path(tokenizer) / CONFIG_NAME).read_text(encoding="utf-8")).get("image_size")
+    found = json.loads(place.read_text(encoding="utf-8")).get("image_size")
     return None if found is None else int(found)
 
 
@@ -243,7 +248,7 @@ def load_code_parts(folder: str | Path, *, frozen: bool = True) -> tuple[Any, An
     """Encoder and quantizer of an export of stage 0 or of a tokenizer folder.
 
     Args:
-        folder: The export or the tokenizer.
+        folder: The export or the tokenizer, or the name of an embedded one.
         frozen: Both in evaluation mode and as they are; else both in training mode and learning.
 
     Raises:
@@ -254,7 +259,7 @@ def load_code_parts(folder: str | Path, *, frozen: bool = True) -> tuple[Any, An
     from layton.quantizers import Quantizer
     from layton.tokenizer import resolve_class
 
-    root = Path(folder)
+    root = resolve(folder)
     encoder = resolve_class(read_class(root / "encoder"), ImageEncoder).from_pretrained(root / "encoder")
     quantizer = Quantizer.from_pretrained(root / "quantizer")
     if not frozen:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from layton.assets import find_autoencoder
 from layton.data.loader import OrderedLoader, ResumableLoader
 from layton.data.module import ImageDataModule
 from layton.data.sources import ImageSource
@@ -21,7 +22,7 @@ class LatentDataModule(ImageDataModule):
 
     Args:
         train: Pictures to train on.
-        autoencoder: Folder of the AutoencoderKL, usually ``PIPELINE/vae``.
+        autoencoder: Folder of the AutoencoderKL, or of the pipeline that holds it.
         cache: Folder of the caches.
         in_memory: All latents in memory, in every process; otherwise they are read from disk one by one (131 kB for an
             image of 1024 pixels).
@@ -62,7 +63,7 @@ class LatentDataModule(ImageDataModule):
             num_workers=num_workers,
             seed=seed,
         )
-        self.autoencoder, self.cache, self.in_memory = Path(autoencoder), Path(cache), in_memory
+        self.autoencoder, self.cache, self.in_memory = find_autoencoder(autoencoder), Path(cache), in_memory
 
     def prepare_data(self) -> None:
         """Encode what is not in the cache yet, in one process."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class LaytonTask(LightningModule, ABC):
         self._randomness = Randomness()
         self.on_losses: Callable[[LaytonTask, dict[str, Tensor]], None] | None = None  # see `GradientNorms`
         self._sums: dict[str, tuple[Tensor, int]] = {}
+        self._looked_at_captions = False
         self._cycles: list[tuple[OneCycleLR, dict[str, Any]]] = []
         if _given_hyperparameters.get() is not None:
             # Built by the command line: the parsed run file (plain data) goes into the checkpoint and
@@ -231,6 +232,15 @@ class LaytonTask(LightningModule, ABC):
         held = [part.module if isinstance(part, Frozen) else part for part in self.modules()]
         return sorted({part.measure for part in held if isinstance(part, PublishedPerceptualLoss)})
 
+    def look_at_captions(self, captions: Sequence[str]) -> None:
+        """Warn if none of a run's first batch says anything: a model of captions would learn without them."""
+        if not self._looked_at_captions and not any(captions):
+            rank_zero_warn(
+                "no image of the first batch has a caption: this run learns from captions, which lie in a .txt beside "
+                "each image, in captions.jsonl or metadata.jsonl, or are the names of folders (classes: true)"
+            )
+        self._looked_at_captions = True
+
     def on_fit_start(self) -> None:
         """Say which perceptual measures were found, and warn of training in half precision.
 
@@ -315,6 +325,20 @@ class LaytonTask(LightningModule, ABC):
         if isinstance(scheduler, MonitoredPlateau):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def required(batch: Mapping[str, Any], *names: str) -> list[Tensor]:
+    """The tensors that a task learns from.
+
+    Raises:
+        ValueError: The data have others.
+    """
+    if missing := [name for name in names if name not in batch]:
+        source = "" if missing == ["image"] else ": take layton.ldm.cache.CachedLatents (codes need its tokenizer)"
+        raise ValueError(
+            f"this task learns from {', '.join(names)}, but batches hold {', '.join(sorted(batch))} only{source}"
+        )
+    return [batch[name] for name in names]
 
 
 def _extent(cycle: OneCycleLR) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from distill.denoiser import Condition
 from distill.method import DistillationMethod, DistillBatch, MethodOutput, Networks
+from layton.assets import DIFFUSION, LDM, LIGHT, resolve
 from layton.decoders.consistency import ConsistencyDecoder, sampling_at
 from layton.decoders.difference import Adaptation, adapt, copy_sharing
 from layton.decoders.latent import read_network
@@ -21,7 +22,7 @@ from layton.ldm.unet import use_fast_attention
 from layton.losses.pixel_supervision import PixelExample, PixelSupervision
 from layton.losses.reconstruction import psnr
 from layton.pixel_decoder import CodeReader, PixelDecoder
-from layton.tasks.base import LRSchedulerCallable, OptimizerCallable
+from layton.tasks.base import LRSchedulerCallable, OptimizerCallable, required
 from layton.tasks.critics import CriticSettings, attach_networks
 from layton.tasks.manual import ManualTask
 from layton.tasks.text_to_image import draw
@@ -39,17 +40,18 @@ class ConsistencyDecoderTask(ManualTask):
     be configured without.
 
     Args:
-        ldm: Diffusers pipeline folder.
-        tokenizer: Folder with ``encoder/`` and ``quantizer/``, whose codes the batches hold.
-        decoder: Stage 1's export, a `layton.ladd.LADD` folder: where the student starts, and the teacher.
+        ldm: Diffusers pipeline folder, or the name of an embedded one.
+        tokenizer: Folder with ``encoder/`` and ``quantizer/``, or ``mini``, whose codes the batches hold.
+        decoder: Stage 1's export, a `layton.ladd.LADD` folder, or a tokenizer with one: where the student starts, and
+            the teacher.
         optimizer: Makes the optimizer.
         lr_scheduler: Makes the learning-rate schedule.
         critic_optimizer: Makes the optimizer of the method's own networks, if it has any.
         critic: What these networks are; by default heads on the features of the teacher. Distribution matching gets a
             copy of it.
         adaptation: Which weights are trained.
-        reader: Folder of a light decoder, as stage 0 exports it, whose transformer the student is to listen to
-            (`layton.ladd.LADD.listen_to`); None trains as the paper does.
+        reader: Folder of a light decoder, as stage 0 exports it, or of a tokenizer with one, whose transformer the
+            student is to listen to (`layton.ladd.LADD.listen_to`); None trains as the paper does.
         start: A finished stage-2 export ``decoder/`` to go on from, of the same adaptation; one without a reader, too.
         method: How it is distilled; None without.
         pixels: How it is supervised in pixels; None without.
@@ -101,6 +103,7 @@ class ConsistencyDecoderTask(ManualTask):
             raise ValueError(f"pixel_targets must be one of {get_args(PixelTargets)}, got {pixel_targets!r}")
         if pixel_targets == "light" and reader is None:
             raise ValueError("pixel_targets 'light' are a light decoder's pictures: give its folder as reader")
+        reader = None if reader is None else str(resolve(reader, part=LIGHT))
         _, self.quantizer = load_code_parts(tokenizer)
         self.method = method if distillation_weight else None
         self.pixels = pixels if pixel_weight else None
@@ -110,7 +113,7 @@ class ConsistencyDecoderTask(ManualTask):
         self.default_steps, self.latents_per_token = default_steps, latents_per_token
         self.gradient_clip = gradient_clip
         # Heads on the teacher's features by default: these cost no second copy and need no checkpoint.
-        self._take(ldm, decoder, adaptation or Adaptation(), reader)
+        self._take(resolve(ldm, part=LDM), resolve(decoder, part=DIFFUSION), adaptation or Adaptation(), reader)
         if gradient_checkpointing:
             self.ladd.enable_gradient_checkpointing()
         self._light: list[nn.Module] = []  # in a list: no part of this model
@@ -123,9 +126,9 @@ class ConsistencyDecoderTask(ManualTask):
         self._make_critic_optimizer = critic_optimizer
         self.automatic_optimization = not self.critic_parameters()
 
-    def _take(self, ldm: str, decoder: str, adaptation: Adaptation, reader: str | None) -> None:
+    def _take(self, ldm: Path, decoder: Path, adaptation: Adaptation, reader: str | None) -> None:
         """Student and teacher from stage 1; what is not trained exists once."""
-        self.ladd, autoencoder = read_network(Path(decoder), ldm, reader=reader)
+        self.ladd, autoencoder = read_network(decoder, ldm, reader=reader)
         self._autoencoder = [autoencoder.requires_grad_(False).eval()]  # in a list: no part of this model
         # A LoRA of stage 1 is folded into the student's weights: a teacher that shared them would have it twice.
         parts = adaptation.parts().items() if self.ladd.lora is None else ()
@@ -244,7 +247,8 @@ class ConsistencyDecoderTask(ManualTask):
 
     def _inputs(self, batch: dict[str, Any]) -> tuple[Tensor, Condition]:
         """Latents (B, C, h, w) and code embeddings (B, d, h', w')."""
-        x_0, codes = batch["latent"].float(), batch["codes"].long()
+        latents, codes = required(batch, "latent", "codes")
+        x_0, codes = latents.float(), codes.long()
         side = int(codes.shape[1] ** 0.5)
         if x_0.shape[-1] != round(side * self.latents_per_token):
             raise ValueError(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.denoiser import Condition
+from layton.assets import LDM, LIGHT, resolve
 from layton.control import PAPER_CHANNELS, LoraSettings, null_caption
 from layton.decoders import DiffusionDecoder
 from layton.folder import WEIGHTS_NAME, load_config, load_tensors
@@ -19,7 +20,7 @@ from layton.ldm.cache import at_code_size, code_size, load_code_parts, require_c
 from layton.ldm.unet import use_fast_attention
 from layton.losses.reconstruction import psnr
 from layton.pixel_decoder import CodeReader
-from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
+from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable, required
 from layton.tasks.text_to_image import draw
 from layton.tasks.tokenizer import tell_health
 
@@ -32,8 +33,8 @@ class DecoderTask(LaytonTask):
     following its features.
 
     Args:
-        ldm: Diffusers pipeline folder.
-        tokenizer: Folder with ``encoder/`` and ``quantizer/`` from stage 0.
+        ldm: Diffusers pipeline folder, or the name of an embedded one.
+        tokenizer: Folder with ``encoder/`` and ``quantizer/`` (an export of stage 0 or a tokenizer), or ``mini``.
         optimizer: Makes the optimizer.
         lr_scheduler: Makes the learning-rate schedule.
         train_tokenizer: Train encoder and codebook jointly.
@@ -42,8 +43,8 @@ class DecoderTask(LaytonTask):
         lora: Adaptors on the UNet that learn with the branch, as the released decoder has them; None for none.
         time_shift: Of the times trained at, see `layton.tasks.text_to_image.draw`. With little noise the UNet needs no
             codes, so what they say is learnt at noisy times.
-        reader: Folder of a light decoder, as stage 0 exports it, whose transformer the branch is to listen to
-            (`layton.ladd.LADD.listen_to`); None trains as the paper does.
+        reader: Folder of a light decoder, as stage 0 exports it, or of a tokenizer with one, whose transformer the
+            branch is to listen to (`layton.ladd.LADD.listen_to`); None trains as the paper does.
         start: Finished ``decoder/`` to go on from, of equal shape; it may have learnt on an earlier state of the LDM,
             without adaptors, and without the reader.
         gradient_checkpointing: Backward passes compute blocks anew instead of keeping what is in them: less memory for
@@ -74,6 +75,7 @@ class DecoderTask(LaytonTask):
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
         if train_tokenizer and reader is not None:
             raise ValueError("the reader knows the codes as they are: with train_tokenizer leave it out")
+        ldm = str(resolve(ldm, part=LDM))
         self.encoder, self.quantizer = load_code_parts(tokenizer, frozen=not train_tokenizer)
         self.train_tokenizer, self.code_size = train_tokenizer, code_size(tokenizer)
         self.ladd = LADD.from_pipeline(
@@ -87,7 +89,7 @@ class DecoderTask(LaytonTask):
         if gradient_checkpointing:
             self.ladd.enable_gradient_checkpointing()
         if reader is not None:
-            self.ladd.listen_to(CodeReader.from_pretrained(reader))
+            self.ladd.listen_to(CodeReader.from_pretrained(resolve(reader, part=LIGHT)))
         if start is not None:
             weights = Path(start) / WEIGHTS_NAME
             learnt = load_config(Path(start), expected_class=CLASS_NAME).get("reader_fingerprints")
@@ -127,13 +129,13 @@ class DecoderTask(LaytonTask):
     def _inputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Latents (B, C, h, w), code embeddings (B, d, h', w'), codebook loss ()."""
         if self.train_tokenizer:
-            images = batch["image"]
+            (images,) = required(batch, "image")
             with torch.no_grad():
                 x_0 = self._autoencoder[0].to(self.device).encode(images).float()
             output = self.quantizer(self.encoder(at_code_size(images, self.code_size)).float())
             return x_0, output.embeddings, output.loss
-        x_0 = batch["latent"].float()
-        codes = batch["codes"].long()
+        latents, codes = required(batch, "latent", "codes")
+        x_0, codes = latents.float(), codes.long()
         side = int(codes.shape[1] ** 0.5)
         return x_0, self.quantizer.codes_to_embeddings(codes, (side, side)), x_0.new_zeros(())
 

@@ -276,6 +276,8 @@ class DistillTask(ManualTask):
 
     def _train(self, batch: dict[str, Any]) -> None:
         student, *critics = self.all_optimizers()
+        if "caption" in batch:
+            self.look_at_captions(batch["caption"])
         inputs, step = self.distill_batch(batch), self.global_step
         with self.turn_of(student):
             output = self.method.losses(self.networks, inputs, step=step, generator=self._generator("student"))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distill.methods.latent_perceptual import LatentPerceptualNet
 from layton.distillation.latent_perceptual import save_latent_perceptual
-from layton.tasks.base import LRSchedulerCallable, OptimizerCallable
+from layton.tasks.base import LRSchedulerCallable, OptimizerCallable, required
 from layton.tasks.distortion import DistortionTask, blurred, coarsened, rescaled, warped
 
 
@@ -93,8 +93,7 @@ class LatentPerceptualTask(DistortionTask):
 
     def samples(self, batch: dict[str, Any]) -> Tensor:
         """Latents (B, C, h, w)."""
-        latents: Tensor = batch["latent"].float()
-        return latents
+        return required(batch, "latent")[0].float()
 
     def damage(self, samples: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """See `DistortionTask.damage`; some of the samples are noised as well."""

@@ -25,7 +25,7 @@ from layton.ldm.positions import PlaceTeacher
 from layton.ldm.teacher import open_pipeline
 from layton.ldm.text import TextConditioner, build_text_encoder, build_tokenizer, read_text_parts, tell_places
 from layton.ldm.unet import build_unet, use_fast_attention
-from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
+from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable, required
 
 ADAPTER = "lora"  # where an export's adaptors lie
 
@@ -136,14 +136,17 @@ class TextToImageTask(LaytonTask):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch, ()."""
+        self.look_at_captions(batch["caption"])
         generator = self.step_generator("diffusion", device="cpu")
         dropped = torch.rand(len(batch["caption"]), generator=generator) < self.caption_dropout
         captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), batch["caption"], strict=True)]
-        return self._loss(batch["latent"].float(), captions, generator)
+        return self._loss(required(batch, "latent")[0].float(), captions, generator)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss at times and noises that depend on the batch's position only, ()."""
-        return self._loss(batch["latent"].float(), batch["caption"], torch.Generator().manual_seed(batch_idx))
+        return self._loss(
+            required(batch, "latent")[0].float(), batch["caption"], torch.Generator().manual_seed(batch_idx)
+        )
 
     def _loss(self, x_0: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
         t, eps = draw(x_0, generator, shift=self.time_shift, logit_normal=self.logit_normal)

@@ -38,6 +38,7 @@ from layton.pixel_decoder import PixelDecoder
 from layton.quantizers import CosineVQ
 from layton.tasks.consistency_decoder import ConsistencyDecoderTask
 from layton.tasks.critics import CriticSettings
+from layton.tasks.decoder import DecoderTask
 
 SIZE = 64  # pixels; 4 tokens and 4 latents along a side
 FACTOR = 16
@@ -72,6 +73,26 @@ def make_task(world: Path, **options: Any) -> ConsistencyDecoderTask:
         optimizer=partial(torch.optim.SGD, lr=0.1),
         **options,
     )
+
+
+def test_parts_are_found_in_a_tokenizer(world: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "tokenizer"
+    shutil.copytree(world / "tok", whole)
+    shutil.copytree(world / "ldm", whole / "ldm")
+    for name in ("diffusion", "light"):
+        shutil.copytree(world / name, whole / "decoders" / name)
+    optimizer = partial(torch.optim.SGD, lr=0.1)
+    task = ConsistencyDecoderTask(
+        *[str(whole)] * 3, optimizer=optimizer, reader=str(whole), method=MLCM(guidance_scale=1.0)
+    )
+    apart = make_task(world, reader=str(world / "light"), method=MLCM(guidance_scale=1.0))
+    for ours, theirs in zip(task.ladd.parameters(), apart.ladd.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    DecoderTask(*[str(whole)] * 2, optimizer=optimizer, embedding_channels=(8,), reader=str(whole))
+    with pytest.raises(
+        ValueError, match=r"learns from latent, codes, but batches hold image only: take .*CachedLatents"
+    ):
+        task.validation_step({"image": torch.zeros(1, 3, 8, 8)}, 0)
 
 
 def make_batch(count: int = 2) -> dict[str, Any]:

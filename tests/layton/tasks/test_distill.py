@@ -353,6 +353,18 @@ def test_cached_prompts_train_as_live_ones_do(folder: Path, tmp_path: Path) -> N
     assert images.x_0 is not None and images.x_0.shape == (2, 4, 8, 8)
 
 
+def test_data_without_captions_are_told_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    fit(make(folder, MLCM()), 1, tmp_path)
+    assert not any("has a caption" in str(warning.message) for warning in recwarn)
+    real = Latents.sample
+    monkeypatch.setattr(Latents, "sample", lambda *a, **options: {**real(*a, **options), "caption": ""})
+    with pytest.warns(match=r"no image of the first batch has a caption.*captions\.jsonl") as told:
+        fit(make(folder, MLCM()), 2, tmp_path)
+    assert sum("has a caption" in str(warning.message) for warning in told) == 1
+
+
 def test_grids_have_a_row_for_each_number_of_steps(folder: Path) -> None:
     task = make(folder, MLCM(), preview_steps=(1, 2, 4, 8, 50)).eval()
     with torch.no_grad():

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,7 +30,7 @@ from layton.callbacks import (
     SafeCheckpoint,
     averaged_weights,
 )
-from layton.callbacks.grid import picture_array
+from layton.callbacks.grid import labelled
 from layton.callbacks.progress import batch_size
 from layton.tasks.seeding import derive_seed
 
@@ -135,16 +136,20 @@ def test_pictures_leave_no_trace_in_training(tmp_path: Path) -> None:
     grids = sorted((tmp_path / "a" / "grids").iterdir())
     assert [path.name for path in grids] == [f"step={step:08d}.png" for step in (2, 4, 6)]
     with Image.open(grids[0]) as picture:
-        assert picture.size == (8, 8)
+        picture.verify()
 
 
-def test_picture_array_known_answer() -> None:
-    rows = {"black": torch.full((3, 3, 1, 1), -1.0), "white": torch.full((3, 3, 2, 2), 5.0)}
-    pixels = picture_array(rows, max_images=2)
-    assert pixels.shape == (4, 4, 3) and pixels.dtype == torch.uint8
-    assert bool((pixels[:2] == 0).all()) and bool((pixels[2:] == 255).all())
+def test_grids_show_named_rows_one_below_the_other() -> None:
+    rows = {"black": torch.full((3, 3, 16, 16), torch.nan), "large": torch.full((3, 3, 32, 32), 0.2)}
+    picture = labelled(rows, title="step 5", max_images=2)
+    columns, black = np.array(picture), np.array([0, 0, 0])
+    assert (columns == black).all(
+        -1
+    ).sum() == 2 * 32**2  # of two images, as large as the others; ink is not quite black
+    assert (columns == 153).all(-1).sum() == 2 * 32**2
+    assert np.argwhere((columns == black).all(-1))[:, 0].max() < np.argwhere((columns == 153).all(-1))[:, 0].min()
     with pytest.raises(ValueError, match="wrong"):
-        picture_array({"wrong": torch.zeros(2, 1, 4, 4)}, max_images=2)
+        labelled({"wrong": torch.zeros(2, 1, 4, 4)}, title="", max_images=2)
 
 
 def test_progress_lines_tell_speed_and_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,6 +216,8 @@ def test_plateau_schedule_gets_its_metric() -> None:
 
 
 def test_best_by_a_metric_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"monitor \(val/loss\) saves after validation.*last callback"):
+        SafeCheckpoint(monitor="val/loss", every_n_train_steps=5)
     best = SafeCheckpoint(monitor="val/loss", keep=1)
     fit(tmp_path, toy_task(), [best], max_steps=15)
     assert len(list((tmp_path / "checkpoints").glob("best-*.ckpt"))) == 1 and best.best_model_score is not None
