@@ -32,7 +32,7 @@ PREFERRED_DECODERS = ("consistency", "diffusion", "light")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedImages:
-    """Codes of images and what is needed to give them back their sizes.
+    """Codes of images and what is needed to give them back their sizes; ``encoded[2:4]`` are those of some.
 
     Attributes:
         codes: (B, N) int64.
@@ -41,6 +41,19 @@ class EncodedImages:
 
     codes: Tensor
     geometries: tuple[Geometry, ...]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.geometries)
+
+    def __getitem__(self, chosen: int | slice) -> EncodedImages:
+        """Some of the images, or one.
+
+        Raises:
+            IndexError: There is no such image.
+        """
+        some = chosen if isinstance(chosen, slice) else slice((place := range(len(self))[chosen]), place + 1)
+        return EncodedImages(self.codes[some], self.geometries[some])
 
 
 class LaytonTokenizer(ImageTokenizer):

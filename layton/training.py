@@ -235,18 +235,22 @@ class RunParts:
     batches_per_step: int
 
 
-def build_run(config: Sequence[str], *, data: str | None = None, allow: Iterable[str] = ()) -> RunParts:
+def build_run(
+    config: Sequence[str], *, data: str | None = None, changes: Sequence[str] = (), allow: Iterable[str] = ()
+) -> RunParts:
     """Build the parts of a run.
 
     Args:
         config: run files, later ones over earlier ones.
         data: data file; without one no data module is built, even if a run file names one.
+        changes: settings as on the command line, without their dashes: ``model.init_args.pipeline=mini``.
         allow: further modules that run files may name.
 
     Raises:
         UsageError: a run file is wrong.
     """
     words = [*(word for path in config for word in ("--config", path)), "--data", "null" if data is None else data]
+    words += [f"--{change}" for change in changes]
     args = found_configs(words)
     check_run_files(args, allowed=allow_modules(allow))
     cli = _make(_PartsOnly, args, run=False)

@@ -23,29 +23,34 @@ def info(
     *,
     config: list[str] | None = None,
     data: str | None = None,
+    changes: list[str] | None = None,
     allow: list[str] | None = None,
     json: str | None = None,
 ) -> None:
     """Print versions, devices and what models are made of; with a run file, what the run will need.
 
     Args:
-        models: names of embedded models, or folders that a run exported; all embedded ones by default.
+        models: names of embedded models, or folders that a run exported; all embedded ones by default, without a
+            run file.
         config: run files as for `layton fit`, later ones over earlier ones; their task is built to count parameters.
         data: data file of the run; one training step is made on the CPU to count its computation and activations.
+        changes: settings of the run file to change, as `layton fit` takes them, but without the dashes:
+            model.init_args.pipeline=my_pipeline.
         allow: modules of your own that run files may name.
         json: write the figures to this file as well.
     """
-    if data is not None and not config:
-        raise UsageError("--data says what a run learns from: give the run's --config too")
+    if (data is not None or changes) and not config:
+        raise UsageError("--data and --changes are of a run: give its --config too")
+    named = models if models or config else _embedded()
     figures: dict[str, Any] = {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "devices": _devices(),
-        "models": [describe(resolve(name)) for name in models or _embedded()],
+        "models": [describe(resolve(name)) for name in named or ()],
     }
     if config:
         from layton.commands.run_needs import run_needs
 
-        figures["run"] = run_needs(config, data=data, allow=allow or ())
+        figures["run"] = run_needs(config, data=data, changes=changes or (), allow=allow or ())
     _print(figures)
     if json is not None:
         write_json(json, figures)
@@ -137,14 +142,15 @@ def _print(figures: dict[str, Any]) -> None:
     for model in figures["models"]:
         lines.append(f"{model['name']}: {model['megabytes']} MB of weights; its card is {model['card'] or 'missing'}")
         lines += [_part_line(part) for part in model["parts"]]
-    if not figures["models"]:
-        lines.append("no embedded models")
     run = figures.get("run")
+    if not figures["models"] and not run:
+        lines.append("no embedded models")
     if run:
         lines.append(f"task {run['task']}: {run['parameters']:,} parameters, {run['trainable']:,} trained")
         lines += [
             f"  {part['name']} ({part['class']}): {part['parameters']:,} parameters, {part['trainable']:,} trained"
             for part in run["parts"]
+            if part["parameters"]
         ]
         lines.append(f"weights, gradients, AdamW and EMA in float32: {run['state_megabytes']} MB, activations extra")
         lines += _step_lines(run)

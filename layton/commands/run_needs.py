@@ -18,12 +18,15 @@ from layton.tasks.manual import ManualTask
 from layton.training import build_run
 
 
-def run_needs(config: Sequence[str], *, data: str | None = None, allow: Sequence[str] = ()) -> dict[str, Any]:
+def run_needs(
+    config: Sequence[str], *, data: str | None = None, changes: Sequence[str] = (), allow: Sequence[str] = ()
+) -> dict[str, Any]:
     """Parameters of a run per part, the bytes of weights, gradients and AdamW's state, and what a step takes.
 
     Args:
         config: run files.
         data: data file; without one no step is made.
+        changes: see `layton.training.build_run`.
         allow: modules, beside this library's, that they may name.
 
     Returns:
@@ -31,7 +34,7 @@ def run_needs(config: Sequence[str], *, data: str | None = None, allow: Sequence
         trainable, state_megabytes (float32), steps, step (`step_needs`, None without data) and total_teraflops (None
         without data or a number of steps).
     """
-    run = build_run(config, data=data, allow=allow)
+    run = build_run(config, data=data, changes=changes, allow=allow)
     task = run.task
     parts = [
         {

@@ -298,9 +298,10 @@ class ConsistencyDecoderTask(ManualTask):
         """What the autoencoder keeps, over what the codes keep in each number of steps."""
         x_0, condition = self._inputs({name: batch[name][:8] for name in ("latent", "codes")})
         decoder = self.decoder()
-        rows = {"image": self._autoencoder[0].decode(x_0).float().clamp(-1, 1)}
+        rows = {"autoencoder": self._autoencoder[0].decode(x_0).float().clamp(-1, 1)}
         for steps in self.times:
-            rows[f"decoded_{steps}"] = decoder.decode(cast(Tensor, condition.spatial), num_steps=steps)
+            name = f"{steps} step{'s' * (steps > 1)}"
+            rows[name] = decoder.decode(cast(Tensor, condition.spatial), num_steps=steps)
         return rows
 
     def export(self, folder: Path) -> None:

@@ -150,7 +150,7 @@ class DecoderTask(LaytonTask):
         image = self._autoencoder[0].decode(x_0).float().clamp(-1, 1)
         decoded = decoder.decode(embeddings, num_steps=self.preview_steps)
         self.log_preview(psnr(decoded, image).mean())
-        return {"image": image, "decoded": decoded}
+        return {"autoencoder": image, f"{self.preview_steps} steps": decoded}
 
     def log_preview(self, value: Tensor) -> None:
         """Give the loggers the PSNR of the preview against the autoencoder's own pictures, dB."""

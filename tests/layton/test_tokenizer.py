@@ -74,6 +74,17 @@ def test_sizes_come_back(policy: str) -> None:
         assert result.size == ((side, side) if policy == "crop" else image.size)
 
 
+def test_some_of_the_encoded_images_are_taken_alone() -> None:
+    model = tiny()
+    images = [picture(40, 20), picture(20, 40), picture(30, 30)]
+    encoded = model.encode_images(images, policy="resize")
+    assert len(encoded) == 3 and [len(encoded[1:]), len(encoded[-1]), len(encoded[3:])] == [2, 1, 0]
+    assert [image.size for image in model.decode_images(encoded[1:])] == [(20, 40), (30, 30)]
+    assert torch.equal(encoded[-1].codes, encoded.codes[2:]) and encoded[-1].geometries == encoded.geometries[2:]
+    with pytest.raises(IndexError):
+        encoded[3]
+
+
 def test_codes_alone_are_squares_in_any_type_of_integers() -> None:
     model = tiny()
     encoded = model.encode_images([picture(40, 20)], policy="resize")

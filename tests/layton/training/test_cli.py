@@ -227,9 +227,14 @@ def test_info_counts_the_parameters_of_a_run(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(layton.run_files, "ALLOWED_MODULES", (*layton.run_files.ALLOWED_MODULES, "toy"))
     report = tmp_path / "info.json"
     assert main(["info", "--config", str(write_run(tmp_path)), "--json", str(report)]) == 0
-    run = json.loads(report.read_text())["run"]
+    found = json.loads(report.read_text())
+    run = found["run"]
     assert run["parts"][0]["parameters"] == run["trainable"] == 3 * 4 * 9 + 4 + 4 * 3 + 3
-    assert main(["info", "--data", "nowhere.yaml"]) == 2
+    assert run["steps"] == 7 and found["models"] == []
+    changed = ["--changes", "trainer.max_steps=9"]
+    assert main(["info", "--config", str(tmp_path / "toy.yaml"), *changed, "--json", str(report)]) == 0
+    assert json.loads(report.read_text())["run"]["steps"] == 9
+    assert main(["info", "--data", "nowhere.yaml"]) == main(["info", *changed]) == 2
 
 
 def test_info_counts_the_work_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
