@@ -148,9 +148,19 @@ def load_parts(
             if isinstance(part, torch.nn.Module) and name not in given:
                 require_weights(part, root / name)
     except OSError as error:  # what diffusers and transformers raise for a missing or unreadable part
-        raise ValueError(f"{root}: a part of the pipeline cannot be read ({' '.join(str(error).split())})") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{root}: a part of the pipeline cannot be read ({reason}){_pickled(root)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _pickled(root: Path) -> str:
+    """What to do about weights that are there, but not in safetensors."""
+    parts = sorted({path.parent for path in root.glob("*/*.bin") if not any(path.parent.glob("*.safetensors"))})
+    if not parts:
+        return ""
+    names = ", ".join(part.name for part in parts)
+    return f". Weights of {names} are pickled (.bin), which is never read here: have diffusers save them as safetensors"
 
 
 @contextmanager
