@@ -63,12 +63,14 @@ class LaytonGenOutput(BaseOutput):
             [0, 1], as in diffusers; "codes" leaves it empty.
         codes: (B, N) int64.
         cut: Prompts that were longer than the text encoder reads.
+        unread: Words of the prompts that are not in the model's vocabulary, where that is a small one of its own.
         layouts: Where objects were told to stand, for each image; None where nothing was told.
     """
 
     images: Pictures
     codes: Tensor
     cut: tuple[TextCut, ...] = ()
+    unread: tuple[str, ...] = ()
     layouts: tuple[tuple[PlacedObject, ...] | None, ...] = ()
 
 
@@ -273,7 +275,11 @@ class LaytonGenPipeline:
                 )
                 pictures.append(finish(decoded.float().cpu(), output_type))
         return LaytonGenOutput(
-            images=join(pictures, output_type), codes=torch.cat(codes), cut=tuple(cuts.values()), layouts=tuple(told)
+            images=join(pictures, output_type),
+            codes=torch.cat(codes),
+            cut=tuple(cuts.values()),
+            unread=self.text_encoder.unread(prompts),
+            layouts=tuple(told),
         )
 
     def _check(self, prompts: Sequence[str], total: int, batch_size: int, known_codes: Tensor | None) -> None:

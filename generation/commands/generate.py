@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from generation.model.weight_types import Weights
 from generation.sampling.choice import SamplingChoice, require_sampling
@@ -110,7 +110,7 @@ def generate(
         allow=allow or (),
     )
     loaded = time.perf_counter()
-    _tell_unread(getattr(draw.pipeline.text_encoder, "tokenizer", None), wanted)
+    _tell_unread(draw.pipeline.text_encoder.unread(wanted))
     told: list[Sequence[PlacedObject] | None] = []
     cut: dict[int, TextCut] = {}  # by prompt, whose images may lie in several batches
     batches = list(_batches(len(wanted), num_images, batch_size))
@@ -158,15 +158,10 @@ def _prompts(given: Sequence[str], file: Path | None, *, unconditional: bool) ->
     return found
 
 
-def _tell_unread(tokenizer: Any, prompts: Sequence[str]) -> None:
+def _tell_unread(words: Sequence[str]) -> None:
     """Say on stderr which words are letters only to a text encoder of Scenes, or the picture of a cat is a riddle."""
-    from layton.ldm.text import unread_words
-
-    if tokenizer is None:
-        return
-    words = dict.fromkeys(word for prompt in prompts for word in unread_words(tokenizer, prompt))
     if words:
-        some = ", ".join(list(words)[:_TOLD_WORDS]) + ", ..." * (len(words) > _TOLD_WORDS)
+        some = ", ".join(words[:_TOLD_WORDS]) + ", ..." * (len(words) > _TOLD_WORDS)
         sys.stderr.write(f"layton: not in this model's vocabulary (that of Scenes: shapes, colours, places): {some}\n")
 
 

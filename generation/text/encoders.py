@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from generation.text.loading import clean_caption, load_model, load_tokenizer, silent_transformers
 from layton.folder import CONFIG_NAME, class_name, load_config, save_config
+from layton.ldm.text import unread_words
 
 Padding = Literal["left", "right"]
 Cleaning = Literal["none", "deepfloyd"]
@@ -104,6 +105,10 @@ class TextEncoder(nn.Module, ABC):
     @abstractmethod
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write tokenizer, weights and settings; floating-point weights are cast to ``dtype``."""
+
+    def unread(self, prompts: Sequence[str]) -> tuple[str, ...]:
+        """Words of the prompts that a small vocabulary of its own takes for letters; none of a large one."""
+        return ()
 
     def forward(self, prompts: Sequence[str]) -> TextFeatures:
         """See `encode`."""
@@ -222,6 +227,10 @@ class TransformersTextEncoder(TextEncoder):
             value = tensor.detach().cpu()
             digest.update((value.half() if value.is_floating_point() else value).contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def unread(self, prompts: Sequence[str]) -> tuple[str, ...]:
+        """See `TextEncoder.unread`."""
+        return tuple(dict.fromkeys(word for prompt in prompts for word in unread_words(self.tokenizer, prompt)))
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write ``config.json``, ``tokenizer/`` and ``model/``; see `TextEncoder.save_pretrained`."""

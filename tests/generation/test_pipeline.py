@@ -76,6 +76,11 @@ def test_guidance_of_one_is_none_and_more_of_it_changes_codes(pipe: LaytonGenPip
     assert not codes(guidance_scale=5.0).equal(codes(guidance_scale=1.0))
 
 
+def test_words_that_the_model_does_not_know_are_named(pipe: LaytonGenPipeline) -> None:
+    result = pipe(["a red circle", "a cat and two red cats"], output_type="codes")
+    assert result.unread == ("cat", "cats") and not pipe("two stars", output_type="codes").unread
+
+
 def test_a_long_prompt_is_cut_and_says_so(pipe: LaytonGenPipeline) -> None:
     with pytest.warns(PromptCutWarning, match="32 of its 10002 tokens"):
         result = pipe(["a", "x" * 10_000], output_type="codes")
