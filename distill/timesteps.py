@@ -71,13 +71,19 @@ def timesteps(
 
 
 def uniform_flow_times(schedule: NoiseSchedule, num_steps: int) -> Tensor:
-    """Times (N,) float64 that divide the flow time from the schedule's noisy end to the image equally."""
+    """Times (N,) float64 that divide the flow time from the schedule's noisy end to the image equally.
+
+    Raises:
+        ValueError: So many steps are closer to each other than the schedule's whole times.
+    """
     if isinstance(schedule, FlowSchedule):
         return timesteps(FlowSchedule(schedule.num_train_timesteps), num_steps, "trailing")
     start = 1.0 / (1.0 + schedule.lambda_t(schedule.terminal_t))
     s = start + (1.0 - start) * torch.arange(num_steps, dtype=torch.float64) / num_steps
     times = schedule.t_from_lambda((1.0 - s) / s).round()
     times[0] = schedule.terminal_t
+    if bool((times.diff() >= 0).any()) or float(times[-1]) < 0:
+        raise ValueError(f"{num_steps} equal steps of the flow time share times of this schedule: take fewer")
     return times
 
 

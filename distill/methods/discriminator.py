@@ -199,12 +199,13 @@ def make_discriminator(
         ValueError: Unknown kind, no UNet, no layer matches a target, or the UNet has a discriminator's adapter already.
     """
     # Here, not above: peft is loaded only where adapters are used.
-    from distill.adapters import AdapterView, LoraSettings, adapter_names, adapter_parameters, add_lora
+    from distill.adapters import AdapterView, LoraSettings, active_adapters, adapter_names, adapter_parameters, add_lora
 
     if kind not in get_args(DiscriminatorKind):
         raise ValueError(f"kind must be one of {get_args(DiscriminatorKind)}, got {kind!r}")
-    names = teacher.names if isinstance(teacher, AdapterView) else ()
     inner = teacher.denoiser if isinstance(teacher, AdapterView) else teacher
+    # a teacher may have adaptors of its own, such as a code decoder's: they are part of what judges, too
+    names = teacher.names if isinstance(teacher, AdapterView) else active_adapters(inner)
     if kind == "full":
         inner = copy.deepcopy(inner).requires_grad_(False)
         unet = _find_unet(inner)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from distill.method import DistillationMethod
@@ -10,6 +11,7 @@ from generation.decoders.hipa import HiPADecoder, require_attention
 from generation.decoders.instaflow import InstaFlowDecoder
 from layton.decoders.consistency import ConsistencyDecoder
 from layton.decoders.difference import Adaptation, copy_sharing
+from layton.folder import load_config, read_class
 from layton.losses.pixel_supervision import PixelSupervision
 from layton.tasks.base import LRSchedulerCallable, OptimizerCallable
 from layton.tasks.consistency_decoder import ConsistencyDecoderTask, PixelTargets
@@ -36,8 +38,8 @@ class OneStepDecoderTask(ConsistencyDecoderTask):
         lr_scheduler: Makes the learning-rate schedule.
         adaptation: Which weights are trained; for HiPA, adaptors on attention.
         reader: See there.
-        start: A finished export ``decoder/`` of the same adaptation to go on from: for InstaFlow's second half, the
-            2-rectified flow, which then is the teacher, too.
+        start: A finished export ``decoder/`` of the same adaptation to go on from. A 2-rectified flow, where the second
+            half of InstaFlow starts, then is the teacher, too; a decoder of one step never is.
         pixels: How one-step pictures are supervised; None without.
         pixel_targets: By what; see `ConsistencyDecoderTask`.
         distillation_weight: Factor of the method's terms.
@@ -99,7 +101,7 @@ class OneStepDecoderTask(ConsistencyDecoderTask):
 
     def _build(self, start: str | None, critic: CriticSettings) -> None:
         super()._build(start, critic)
-        if start is not None:
+        if start is not None and _is_flow(Path(start)):
             frozen = [parameter for parameter in self.ladd.parameters() if not parameter.requires_grad]
             self._teacher = [copy_sharing(self.ladd, frozen)]
         if self.method is not None:  # its times are asked for before it sees a batch
@@ -115,3 +117,9 @@ class OneStepDecoderTask(ConsistencyDecoderTask):
             latents_per_token=self.latents_per_token,
             difference=self.difference,
         )
+
+
+def _is_flow(decoder: Path) -> bool:
+    """Whether a finished decoder is a flow, sampled in as many steps as one likes."""
+    sampling = load_config(decoder, expected_class=read_class(decoder)).get("sampling")
+    return isinstance(sampling, dict) and sampling.get("kind") == "ddim"

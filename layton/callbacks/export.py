@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -43,13 +42,18 @@ class ExportWeights(Callback):
 
 
 def export_atomically(task: LaytonTask, folder: Path) -> None:
-    """Let a task write its parts to a new folder that takes the place of ``folder`` only when it is whole."""
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    """Let a task write its parts to a new folder that takes the place of ``folder`` only when it is whole.
+
+    What a killed process left beside it is removed, or put back where it took the last whole one away.
+    """
+    part, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("part", "old"))
+    if old.exists() and not folder.exists():
+        old.replace(folder)
+    for left in (part, old):
+        shutil.rmtree(left, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         task.export(part)
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         if folder.exists():
             folder.replace(old)
         part.replace(folder)

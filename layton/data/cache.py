@@ -104,6 +104,8 @@ class CachedTensors(SampleSource):
         if (target / _MANIFEST).exists():
             raise ValueError(f"{folder}: holds a finished cache already")
         target.mkdir(parents=True, exist_ok=True)
+        for orphan in target.glob(".*.part"):  # of a process that was killed while it wrote
+            orphan.unlink(missing_ok=True)
         writer = _PartWriter(target, part_size, parts)
         broken = BadImages(tell=lambda reason, _: print(f"layton: passed over: {reason}", file=sys.stderr))
         broken.restore(passed_over)

@@ -63,9 +63,8 @@ class DiffusionDecoder(LatentDecoder):
 
     def sample(self, x_T: Tensor, embeddings: Tensor, *, num_steps: int, generator: Generators) -> Tensor:
         """Solve the probability flow; no noise is drawn on the way."""
-        times = self.times(num_steps).to(embeddings.device)
         x_T = x_T * self.temperature
-        return sample(self.network, x_T, times, Condition(spatial=embeddings), solver=dpmpp_2m)
+        return sample(self.network, x_T, self.times(num_steps), Condition(spatial=embeddings), solver=dpmpp_2m)
 
     def times(self, num_steps: int) -> Tensor:
         """Times of the evaluations (N,) float64, noisiest first; those of a shift need not be whole."""

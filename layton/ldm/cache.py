@@ -23,7 +23,7 @@ from layton.data.sources import ImageSource, SampleSource, StoredSource, walk
 from layton.devices import choose_device
 from layton.folder import CONFIG_NAME
 from layton.ldm.autoencoder import Autoencoder
-from layton.precision import quick_dtype
+from layton.precision import exact_convolutions, quick_dtype
 
 Images = Literal["none", "read", "stored"]
 _CAPTIONS = 64  # of so many a cache's fingerprint knows the captions
@@ -213,7 +213,9 @@ class _Encode:
             tensors = {"latent": autoencoder.encode(images.to(memory_format=torch.channels_last)).half().contiguous()}
         if codes_of is not None:
             encoder, quantizer = codes_of
-            codes = quantizer.encode(encoder(at_code_size(images, self.code_size)).float())
+            with exact_convolutions():  # as `LaytonTokenizer.encode`: rounded ones give other codes
+                features = encoder(at_code_size(images, self.code_size))
+            codes = quantizer.encode(features.float())
             tensors["codes"] = codes.to(torch.int16 if quantizer.vocab_size <= 2**15 else torch.int32)
         if self.keep_images:
             tensors["image"] = ((images + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)

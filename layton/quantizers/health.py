@@ -9,6 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from distill.schedules import working_dtype
+
 
 class CodebookCollapseWarning(UserWarning):
     """The encoder writes the same few codes whatever the image is."""
@@ -111,6 +113,9 @@ class HealthMonitor(nn.Module):
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """exp(-sum p ln p) of p = counts / sum, in fp64: counts (V,) >= 0 -> () in [1, V]; 1 if all are zero."""
-    p = counts.double() / counts.sum().clamp(min=1)
+    """exp(-sum p ln p) of p = counts / sum: counts (V,) >= 0 -> () in [1, V]; 1 if all are zero.
+
+    In float64, on devices that have it.
+    """
+    p = counts.to(working_dtype(counts.device)) / counts.sum().clamp(min=1)
     return torch.exp(torch.special.entr(p).sum())

@@ -225,7 +225,7 @@ class LaytonTask(LightningModule, ABC):
     def on_test_epoch_end(self) -> None:
         """As `on_validation_epoch_end`."""
         super().on_test_epoch_end()
-        LaytonTask.on_validation_epoch_end(self)
+        self.on_validation_epoch_end()
 
     def measures(self) -> list[str]:
         """The perceptual measures in the losses that depend on what lies on disk (`PublishedPerceptualLoss`)."""

@@ -351,10 +351,10 @@ class DistillTask(ManualTask):
         return self._log_terms(output, inputs.batch_size)
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/score_N`` for N steps and their mean ``val/score``, smaller is better (`sliced_wasserstein`)."""
+        """Log ``score_N`` for N steps and their mean ``score``, smaller is better (`sliced_wasserstein`)."""
         super().on_validation_epoch_end()
         for name, score in self.previews.scores().items():
-            self.log(f"val/{name}", score, prog_bar=name == "score", sync_dist=True)
+            self.log(f"{self.stage}/{name}", score, prog_bar=name == "score", sync_dist=True)
 
     def picture_grid(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The teacher's pictures over the student's in 1, 2, 4 and 8 steps, from the same noise."""

@@ -84,6 +84,9 @@ class StepGuard(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Take the gradients away when loss or gradients are bad: an optimizer skips parameters without gradient."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            scaler.unscale_(optimizer)  # Lightning leaves it to fused optimizers; who looks and who clips comes before
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         reason = self._rejected.pop(optimizer if self.judged is not None else None, None)
         reason = reason or _bad_gradient(pl_module, parameters)

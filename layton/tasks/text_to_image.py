@@ -174,7 +174,7 @@ class TextToImageTask(LaytonTask):
         x_T = gaussian_like(x_T, [torch.Generator().manual_seed(seed) for seed in seeds])
         null = Condition(embeds=self.text([""] * len(captions)))
         guided = GuidedDenoiser(self.denoiser, self.preview_guidance, null)
-        times = timesteps(self.denoiser.schedule, self.preview_steps, "trailing").to(self.device)
+        times = timesteps(self.denoiser.schedule, self.preview_steps, "trailing")
         latents = sample(guided, x_T, times, Condition(embeds=self.text(captions)))
         return autoencoder.decode(latents).float().clamp(-1, 1)
 

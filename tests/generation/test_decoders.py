@@ -287,6 +287,21 @@ def _loss(task: OneStepDecoderTask, batch: dict[str, Any]) -> torch.Tensor:
     return torch.stack([term * task.method.weights.get(key, 1.0) for key, term in output.terms.items()]).sum()
 
 
+@pytest.mark.parametrize("name", ["instaflow", "hipa"])
+def test_a_decoder_of_one_step_that_goes_on_is_not_its_own_teacher(world: Path, tmp_path: Path, name: str) -> None:
+    first = make_task(world, name, method=METHODS[name]())
+    contract.scramble(first.trainable_parameters(), seed=4, std=0.1)
+    first.export(tmp_path)
+    again = make_task(world, name, method=METHODS[name](), start=str(tmp_path / "decoder"))
+    x_0, condition = again._inputs(collate([Codes().sample(0, seed=0)]))
+    t = torch.full((1,), 500.0)
+    with torch.no_grad():
+        wanted, found = first._teacher[0](x_0, t, condition), again._teacher[0](x_0, t, condition)
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(again.ladd(x_0, t, condition), first.ladd(x_0, t, condition))
+        assert not torch.allclose(found, again.ladd(x_0, t, condition))
+
+
 def test_the_second_half_goes_on_from_the_reflowed_flow_and_is_taught_by_it(world: Path, tmp_path: Path) -> None:
     first = make_task(world, "instaflow", method=METHODS["reflow"]())
     contract.scramble(first.trainable_parameters(), seed=4, std=0.1)

@@ -25,6 +25,7 @@ from layton.quantizers import (
     LFQQuantizer,
     Quantizer,
     SimVQQuantizer,
+    health,
 )
 from layton.quantizers.ema_codebook import kmeans
 
@@ -466,6 +467,12 @@ def test_without_revival_a_collapsed_codebook_stays_poor():
     for step in range(300):
         quantizer(features[step % 20])
     assert torch.cat([quantizer.encode(batch) for batch in features]).unique().numel() < 0.5 * 256
+
+
+def test_perplexity_needs_no_float64_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(health, "working_dtype", lambda device: torch.float32)
+    found = health.perplexity(torch.tensor([2, 2, 0]))
+    assert found.dtype == torch.float32 and float(found) == pytest.approx(2.0)
 
 
 def test_usage_and_perplexity_equal_numpy_over_the_window():

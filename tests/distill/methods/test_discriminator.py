@@ -5,7 +5,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.testing import assert_close
 
-from distill.adapters import AdapterView, LoraSettings, adapter_names, adapter_parameters, networks_for
+from distill.adapters import (
+    AdapterView,
+    LoraSettings,
+    adapter_names,
+    adapter_parameters,
+    add_lora,
+    networks_for,
+)
 from distill.condition import Condition
 from distill.methods.discriminator import (
     ADAPTER,
@@ -182,6 +189,20 @@ def test_refuses_networks_and_names_it_does_not_know():
         make_discriminator(make_denoiser(), "none")
     with pytest.raises(ValueError, match="nothing_such"):
         decoder_modules(make_denoiser().unet, ("nothing_such",))
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "heads"])
+def test_it_begins_as_its_teacher_also_where_that_has_adaptors(kind):
+    denoiser = make_denoiser()
+    add_lora(denoiser.unet, LORA, "default")
+    with torch.no_grad():
+        for parameter in adapter_parameters(denoiser.unet, "default"):
+            parameter.add_(0.3)
+    x_t, condition, _ = make_inputs()
+    wanted = UNetFeatures(denoiser)(x_t, T, condition)
+    found = make_discriminator(denoiser, kind, lora=LORA).features(x_t, T, condition)
+    for one, other in zip(found, wanted, strict=True):
+        assert_close(one, other)
 
 
 def test_a_view_is_read_with_its_adapters():

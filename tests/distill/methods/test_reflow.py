@@ -199,6 +199,9 @@ def test_evaluations_are_counted_as_they_happen(name, count):
 
 def test_inference_times_divide_the_flow_equally():
     assert uniform_flow_times(FlowSchedule(), 4).tolist() == [1000.0, 750.0, 500.0, 250.0]
+    for steps in (60, 70):  # times of the same number, and one before the first
+        with pytest.raises(ValueError, match=f"{steps} equal steps of the flow time share times"):
+            uniform_flow_times(VPSchedule(), steps)
     times = uniform_flow_times(VPSchedule(), 4)
     assert times[0] == 999 and bool((times == times.round()).all()) and bool((times[1:] < times[:-1]).all())
     s = 1 / (1 + VPSchedule().lambda_t(times))

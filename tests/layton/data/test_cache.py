@@ -76,7 +76,9 @@ def test_an_interrupted_build_is_no_cache_and_can_be_done_again(tmp_path):
         CachedTensors.build(interrupted(), compute, str(tmp_path), fingerprint=MADE_BY, part_size=4)
     with pytest.raises(ValueError, match="no finished cache"):
         CachedTensors(str(tmp_path))
+    (tmp_path / ".part-00001.1234abcd.part").touch()  # killed while it wrote
     assert len(CachedTensors.build(batches(), compute, str(tmp_path), fingerprint=MADE_BY)) == 10
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_an_interrupted_build_goes_on_after_its_last_whole_part(tmp_path):

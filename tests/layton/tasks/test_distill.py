@@ -353,6 +353,15 @@ def test_cached_prompts_train_as_live_ones_do(folder: Path, tmp_path: Path) -> N
     assert images.x_0 is not None and images.x_0.shape == (2, 4, 8, 8)
 
 
+def test_testing_scores_what_validation_scores(folder: Path, tmp_path: Path) -> None:
+    task = make(folder, MLCM())
+    trainer = fit(task, 1, tmp_path)
+    data = ImageDataModule(Latents(), test=Latents(), batch_size=2, eval_batch_size=3)
+    (found,) = trainer.test(task, data, verbose=False)
+    assert {"test/loss", "test/score", "test/score_1", "test/score_2"} <= found.keys()
+    assert not task.previews.scores()  # nothing is left for a later validation to mix with
+
+
 def test_data_without_captions_are_told_once(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -81,6 +82,31 @@ def test_accumulated_batches_are_one_step_of_their_mean(tmp_path: Path, clip: fl
         assert float(torch.cat([value.flatten() for value in change]).norm()) <= 0.1 * clip * 1.001
     moved = [not torch.equal(value, start[f"critic.{name}"]) for name, value in once.critic.state_dict().items()]
     assert all(moved) and all(not torch.equal(a, b) for a, b in zip(once.parameters(), parts.parameters(), strict=True))
+
+
+class Fused(Duel):
+    def __init__(self, clip: float) -> None:
+        super().__init__(clip)
+        self._make_optimizer = self._make_critic_optimizer = partial(torch.optim.SGD, lr=0.1, fused=True)
+
+
+def test_what_is_clipped_is_the_gradient_and_not_its_scaled_one(tmp_path: Path) -> None:
+    rows, clip = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), 0.01
+    trainer = Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))],
+    )
+    task = Fused(clip)
+    start = torch.cat([value.flatten().clone() for value in task.model.state_dict().values()])
+    trainer.fit(task, DataLoader([rows], batch_size=None))
+    change = torch.cat([value.flatten() for value in task.model.state_dict().values()]) - start
+    assert float(change.norm()) == pytest.approx(0.1 * clip, rel=1e-2)
 
 
 def test_the_critics_gradients_are_its_own_and_add_up(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from layton.callbacks import (
     PictureGrid,
     SafeCheckpoint,
     averaged_weights,
+    export_atomically,
 )
 from layton.callbacks.grid import labelled
 from layton.callbacks.progress import batch_size
@@ -233,6 +234,26 @@ def test_strategies_that_shard_parameters_are_refused() -> None:
     task._trainer = SimpleNamespace(strategy=ModelParallelStrategy())  # fitting would leave its ranks in os.environ
     with pytest.raises(ValueError, match="of whole parameters, which ModelParallelStrategy shards: take ddp"):
         task.configure_callbacks()
+
+
+def test_an_export_outlives_a_process_that_was_killed_amid_the_next(tmp_path: Path) -> None:
+    folder, old, part = tmp_path / "export", tmp_path / ".export.old", tmp_path / ".export.part"
+    task = toy_task()
+    export_atomically(task, folder)
+    wanted = sorted(path.name for path in folder.iterdir())
+    folder.replace(old)  # killed after the old one was taken away
+    part.mkdir()
+    (part / "half").touch()
+
+    class Killed(ToyTask):
+        def export(self, folder: Path) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_atomically(Killed(part=ToyPart(), optimizer=partial(torch.optim.SGD, lr=0.1)), folder)
+    assert sorted(path.name for path in folder.iterdir()) == wanted and [*tmp_path.iterdir()] == [folder]
+    export_atomically(task, folder)
+    assert sorted(path.name for path in folder.iterdir()) == wanted and [*tmp_path.iterdir()] == [folder]
 
 
 def test_weights_that_are_not_finite_are_not_exported(tmp_path: Path) -> None:

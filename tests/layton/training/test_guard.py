@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from toy import ToyPart, ToyTask, toy_data
 
 from layton.callbacks import EMA, SafeCheckpoint
@@ -95,6 +96,16 @@ def test_a_finite_loss_with_bad_gradients_is_seen_too(tmp_path: Path) -> None:
     task, watch, _, error = train(tmp_path, bad=[], task=bad)
     assert error is None and task.skipped_steps == 1
     assert all(torch.equal(watch.states[1][name], watch.states[2][name]) for name in watch.states[1])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_scaler_that_begins_too_high_costs_steps_and_no_run(tmp_path: Path, fused: bool) -> None:
+    task = ToyTask(part=ToyPart(), optimizer=partial(torch.optim.AdamW, lr=1e-2, fused=fused))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    _, watch, _, error = train(tmp_path, bad=[], steps=6, task=task, plugins=[plugin])
+    assert error is None and 1 <= task.skipped_steps <= 3 and scaler.get_scale() == 2.0 ** (18 - task.skipped_steps)
+    assert not torch.equal(watch.states[0]["part.layers.0.weight"], watch.states[-1]["part.layers.0.weight"])
 
 
 def test_bad_steps_are_not_averaged_over_accumulated_batches(tmp_path: Path) -> None:
