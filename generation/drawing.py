@@ -88,7 +88,8 @@ class LaytonGenDrawer:
         pipeline.tokenizer.decoder(chosen).check_steps(num_steps)
         choice = sampling or SamplingChoice()
         choice.over(pipeline.card.sampling)
-        placed = pipeline.to(choose_device(device))
+        on_cpu = device is None and "int8" in (weights, weights_type(pipeline.transformer))
+        placed = pipeline.to("cpu" if on_cpu else choose_device(device))
         if weights is not None:
             set_weights(placed.transformer, weights)
         if compiled:
@@ -137,7 +138,7 @@ class LaytonGenDrawer:
             candidates=self.sampling.candidates,
             generator=list(generators),
             output_type="np",
-            layouts=[None] * len(prompts) if self.sampling.no_layout and self._plans else layouts,
+            layouts=[None] * len(prompts) if self.sampling.no_layout and self._is_told else layouts,
             callback_on_step_end=None if callback is None else lambda _, index, *__: callback(index),
             batch_size=max(1, len(generators)) * self.pipeline.candidates(self.sampling.candidates),
         )
@@ -145,8 +146,8 @@ class LaytonGenDrawer:
         return Drawn(images, result.layouts, result.cut)
 
     @property
-    def _plans(self) -> bool:
-        return self.pipeline.planner is not None
+    def _is_told(self) -> bool:
+        return self.pipeline.transformer.layout_control is not None
 
     def settings(self, *, told: bool = False) -> dict[str, Any]:
         """Every setting that decides a picture, beside prompt and seed.
@@ -156,7 +157,7 @@ class LaytonGenDrawer:
         """
         sampling, guidance = self.sampling.over(self.pipeline.card.sampling)
         decoder = self.pipeline.tokenizer.decoder(self.decoder)
-        planner = self.pipeline.planner if self._plans and not (told or self.sampling.no_layout) else None
+        planner = self.pipeline.planner if not (told or self.sampling.no_layout) else None
         candidates, judge = self.pipeline.candidates(self.sampling.candidates), self.pipeline.judge
         return {
             "model": self.name,

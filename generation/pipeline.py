@@ -30,6 +30,7 @@ from generation.generator import (
 )
 from generation.model.layout import PlacedObject
 from generation.model.packing import PackedCopy
+from generation.model.quantization import require_place
 from generation.model.transformer import LaytonGenTransformer
 from generation.pictures import OUTPUT_TYPES, OutputType, Pictures, finish, join
 from generation.sampling.choice import SamplingChoice
@@ -43,6 +44,10 @@ from layton.interface import Generators
 from layton.tokenizer import LaytonTokenizer
 
 MAX_IMAGES = 10_000
+UNTOLD = (
+    "this model has learnt to be told where objects stand, and nothing tells it: its pictures may stay empty. Add a "
+    "planner to its folder (tools/assemble.py --planner), give layouts, or [None] for each prompt to tell nothing"
+)
 UNPLANNED = (
     "nobody plans where objects stand in an image of which codes are known: give layouts, such as those of the result "
     "that the codes come from (layouts=result.layouts), or [None] to tell nothing"
@@ -159,7 +164,12 @@ class LaytonGenPipeline:
         save_generator(root / PART, parts, dtype=dtype)
 
     def to(self, device: torch.device | str) -> Self:
-        """Move all parts."""
+        """Move all parts.
+
+        Raises:
+            ValueError: int8 weights are to leave the CPU.
+        """
+        require_place(self.transformer, torch.device(device))
         for part in (self.transformer, self.text_encoder, self.tokenizer, self.planner):
             if part is not None:
                 part.to(device)
@@ -220,7 +230,7 @@ class LaytonGenPipeline:
             layouts: Where objects shall stand, one list for each prompt (`generation.model.layout`); None instead of a
                 list tells nothing, and with an empty prompt nothing should be told. By default the planner says it,
                 anew for each image, where there is one and no codes are known, which it cannot look at (a warning
-                says so).
+                says so, and where there is none).
             batch_size: Images encoded, drawn and decoded at once, candidates counted, but at least one; what more
                 images take is their codes and pictures.
 
@@ -232,6 +242,7 @@ class LaytonGenPipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         total = len(prompts) * num_images_per_prompt
         self._check(prompts, total, batch_size, known_codes)
+        prompts = [each.strip() for each in prompts]
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         if output_type != "codes":
@@ -243,8 +254,8 @@ class LaytonGenPipeline:
         )
         wanted = self._wanted_layouts(layouts, len(prompts))
         free = known_codes is None or bool((known_codes == FREE).all())
-        if self.planner is not None and wanted is None and not free:
-            warnings.warn(UNPLANNED, stacklevel=2)
+        if self.transformer.layout_control is not None and wanted is None and (self.planner is None or not free):
+            warnings.warn(UNTOLD if self.planner is None else UNPLANNED, stacklevel=2)
         draw = partial(self.draw_codes, sampling=sampling, guidance=guidance, callback=callback_on_step_end)
         each = self.candidates(candidates)
         at_once = max(1, batch_size // each)

@@ -148,6 +148,7 @@ class JobOptions:
 
         Raises:
             UsageError: A value is out of range, or is of something that is not asked for.
+            ValueError: Packages that it takes are missing.
         """
         sizes = {"shard_size": self.shard_size, "batch_size": self.batch_size, "text_length": self.text_length}
         require_least(1, sizes)
@@ -155,6 +156,10 @@ class JobOptions:
         for option in (option for option, is_given in given.items() if is_given):
             if self.text_encoder is None:
                 raise UsageError(f"{option} is of --text-encoder, which is not given")
+        if self.text_cleaning == "deepfloyd":
+            from generation.text.loading import require_cleaning
+
+            require_cleaning()
 
 
 def make_job(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from generation.data.stored_text import MappedShards, StoredText
 from generation.data.token_shards import DRAWN_WRONG, TokenHeader, differences, read_shard, require_whole, shard_files
-from generation.model.layout import LayoutControl, scenes_layout
-from layton.data.sources import SampleSource, say, say_contrary
+from generation.model.layout import LayoutShape, scenes_layout
+from layton.data.prompts import SceneCaptions
+from layton.data.sources import SampleSource, say, say_contrary, walk
 from layton.data.texts import PackedTexts
 from layton.data.types import Split, check_split, split_of_key
 from layton.scenes import (
@@ -167,7 +168,7 @@ class TokenShards(SampleSource):
             sample["contrary"] = self._false_caption(key, seed)
         if self._untrue:
             sample |= {"caption": "", "contrary": sample["caption"]}
-        if self._unbegun < 1 and seed_of_key(key) is not None:
+        if self._unbegun < 1:
             sample["weights"] = self._weights(key)
         if self._ahead:
             sample["ahead"] = torch.from_numpy(objects_ahead(_scene(key), self._grid))
@@ -196,15 +197,10 @@ class TokenShards(SampleSource):
         if differs:
             raise ValueError(f"{self.folder} holds tokens of another tokenizer ({differs})")
 
-    def require_layouts(self, control: LayoutControl | None) -> None:
-        """Refuse to tell a transformer layouts of another kind than it listens to.
-
-        Raises:
-            ValueError: With both kinds.
-        """
-        if self._placed and (control is None or control.shape != scenes_layout(steps=self._placed)):
-            told = None if control is None else control.shape
-            raise ValueError(f"{self.folder} tells layouts of Scenes in {self._placed} steps, the model is told {told}")
+    @property
+    def placed(self) -> int:
+        """Steps of the side in which samples hold where objects stand; 0 if they do not."""
+        return self._placed
 
     @property
     def _grid(self) -> int:
@@ -226,8 +222,22 @@ class TokenShards(SampleSource):
         return torch.from_numpy(objects_shown(_scene(key), self._shown))
 
     def _weights(self, key: str) -> Tensor:
+        if seed_of_key(key) is None:  # nobody knows where a photograph's objects begin
+            return torch.ones(self.header.num_tokens)
         begun = begun_cells(_scene(key), self._grid)
         return torch.from_numpy(np.where(begun, 1.0, self._unbegun).astype(np.float32).ravel())
+
+
+def require_layouts(sources: Iterable[SampleSource], shape: LayoutShape | None) -> None:
+    """Refuse layouts, of sources and what they are made of, of another kind than a model is told or tells.
+
+    Raises:
+        ValueError: With both kinds.
+    """
+    for source in walk(sources):
+        steps = source.placed if isinstance(source, TokenShards | SceneCaptions) else 0
+        if steps and shape != scenes_layout(steps=steps):
+            raise ValueError(f"the data have layouts of Scenes in {steps} steps (placed), the model has {shape}")
 
 
 def _scene(key: str) -> Scene:

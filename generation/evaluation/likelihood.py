@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from generation.data.source import TokenShards
+from generation.data.source import TokenShards, require_layouts
 from generation.generator import Generator
 from generation.model.transformer import LaytonGenTransformer
 from generation.text.encoders import TextFeatures
@@ -70,7 +70,8 @@ def score_next_codes(
     if batch_size < 1 or (count is not None and count < 1):
         raise ValueError(f"count and batch_size must be >= 1, got {count} and {batch_size}")
     shards.require_tokenizer(generator.card.tokenizer.fingerprint)
-    shards.require_layouts(generator.transformer.layout_control)
+    control = generator.transformer.layout_control
+    require_layouts([shards], None if control is None else control.shape)
     images = len(shards) if count is None else min(count, len(shards))
     losses: list[Tensor] = []
     right = near = same = total = 0

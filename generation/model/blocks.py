@@ -103,20 +103,19 @@ class Block(nn.Module):
         width: D.
         num_heads: K.
         hidden: Width inside SwiGLU.
-        residual_dropout: Of what attention adds.
+
+    Attributes:
+        residual_dropout: Of what attention adds, while training.
         ffn_dropout: Of what SwiGLU adds.
     """
 
-    def __init__(
-        self, width: int, num_heads: int, hidden: int, *, residual_dropout: float = 0.0, ffn_dropout: float = 0.0
-    ) -> None:
+    def __init__(self, width: int, num_heads: int, hidden: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(width, eps=1e-5)
         self.attention = Attention(width, num_heads)
         self.ffn_norm = nn.RMSNorm(width, eps=1e-5)
         self.ffn = FeedForward(width, hidden)
-        self.residual_dropout = residual_dropout
-        self.ffn_dropout = ffn_dropout
+        self.residual_dropout = self.ffn_dropout = 0.0
 
     def forward(
         self, x: Tensor, rotation: Rotation, bias: Tensor | None = None, cache: LayerCache | None = None

@@ -117,6 +117,16 @@ def weights_type(model: LaytonGenTransformer) -> str:
     return "int8" if model.config.get("int8") else str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
+def require_place(model: LaytonGenTransformer, device: torch.device) -> None:
+    """Stop before int8 weights are moved to where they cannot run.
+
+    Raises:
+        ValueError: It is no CPU.
+    """
+    if model.config.get("int8") and device.type != "cpu":
+        raise ValueError(f"int8 weights run on a CPU only, the model is to run on {device}")
+
+
 def set_weights(model: LaytonGenTransformer, weights: Weights) -> LaytonGenTransformer:
     """Bring a model's weights into a type for decoding, in place.
 

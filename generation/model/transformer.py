@@ -80,11 +80,10 @@ class LaytonGenTransformer(nn.Module):
             raise ValueError(f"give one of caption and num_classes, got {caption} and {num_classes}")
         if min(width, depth, num_heads, vocab_size, num_tokens) < 1:
             raise ValueError(f"sizes must be positive, got {(width, depth, num_heads, vocab_size, num_tokens)}")
-        drop = dropout or Dropout()
         self.width, self.num_heads, self.rope_base = width, num_heads, rope_base
         self._prefix_rotary = class_rotary if caption is None else caption.rotary
         self.vocab_size, self.num_tokens = vocab_size, num_tokens
-        self.caption, self.dropout = caption, drop
+        self.caption = caption
         self.gradient_checkpointing = False
         self.compiled_step: CompiledStep | None = None
         self.config: dict[str, JsonValue] = {
@@ -97,7 +96,6 @@ class LaytonGenTransformer(nn.Module):
             "vocab_size": vocab_size,
             "num_tokens": num_tokens,
             "factors": None if factors is None else asdict(factors),
-            "dropout": asdict(drop),
             "zero_head": zero_head,
             "class_rotary": class_rotary,
             "rope_base": rope_base,
@@ -109,9 +107,8 @@ class LaytonGenTransformer(nn.Module):
             FullVocabulary(vocab_size, width) if factors is None else FactoredVocabulary(vocab_size, width, factors)
         )
         inner = hidden or swiglu_width(width)
-        self.blocks = nn.ModuleList(
-            Block(width, num_heads, inner, residual_dropout=drop.residual, ffn_dropout=drop.ffn) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(Block(width, num_heads, inner) for _ in range(depth))
+        self.set_dropout(dropout or Dropout())
         self.norm = nn.RMSNorm(width, eps=1e-5)
         self.rotations(1)  # checks the grid and the heads
         self.apply(_init)
@@ -120,6 +117,12 @@ class LaytonGenTransformer(nn.Module):
         self.layout_control: LayoutControl | None = None
         if layout is not None:
             self.learn_layouts(layout)
+
+    def set_dropout(self, dropout: Dropout) -> None:
+        """Have elements dropped at these rates while it learns from now on."""
+        self.dropout, self.config["dropout"] = dropout, asdict(dropout)
+        for block in self.blocks:
+            block.residual_dropout, block.ffn_dropout = dropout.residual, dropout.ffn  # type: ignore[assignment]
 
     def learn_layouts(self, layout: LayoutShape) -> None:
         """Make room for being told where objects stand, which changes nothing at first.

@@ -42,8 +42,8 @@ class FullVocabulary(nn.Module):
         return self.embedding(codes)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V)."""
-        return self.head(hidden)
+        """(..., D) -> (..., V) float32: guidance magnifies what a small type rounds away."""
+        return self.head(hidden).float()
 
     def linear_head(self, hidden: Tensor) -> LinearHead:
         """What `logits` multiplies, for (..., D)."""

@@ -34,8 +34,9 @@ class SamplingOptions:
         top_k: Draw among this many likeliest codes; None for all.
         top_p: Then draw among the fewest likeliest codes that have this probability together; 1 for all.
         min_entropy: Where the model is surer of the next code than this, in nats, it is taken at its word: no guidance,
-            temperature 1. There it is decided whether something begins, a rare event that guidance and low temperatures
-            raise to a power: pictures stay empty, or fill up. 0 for nowhere; not heeded when greedy.
+            temperature 1; ``top_k`` and ``top_p`` hold there, too. There it is decided whether something begins, a rare
+            event that guidance and low temperatures raise to a power: pictures stay empty, or fill up. 0 for nowhere;
+            not heeded when greedy.
     """
 
     temperature: float = 1.0

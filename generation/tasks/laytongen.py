@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from generation.data.source import TokenShards
+from generation.data.source import TokenShards, require_layouts
 from generation.data.token_shards import differences
 from generation.generator import Generator, GeneratorCard, SamplingDefaults, TokenizerFacts, save_generator
 from generation.model.transformer import LaytonGenTransformer
@@ -20,20 +20,21 @@ from generation.sampling.decoding import generate_codes
 from generation.sampling.guidance import Guidance
 from generation.tasks.foresight import AnswerHead, Foresight, output_of
 from generation.tasks.loss import contrast_loss, mean_of_valid, next_code_losses
+from generation.tasks.reading import ReadsText
 from generation.text.encoders import TextEncoder, TextFeatures, without_common_padding
 from layton import assets
 from layton.data.sources import walk
 from layton.folder import load_config
 from layton.ldm.cache import require_codes
 from layton.modules import weights_digest
-from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
+from layton.tasks.base import LRSchedulerCallable, OptimizerCallable
 from layton.tokenizer import CLASS_NAME, LaytonTokenizer
 
 _PREVIEWS = 8
-_FACTS, _TEXT = "tokenizer_facts", "frozen_text_encoder"  # keys of checkpoints
+_FACTS = "tokenizer_facts"  # key of checkpoints
 
 
-class LaytonGenTask(LaytonTask):
+class LaytonGenTask(ReadsText):
     """Next-code cross-entropy with caption dropout (LlamaGen, arXiv 2406.06525; LaytonGen, arXiv 2503.08377).
 
     Batches hold ``caption`` and ``codes`` (B, N) (`generation.data.source.TokenShards`) or ``image`` (B, 3, H, W);
@@ -85,7 +86,7 @@ class LaytonGenTask(LaytonTask):
         gradient_checkpointing: bool = False,
         compile_blocks: bool = False,
     ) -> None:
-        super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
+        super().__init__(text_encoder, optimizer=optimizer, lr_scheduler=lr_scheduler)
         for share in (caption_dropout, label_smoothing, code_dropout, layout_dropout):
             if not 0.0 <= share < 1.0:
                 raise ValueError(f"shares must be in [0, 1), got {share}")
@@ -94,17 +95,14 @@ class LaytonGenTask(LaytonTask):
         if contrast and (label_smoothing or code_dropout or any(asdict(transformer.dropout).values())):
             raise ValueError(
                 "contrast compares two likelihoods of the same codes: label_smoothing, code_dropout and the "
-                f"transformer's dropout must be 0, got {label_smoothing}, {code_dropout} and {transformer.dropout}"
+                f"transformer's dropout must be 0, got {label_smoothing}, {code_dropout} and {transformer.dropout} "
+                "(of a saved one: generation.pretrained.laytongen_transformer's dropout)"
             )
         self.transformer = transformer
         transformer.gradient_checkpointing = gradient_checkpointing
         if compile_blocks:
             for block in transformer.blocks:
                 block.compile()  # in place: names of weights stay
-        if text_encoder.trainable:
-            self.learning_text_encoder = text_encoder
-        self._frozen_print: str | None = None
-        self._text_encoder = [text_encoder]  # in a list: a frozen one is no part of checkpoints
         self._tokenizer = [_with_quickest_decoder(tokenizer)]
         self.facts = TokenizerFacts.of(self._tokenizer[0])
         self.caption_dropout, self.code_dropout = caption_dropout, code_dropout
@@ -120,12 +118,6 @@ class LaytonGenTask(LaytonTask):
         self._check_parts()
 
     @property
-    def text_encoder(self) -> TextEncoder:
-        """The text encoder, on the task's device."""
-        encoder = self._text_encoder[0]
-        return encoder if encoder.trainable else encoder.to(self.device)
-
-    @property
     def tokenizer(self) -> LaytonTokenizer:
         """The tokenizer, on the task's device."""
         return self._tokenizer[0].to(self.device)
@@ -137,6 +129,8 @@ class LaytonGenTask(LaytonTask):
             ValueError: With both fingerprints.
         """
         sources = self.sources()
+        control = self.transformer.layout_control
+        require_layouts(sources, None if control is None else control.shape)
         for source in walk(sources):
             if isinstance(source, TokenShards):
                 self.require_shards(source)
@@ -145,7 +139,6 @@ class LaytonGenTask(LaytonTask):
     def require_shards(self, source: TokenShards) -> None:
         """See `setup`."""
         source.require_tokenizer(self.facts.fingerprint, encoder=weights_digest(self._tokenizer[0].encoder))
-        source.require_layouts(self.transformer.layout_control)
         stored, wanted = (
             {name: getattr(facts, name) for name in ("vocab_size", "num_tokens", "image_size")}
             for facts in (source.header, self.facts)
@@ -153,8 +146,8 @@ class LaytonGenTask(LaytonTask):
         if stored != wanted:
             raise ValueError(f"{source.folder} holds tokens of other sizes ({differences(stored, wanted)})")
         if source.header.text_encoder and "text" in source.sample(0, seed=0):
-            found = self._text_encoder[0].fingerprint()
-            if self._text_encoder[0].trainable or found != source.header.text_encoder:
+            found = self.frozen_text()
+            if found != source.header.text_encoder:
                 raise ValueError(
                     f"{source.folder} holds text features of another text encoder (stored "
                     f"{source.header.text_encoder!r}, wanted {found!r}), or this one learns: pass use_text: false"
@@ -265,39 +258,24 @@ class LaytonGenTask(LaytonTask):
     def export(self, folder: Path) -> None:
         """Write the generator's folder; see `generation.generator`."""
         encoder = self._text_encoder[0]
-        card = GeneratorCard(self.facts, encoder.fingerprint(), self.sampling)
+        card = GeneratorCard(self.facts, self.frozen_text() or encoder.fingerprint(), self.sampling)
         save_generator(folder, Generator(self.transformer, encoder, card))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record which tokenizer the codes are of, and which frozen text encoder the captions were read by."""
+        """Record which tokenizer the codes are of."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[_FACTS] = asdict(self.facts)
-        checkpoint[_TEXT] = self._frozen_text()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that was trained on another tokenizer's codes, or with another frozen text encoder.
+        """Refuse a checkpoint that was trained on another tokenizer's codes.
 
         Raises:
             ValueError: With every fact that differs.
         """
-        super().on_load_checkpoint(checkpoint)
         differs = differences(checkpoint.get(_FACTS) or {}, asdict(self.facts))
         if differs:
             raise ValueError(f"the checkpoint was trained with another tokenizer ({differs})")
-        stored, wanted = checkpoint.get(_TEXT), self._frozen_text()
-        if stored != wanted:
-            raise ValueError(
-                f"the checkpoint was trained with another frozen text encoder (stored {stored}, wanted {wanted})"
-            )
-
-    def _frozen_text(self) -> str | None:
-        """Fingerprint of a text encoder that is no part of checkpoints; None if it learns, and so is."""
-        encoder = self._text_encoder[0]
-        if encoder.trainable:
-            return None
-        if self._frozen_print is None:  # once: of a large one it reads gigabytes
-            self._frozen_print = encoder.fingerprint()
-        return self._frozen_print
+        super().on_load_checkpoint(checkpoint)
 
     def _foresight(self, hidden: Tensor, batch: dict[str, Any], silent: Tensor) -> Tensor:
         """Cross-entropy of what the transformer knows to be ahead, of images with captions, ()."""

@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
+from generation.data.source import require_layouts
 from generation.planner import PART, LayoutPlanner
+from generation.tasks.reading import ReadsText
 from generation.text.encoders import TextEncoder, without_common_padding
-from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
+from layton.tasks.base import LRSchedulerCallable, OptimizerCallable
 
 
-class LayoutPlannerTask(LaytonTask):
+class LayoutPlannerTask(ReadsText):
     """Cross-entropy of the numbers of layouts, one after another.
 
     Batches hold ``caption`` and ``layout`` (B, M, F) (`layout` of `layton.data.prompts.SceneCaptions`).
@@ -37,7 +39,7 @@ class LayoutPlannerTask(LaytonTask):
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
+        super().__init__(text_encoder, optimizer=optimizer, lr_scheduler=lr_scheduler)
         caption = planner.transformer.caption
         if caption is None or caption.dim != text_encoder.width or caption.length < text_encoder.max_length:
             raise ValueError(
@@ -45,13 +47,14 @@ class LayoutPlannerTask(LaytonTask):
                 f"{text_encoder.max_length} x {text_encoder.width}"
             )
         self.planner = planner
-        if text_encoder.trainable:
-            self.learning_text_encoder = text_encoder
-        self._text_encoder = [text_encoder]  # in a list: a frozen one is no part of checkpoints
+
+    def setup(self, stage: str) -> None:
+        """Refuse data whose layouts are of another kind."""
+        require_layouts(self.sources(), self.planner.layout)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch, ()."""
-        text = without_common_padding(self._text_encoder[0].to(self.device).encode(batch["caption"]))
+        text = without_common_padding(self.text_encoder.encode(batch["caption"]))
         losses = self.planner.losses(text, batch["layout"])
         kinds = len(self.planner.layout.labels)
         terms = {"labels": losses[..., :kinds].sum((1, 2)).mean(), "places": losses[..., kinds:].sum((1, 2)).mean()}
@@ -64,7 +67,7 @@ class LayoutPlannerTask(LaytonTask):
     def export(self, folder: Path) -> None:
         """Write ``planner/`` and, if it learnt, ``text_encoder/``, as they lie in a generator's folder."""
         encoder = self._text_encoder[0]
-        self.planner.text_encoder = encoder.fingerprint()
+        self.planner.text_encoder = self.frozen_text() or encoder.fingerprint()
         self.planner.save_pretrained(folder / PART)
         if encoder.trainable:
             encoder.save_pretrained(folder / "text_encoder")

@@ -95,7 +95,8 @@ class LaytonGenRewardTask(LaytonGenTask):
             raise ValueError("foresight is learnt of real codes: give supervised > 0")
         if any(asdict(transformer.dropout).values()):
             raise ValueError(
-                f"images are drawn without dropout: the transformer must have none, got {transformer.dropout}"
+                f"images are drawn without dropout: the transformer must have none, got {transformer.dropout}; a saved "
+                "one gets it by generation.pretrained.laytongen_transformer's dropout"
             )
         require_policy(self.sampling.options())
         self._reward = [reward]  # in a list: what judges does not learn

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from generation.text.loading import clean_caption, load_model, load_tokenizer, silent_transformers
+from generation.text.loading import clean_caption, load_model, load_tokenizer, require_cleaning, silent_transformers
 from layton.folder import CONFIG_NAME, class_name, load_config, save_config
 from layton.ldm.text import unread_words
 
@@ -155,6 +155,8 @@ class TransformersTextEncoder(TextEncoder):
             raise ValueError(f"{name}: the tokenizer has no padding token")
         if cleaning not in get_args(Cleaning):
             raise ValueError(f"cleaning must be one of {get_args(Cleaning)}, got {cleaning!r}")
+        if cleaning == "deepfloyd":
+            require_cleaning()
         self.cleaning: Cleaning = cleaning
         self.tokenizer = tokenizer
         self.model = model.requires_grad_(trainable)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,17 +37,22 @@ def load_tokenizer(folder: Path) -> Any:
         raise ValueError(f"{folder} holds no tokenizer that transformers can load: {_first_line(error)}") from error
 
 
-def clean_caption(text: str) -> str:
-    """DeepFloyd's cleaning, twice over, as diffusers has it: what the released models' captions went through.
+def require_cleaning() -> None:
+    """Look for what DeepFloyd's cleaning of captions needs.
 
     Raises:
-        ValueError: If the packages that it needs are missing.
+        ValueError: Packages are missing.
     """
-    from importlib.util import find_spec
-
     missing = [name for name in ("bs4", "ftfy") if find_spec(name) is None]
     if missing:
         raise ValueError(f"DeepFloyd's cleaning of captions needs {' and '.join(missing)}: pip install 'layton[clean]'")
+
+
+def clean_caption(text: str) -> str:
+    """DeepFloyd's cleaning, twice over, as diffusers has it: what the released models' captions went through.
+
+    It needs what `require_cleaning` looks for.
+    """
     from diffusers import IFPipeline
 
     cleaner: Any = IFPipeline.__new__(IFPipeline)  # its method uses nothing of the object

@@ -69,7 +69,7 @@ class SceneCaptions(SampleSource):
         if known is None:
             raise ValueError("scenes have no common order of all splits: choose one")
         self.seeds = split_seeds(known, length, offset=offset)
-        self._placed, self._min_diameter = placed, min_diameter
+        self.placed, self._min_diameter = placed, min_diameter
 
     def __len__(self) -> int:
         """Number of scenes."""
@@ -81,8 +81,8 @@ class SceneCaptions(SampleSource):
         own = self._min_diameter == 0  # else the seed alone does not give the scene: its task is wanted, too
         key = scene_key(scene.seed) if own else f"scene/{scene.task}/{scene.seed}"
         sample: dict[str, Any] = {"caption": say(scene, seed, **self._shares), "key": key}
-        if self._placed:
-            sample["layout"] = torch.from_numpy(objects_placed(scene, self._placed))
+        if self.placed:
+            sample["layout"] = torch.from_numpy(objects_placed(scene, self.placed))
         return sample
 
     def _scene(self, index: int) -> Scene:

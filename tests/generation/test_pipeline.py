@@ -185,6 +185,8 @@ def test_an_empty_prompt_is_no_condition_as_in_training(pipe: LaytonGenPipeline)
     text = pipe.encode_prompt(["", "a red star"])
     assert torch.equal(text.features[:1], pipe.transformer.null_condition(text.features[:1]))
     assert not torch.equal(text.features[1:], pipe.transformer.null_condition(text.features[1:]))
+    blank, empty = (pipe(prompt, output_type="codes").codes for prompt in (" \n", ""))
+    assert blank.equal(empty)
 
 
 def test_an_embedded_generator_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

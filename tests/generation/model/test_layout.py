@@ -20,14 +20,16 @@ from laytongen_parts import (
     tiny_tokenizer,
     tiny_transformer,
 )
+from lightning.pytorch import Trainer
 from torch.optim import AdamW
 
-from generation.data.source import TokenShards
+from generation.data.source import TokenShards, require_layouts
 from generation.data.tokenizing import TokenizeJob, tokenize_dataset
 from generation.evaluation.likelihood import score_next_codes
 from generation.generator import Generator, load_generator, save_generator
 from generation.model.cache import CachedDecoder
 from generation.model.layout import LayoutControl, LayoutShape, PlacedObject, read_layout, scenes_layout
+from generation.model.shapes import Dropout
 from generation.model.transformer import LaytonGenTransformer
 from generation.pipeline import LaytonGenPipeline
 from generation.planner import LayoutPlanner
@@ -40,6 +42,7 @@ from generation.tasks.planner import LayoutPlannerTask
 from generation.text.encoders import TransformersTextEncoder
 from layton.cli import main
 from layton.data.loader import collate
+from layton.data.module import ImageDataModule
 from layton.data.prompts import SceneCaptions
 from layton.data.sources import ScenesSource
 from layton.scenes import caption, object_cells, objects_placed, objects_shown, sample_scene
@@ -157,6 +160,10 @@ def test_a_transformer_goes_on_as_it_was_until_it_has_learnt_to_be_told(tmp_path
         model(codes, features, layout=some_layouts()[:2])
     model.save_pretrained(tmp_path / "told")
     again = laytongen_transformer(str(tmp_path / "told"), layout=SHAPE).eval()
+    assert model.dropout == again.dropout == Dropout()
+    still = laytongen_transformer(str(tmp_path / "told"), dropout=Dropout(0.0, 0.0, 0.2))
+    assert still.dropout.token == still.config["dropout"]["token"] == still.blocks[0].residual_dropout == 0.0  # type: ignore[index,call-overload]
+    assert still.blocks[1].ffn_dropout == 0.2
     assert again(codes, features, layout=some_layouts()).equal(plain(codes, features))
     with pytest.raises(ValueError, match="is told layouts of"):
         laytongen_transformer(str(tmp_path / "told"), layout=replace(SHAPE, steps=32))
@@ -235,6 +242,19 @@ def test_token_shards_and_captions_bring_layouts(tmp_path: Path) -> None:
 def planner_task(planner: LayoutPlanner, lr: float = 1e-2) -> LayoutPlannerTask:
     encoder = tiny_text_encoder()
     return LayoutPlannerTask(planner, encoder, optimizer=lambda parameters: AdamW(parameters, lr=lr)).train()
+
+
+def test_a_planner_goes_on_with_its_own_text_encoder_and_layouts(tmp_path: Path) -> None:
+    task, saved = planner_task(tiny_planner(SHAPE)), {}
+    task.on_save_checkpoint(saved)
+    planner_task(tiny_planner(SHAPE)).on_load_checkpoint(saved)
+    other = LayoutPlannerTask(tiny_planner(SHAPE), tiny_text_encoder(seed=1), optimizer=AdamW)
+    with pytest.raises(ValueError, match="another frozen text encoder"):
+        other.on_load_checkpoint(saved)
+    settings: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", max_steps=1, enable_checkpointing=False, **settings)
+    with pytest.raises(ValueError, match="in 32 steps"):
+        trainer.fit(task, datamodule=ImageDataModule(SceneCaptions(length=4, placed=32), batch_size=2))
 
 
 def test_a_planner_learns_what_captions_ask_for(tmp_path: Path) -> None:
@@ -355,8 +375,11 @@ def test_a_generator_learns_to_be_told(tmp_path: Path) -> None:
     task.eval()
     untold = {name: value for name, value in batch.items() if name != "layout"}
     assert task.validation_step(batch, 0).item() < task.validation_step(untold, 0).item() - 0.1
-    with pytest.raises(ValueError, match="in 32 steps, the model is told"):
-        task.require_shards(TokenShards(str(tmp_path / "tokens"), placed=32))
+    require_layouts([shards, SceneCaptions(length=4, placed=64), SceneCaptions(length=4)], SHAPE)
+    for other in (TokenShards(str(tmp_path / "tokens"), placed=32), SceneCaptions(length=4, placed=32)):
+        for shape in (SHAPE, None):
+            with pytest.raises(ValueError, match="in 32 steps"):
+                require_layouts([other], shape)
     same = {**batch, "contrary": batch["caption"]}  # a false caption that is the true one explains codes as well
     contrasted = LaytonGenTask(
         model.train(),
@@ -409,7 +432,9 @@ def test_a_pipeline_plans_and_obeys(planner: LayoutPlanner, tmp_path: Path) -> N
     pipe.save_pretrained(tmp_path)
     assert draw(LaytonGenPipeline.from_pretrained(tmp_path)).codes.equal(planned.codes)
     without = LaytonGenPipeline(replace(generator, planner=None), tiny_tokenizer())
-    assert draw(without).codes.equal(silent.codes)
+    with pytest.warns(UserWarning, match="nothing tells it: its pictures may stay empty"):
+        assert draw(without).codes.equal(silent.codes)
+    assert draw(without, layouts=[None] * 3).codes.equal(silent.codes)
     assert draw(without, layouts=planned.layouts).codes.equal(planned.codes)
     without.save_pretrained(tmp_path)  # over the other
     assert LaytonGenPipeline.from_pretrained(tmp_path).planner is None

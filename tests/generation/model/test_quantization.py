@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from generation.model import quantization
-from generation.model.quantization import Int8Linear, quantize_int8, set_weights, weights_type
+from generation.model.quantization import Int8Linear, quantize_int8, require_place, set_weights, weights_type
 from generation.model.shapes import Factors
 from generation.model.transformer import LaytonGenTransformer
 from generation.sampling.codes import SamplingOptions, seeded_generators
@@ -65,6 +65,16 @@ def test_bfloat16_models_decode() -> None:
 def test_int8_is_for_a_cpu() -> None:
     with pytest.raises(ValueError, match="meta"):
         quantize_int8(tiny_model().to("meta"))
+    require_place(tiny_model(), torch.device("meta"))
+    with pytest.raises(ValueError, match="run on a CPU only, the model is to run on meta"):
+        require_place(quantize_int8(tiny_model()), torch.device("meta"))
+
+
+@pytest.mark.parametrize("factors", [None, Factors(4, 4)])
+def test_logits_are_float32_whatever_the_weights_are(factors: Factors | None) -> None:
+    model = tiny_model(factors=factors).bfloat16()
+    hidden = torch.randn(1, model.width, dtype=torch.bfloat16)
+    assert model.vocabulary.logits(hidden).dtype == torch.float32  # as compiled decoding takes them
 
 
 @pytest.mark.parametrize("factors", [None, Factors(4, 4)])

@@ -8,6 +8,8 @@ import transformers
 from laytongen_parts import LENGTH, WIDTH, WORDS, tiny_text_encoder
 from safetensors.torch import load_file, save_file
 
+from generation.data.inputs import JobOptions
+from generation.text import loading
 from generation.text.encoders import TransformersTextEncoder, pad_left, text_encoder
 from generation.text.loading import clean_caption
 
@@ -107,7 +109,7 @@ def test_encoders_of_other_families(encoder: TransformersTextEncoder, kind: str)
 
 
 def test_captions_are_cleaned_as_the_released_models_were_and_that_is_saved(
-    encoder: TransformersTextEncoder, tmp_path: Path
+    encoder: TransformersTextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cleaned = TransformersTextEncoder(encoder.tokenizer, encoder.model, padding="right", cleaning="deepfloyd").eval()
     given, plain = "<b>A  Red</b> Star", "a red star"
@@ -121,6 +123,11 @@ def test_captions_are_cleaned_as_the_released_models_were_and_that_is_saved(
     for loaded in (TransformersTextEncoder.from_pretrained(tmp_path / "saved"), text_encoder(str(tmp_path / "saved"))):
         assert (loaded.cleaning, loaded.padding, loaded.max_length) == ("deepfloyd", "right", cleaned.max_length)
         assert loaded.fingerprint() == cleaned.fingerprint()
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    asked = JobOptions(text_encoder="x", text_cleaning="deepfloyd")
+    for need in (asked.check, lambda: text_encoder(str(tmp_path / "saved"))):
+        with pytest.raises(ValueError, match=r"needs bs4 and ftfy: pip install 'layton\[clean\]'"):
+            need()
     with pytest.raises(ValueError, match="cleaning"):
         TransformersTextEncoder(encoder.tokenizer, encoder.model, cleaning="soap")  # type: ignore[arg-type]
 
