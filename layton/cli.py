@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from layton.commands import COMMANDS, Command
 from layton.config_folders import config_folders
 from layton.errors import UsageError
+from layton.quiet import warnings_in_a_line
 from layton.usage import innermost_reason
 
 TRAINING = {
@@ -45,7 +46,8 @@ def main(args: Sequence[str] | None = None, *, allow: Iterable[str] = ()) -> int
         sys.stdout.write(f"layton {__version__}\n")
         return 0
     try:
-        return _dispatch(words, allowed)
+        with warnings_in_a_line():
+            return _dispatch(words, allowed)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:

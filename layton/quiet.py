@@ -3,8 +3,31 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+_LIBRARY, _PACKAGES = Path(__file__).parents[1], ("distill", "layton", "generation")
+
+
+@contextmanager
+def warnings_in_a_line() -> Iterator[None]:
+    """Within it a warning is shown as one line: of this library what it says, of others also where it comes from."""
+    before = warnings.formatwarning
+    warnings.formatwarning = _in_a_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+def _in_a_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    text = " ".join(str(message).split())
+    ours = Path(filename).is_relative_to(_LIBRARY) and Path(filename).relative_to(_LIBRARY).parts[0] in _PACKAGES
+    return f"layton: {text}\n" if ours else f"{category.__name__}: {text} ({filename}:{lineno})\n"
 
 
 @contextmanager

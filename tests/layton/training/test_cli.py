@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ import small_pipelines as tiny
 import torch
 from toy import write_run
 
+import layton.cli
 import layton.run_files
 from layton.callbacks import CheckpointError, SafeCheckpointIO
 from layton.cli import _one_line, main
 from layton.folder import load_tensors
 from layton.ldm.conditions import PromptEncoder
 from layton.lock import lock_folder
+from layton.quiet import warnings_in_a_line
 from layton.training import _quiet, _several_devices, load_task
 
 
@@ -212,6 +215,15 @@ def test_info_of_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     (damaged / "model.safetensors").write_bytes(b"not tensors")
     assert main(["info", str(damaged)]) == 1
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_warnings_are_lines_without_code(capsys: pytest.CaptureFixture[str]) -> None:
+    before = warnings.formatwarning
+    with warnings_in_a_line():
+        ours = warnings.formatwarning("two\n  lines", UserWarning, str(layton.cli.__file__), 3, "code")
+        other = warnings.formatwarning("theirs", FutureWarning, "/lib/torch/x.py", 7)
+    assert ours == "layton: two lines\n" and other == "FutureWarning: theirs (/lib/torch/x.py:7)\n"
+    assert warnings.formatwarning is before
 
 
 def test_help_imports_nothing_heavy() -> None:
