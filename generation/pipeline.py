@@ -45,8 +45,9 @@ from layton.tokenizer import LaytonTokenizer
 
 MAX_IMAGES = 10_000
 UNTOLD = (
-    "this model has learnt to be told where objects stand, and nothing tells it: its pictures may stay empty. Add a "
-    "planner to its folder (tools/assemble.py --planner), give layouts, or [None] for each prompt to tell nothing"
+    "this model has learnt to be told where objects stand, and nothing tells it: its pictures may stay empty. Train it "
+    "with a planner (option planner), add one to its folder (tools/assemble.py --planner), or give layouts; [None] for "
+    "each prompt tells nothing, silently"
 )
 UNPLANNED = (
     "nobody plans where objects stand in an image of which codes are known: give layouts, such as those of the result "

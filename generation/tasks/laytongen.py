@@ -15,6 +15,7 @@ from generation.data.token_shards import differences
 from generation.generator import Generator, GeneratorCard, SamplingDefaults, TokenizerFacts, save_generator
 from generation.model.transformer import LaytonGenTransformer
 from generation.model.vocabulary import FactoredVocabulary
+from generation.planner import LayoutPlanner
 from generation.sampling.codes import seeded_generators
 from generation.sampling.decoding import generate_codes
 from generation.sampling.guidance import Guidance
@@ -59,6 +60,8 @@ class LaytonGenTask(ReadsText):
             ``ahead`` (B, N, F) (`generation.data.source.TokenShards`). Not asked when a caption says nothing.
         layout_dropout: Share of the batches' ``layout`` (B, M, F) that the transformer is not told, of images whose
             caption it is told; without a caption it is told none (`generation.model.layout`).
+        planner: Goes along with the exported generator, if that is told layouts (`generation.pretrained.planner`); it
+            does not learn here.
         sampling: Defaults that are saved with the generator, and of the pictures made while training.
         gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
         compile_blocks: `torch.compile` the blocks for training, which needs a C++ compiler and half a minute. (Drawing
@@ -82,6 +85,7 @@ class LaytonGenTask(ReadsText):
         contrast: float = 0.0,
         foresight: Foresight | None = None,
         layout_dropout: float = 0.2,
+        planner: LayoutPlanner | None = None,
         sampling: SamplingDefaults | None = None,
         gradient_checkpointing: bool = False,
         compile_blocks: bool = False,
@@ -115,7 +119,12 @@ class LaytonGenTask(ReadsText):
             self.foresight_head = AnswerHead(transformer.width, foresight.sizes)
         self.sampling = sampling or SamplingDefaults()
         self._told_of_cuts = False
+        self._planner = [planner]  # in a list: no part of this model
         self._check_parts()
+        if planner is not None:
+            if text_encoder.trainable:
+                raise ValueError("a planner reads the text encoder as it is: with one, that must not learn")
+            self._generator()  # refuses a planner for another
 
     @property
     def tokenizer(self) -> LaytonTokenizer:
@@ -257,9 +266,12 @@ class LaytonGenTask(ReadsText):
 
     def export(self, folder: Path) -> None:
         """Write the generator's folder; see `generation.generator`."""
-        encoder = self._text_encoder[0]
+        save_generator(folder, self._generator())
+
+    def _generator(self) -> Generator:
+        encoder, planner = self._text_encoder[0], self._planner[0]
         card = GeneratorCard(self.facts, self.frozen_text() or encoder.fingerprint(), self.sampling)
-        save_generator(folder, Generator(self.transformer, encoder, card))
+        return Generator(self.transformer, encoder, card, None if planner is None else planner.eval())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record which tokenizer the codes are of."""

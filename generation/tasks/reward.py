@@ -10,6 +10,7 @@ from torch import Tensor
 
 from generation.generator import SamplingDefaults
 from generation.model.transformer import LaytonGenTransformer
+from generation.planner import LayoutPlanner
 from generation.tasks.foresight import Foresight
 from generation.tasks.laytongen import LaytonGenTask, untold
 from generation.tasks.policy import credit_advantages, group_advantages, most_telling, policy_losses, require_policy
@@ -50,6 +51,7 @@ class LaytonGenRewardTask(LaytonGenTask):
             ``foresight``. Nothing teaches the model without a caption.
         foresight: See `LaytonGenTask`; its weight counts beside the cross-entropy's.
         layout_dropout: See `LaytonGenTask`; of real codes alone, images are drawn with the batches' layouts.
+        planner: See `LaytonGenTask`.
         sampling: How images are drawn, here and by the exported model: temperature, guidance and ``min_entropy``.
         gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
 
@@ -72,6 +74,7 @@ class LaytonGenRewardTask(LaytonGenTask):
         supervised: float = 0.0,
         foresight: Foresight | None = None,
         layout_dropout: float = 0.2,
+        planner: LayoutPlanner | None = None,
         sampling: SamplingDefaults | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -84,6 +87,7 @@ class LaytonGenRewardTask(LaytonGenTask):
             caption_dropout=0.0,
             foresight=foresight,
             layout_dropout=layout_dropout,
+            planner=planner,
             sampling=sampling,
             gradient_checkpointing=gradient_checkpointing,
         )

@@ -444,6 +444,24 @@ def test_a_pipeline_plans_and_obeys(planner: LayoutPlanner, tmp_path: Path) -> N
         draw(plain, layouts=[[STAR], None, None])
 
 
+def test_a_planner_goes_along_with_what_learnt_beside_it(planner: LayoutPlanner, tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    settings = {"optimizer": AdamW, "tokenizer": str(tmp_path / "tokenizer"), "planner": planner}
+    model = tiny_transformer(dropout=0.0)
+    with pytest.raises(ValueError, match="the planner makes"):
+        LaytonGenTask(model, tiny_text_encoder(), **settings)
+    model.learn_layouts(SHAPE)
+    with pytest.raises(ValueError, match="that must not learn"):
+        LaytonGenTask(model, tiny_text_encoder(trainable=True), **settings)
+    with pytest.raises(ValueError, match="another text encoder"):
+        LaytonGenTask(model, tiny_text_encoder(seed=1), **settings)
+    task = LaytonGenTask(model, tiny_text_encoder(), **settings)
+    assert not any("planner" in name for name in task.state_dict())
+    task.export(tmp_path / "export")
+    pipe = LaytonGenPipeline.from_pretrained(tmp_path / "export", tokenizer=tmp_path / "tokenizer")
+    assert pipe("a red star", output_type="codes").layouts[0] is not None
+
+
 def test_a_planner_for_another_generator_is_refused(planner: LayoutPlanner) -> None:
     generator = told_generator(planner)
     assert generator.planner is not None
