@@ -12,6 +12,7 @@ import torch
 from laytongen_parts import CODES, SIZE, TOKENS, tiny_generator, tiny_tokenizer, write_model
 
 from generation.demonstration import has_generator
+from generation.drawing import LaytonGenDrawer
 from generation.generator import find_generator, find_tokenizer, load_generator, save_generator
 from generation.model.packing import packed
 from generation.model.quantization import set_weights
@@ -187,6 +188,16 @@ def test_an_empty_prompt_is_no_condition_as_in_training(pipe: LaytonGenPipeline)
     assert not torch.equal(text.features[1:], pipe.transformer.null_condition(text.features[1:]))
     blank, empty = (pipe(prompt, output_type="codes").codes for prompt in (" \n", ""))
     assert blank.equal(empty)
+
+
+def test_int8_weights_go_to_the_cpu_where_no_device_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = str(write_model(tmp_path))
+    monkeypatch.setattr("layton.devices.choose_device", lambda device: torch.device(device or "meta"))
+    assert LaytonGenDrawer.load(folder).pipeline.device.type == "meta"
+    drawer = LaytonGenDrawer.load(folder, weights="int8")
+    assert drawer.pipeline.device.type == "cpu"
+    with pytest.raises(ValueError, match="int8 weights run on a CPU only, the model is to run on meta"):
+        drawer.pipeline.to("meta")
 
 
 def test_an_embedded_generator_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 
 from distill.denoiser import Condition
 from layton.control import load_unet
-from layton.decoders import ConsistencyDecoder, DiffusionDecoder, LightDecoder
+from layton.decoders import ConsistencyDecoder, DiffusionDecoder, LightDecoder, diffusion
 from layton.decoders.consistency import HYPER_TIMES, LAYTON_TIMES, sampling_at, time_table
 from layton.decoders.difference import Adaptation, adapt, fingerprints, fold_adapters
 from layton.folder import class_name, load_tensors
@@ -169,6 +169,21 @@ def test_weights_in_half_precision_give_nearly_the_same_pictures(decoder: CodeDe
 
 
 @torch.no_grad()
+def test_times_are_not_sent_to_a_device_that_may_have_no_float64(ldm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, seen = make_diffusion(ldm), []
+
+    def sampled(
+        network: LADD, x_T: torch.Tensor, times: torch.Tensor, *rest: object, **options: object
+    ) -> torch.Tensor:
+        seen.append(times.device.type)
+        return x_T
+
+    monkeypatch.setattr(diffusion, "sample", sampled)
+    elsewhere = torch.zeros(1, 4, 2, 2, device="meta")
+    decoder.sample(elsewhere, elsewhere, num_steps=3, generator=[])
+    assert seen == ["cpu"]  # `distill.samplers.sample` moves them, in a type that the device has
+
+
 def test_grids_need_not_divide_each_other(ldm: Path) -> None:
     decoder = DiffusionDecoder(make_network(ldm), Autoencoder.from_pretrained(ldm / "vae"), latents_per_token=4 / 3)
     odd = torch.randn(2, CODE_DIM, 3, 3, generator=torch.Generator().manual_seed(1))

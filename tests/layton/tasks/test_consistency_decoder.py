@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -414,6 +416,25 @@ def test_cached_images_are_those_of_the_latents(world: Path, tmp_path: Path) -> 
         torch.testing.assert_close(latent, sample["latent"].float(), atol=1e-2, rtol=1e-2)
     with pytest.raises(ValueError, match="images must be one of"):
         make("c", "yes")
+
+
+def test_codes_are_cached_as_the_tokenizer_makes_them(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact, encoded = [], []
+
+    @contextmanager
+    def exactly() -> Iterator[None]:
+        exact.append(True)
+        yield
+        exact.pop()
+
+    real = ViTEncoder.forward
+    monkeypatch.setattr("layton.ldm.cache.exact_convolutions", exactly)
+    monkeypatch.setattr(ViTEncoder, "forward", lambda *given: (encoded.append(bool(exact)), real(*given))[1])
+    places = {"autoencoder": str(world / "ldm/vae"), "tokenizer": str(world / "tok"), "folder": str(tmp_path)}
+    CachedLatents(ScenesSource(split="train", length=2, size=SIZE), **places)
+    assert encoded == [True]
 
 
 def test_cached_codes_outlive_a_decoder_and_no_quantizer(world: Path, tmp_path: Path) -> None:
