@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from generation.model.compiled import compile_decoding
 from generation.model.layout import PlacedObject
-from generation.model.quantization import set_weights, weights_type
+from generation.model.quantization import choose_place, set_weights, weights_type
 from generation.model.weight_types import Weights
 from generation.pipeline import LaytonGenPipeline
 from generation.sampling.choice import SamplingChoice
@@ -78,7 +78,6 @@ class LaytonGenDrawer:
             ValueError: If it does not exist or is damaged, or a setting is out of range.
         """
         from generation.generator import find_generator, find_tokenizer
-        from layton.devices import choose_device
         from layton.loading import default_decoder
 
         folder = find_generator(name)
@@ -88,8 +87,7 @@ class LaytonGenDrawer:
         pipeline.tokenizer.decoder(chosen).check_steps(num_steps)
         choice = sampling or SamplingChoice()
         choice.over(pipeline.card.sampling)
-        on_cpu = device is None and "int8" in (weights, weights_type(pipeline.transformer))
-        placed = pipeline.to("cpu" if on_cpu else choose_device(device))
+        placed = pipeline.to(choose_place(pipeline.transformer, weights, device))
         if weights is not None:
             set_weights(placed.transformer, weights)
         if compiled:

@@ -46,8 +46,8 @@ from layton.tokenizer import LaytonTokenizer
 MAX_IMAGES = 10_000
 UNTOLD = (
     "this model has learnt to be told where objects stand, and nothing tells it: its pictures may stay empty. Train it "
-    "with a planner (option planner), add one to its folder (tools/assemble.py --planner), or give layouts; [None] for "
-    "each prompt tells nothing, silently"
+    "with a planner (option planner), add one to its folder (tools/assemble.py --planner), or give layouts (--layout); "
+    "[None] for each prompt (--no-layout) tells nothing, silently"
 )
 UNPLANNED = (
     "nobody plans where objects stand in an image of which codes are known: give layouts, such as those of the result "

@@ -42,20 +42,16 @@ def evaluate_next_codes(
     """
     import copy
 
-    import torch
-
     from generation.data.source import TokenShards
     from generation.evaluation.likelihood import score_next_codes
     from generation.generator import find_generator, load_generator
-    from generation.model.quantization import require_place, set_weights, weights_type
-    from layton.devices import choose_device
+    from generation.model.quantization import choose_place, require_place, set_weights
     from layton.metrics.protocol import library_versions
     from layton.modules import weights_digest
 
     require_least(1, {"count": count, "batch_size": batch_size})
     generator = load_generator(find_generator(model), allow=allow or ())
-    on_cpu = device is None and "int8" in (weights, weights_type(generator.transformer))
-    place = torch.device("cpu") if on_cpu else choose_device(device)
+    place = choose_place(generator.transformer, weights, device)
     require_place(generator.transformer, place)
     generator.transformer.to(place), generator.text_encoder.to(place)
     digest = weights_digest(generator.transformer)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from generation.model.transformer import LaytonGenTransformer
 from generation.model.vocabulary import FullVocabulary
 from generation.model.weight_types import Weights
+from layton.devices import choose_device
 
 INT8_MAX = 127.0  # of inputs, and of weights where the CPU sums products in 32 bits
 _INT7_MAX = 63.0  # of weights elsewhere: there two products meet in 16 bits, 2 * 255 * 64 < 2^15
@@ -125,6 +126,18 @@ def require_place(model: LaytonGenTransformer, device: torch.device) -> None:
     """
     if model.config.get("int8") and device.type != "cpu":
         raise ValueError(f"int8 weights run on a CPU only, the model is to run on {device}")
+
+
+def choose_place(model: LaytonGenTransformer, weights: Weights | None, device: str | None) -> torch.device:
+    """Where a model is to decode in a type of weights: on the accelerator if there is one, with int8 on the CPU.
+
+    Args:
+        model: As it was saved.
+        weights: What it is brought to; None leaves it as it is.
+        device: Taken at its word, if one is named.
+    """
+    on_cpu = device is None and "int8" in (weights, weights_type(model))
+    return torch.device("cpu") if on_cpu else choose_device(device)
 
 
 def set_weights(model: LaytonGenTransformer, weights: Weights) -> LaytonGenTransformer:

@@ -293,7 +293,7 @@ def text_encoder(
     Args:
         folder: A transformers model folder with its tokenizer (flan-t5-xl is the published choice, CLIP, MiniLM ...),
             a diffusers pipeline (its ``tokenizer/`` and ``text_encoder/``), what `TextEncoder.save_pretrained` wrote,
-            or the name of an embedded model, whose latent diffusion model's text encoder is taken.
+            or a tokenizer (a folder or ``mini``), whose latent diffusion model's text encoder is taken.
         max_length: Tokens that are read; by default what was saved, or what the tokenizer says.
         padding: Side of the padding; by default what was saved, or the left.
         cleaning: Of captions, see `TransformersTextEncoder`; by default what was saved, or none.
@@ -304,7 +304,7 @@ def text_encoder(
     """
     from layton import assets
 
-    root = Path(folder) if Path(folder).is_dir() else assets.resolve(folder, part="ldm")
+    root = assets.resolve(folder, part=assets.LDM)
     saved: dict[str, Any] = {}
     if (root / "model_index.json").is_file():
         places = root / "tokenizer", root / "text_encoder"

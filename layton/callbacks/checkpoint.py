@@ -35,7 +35,7 @@ class SafeCheckpoint(ModelCheckpoint):
         in_background: write files in a thread while training goes on; takes the memory of one more checkpoint.
 
     Raises:
-        ValueError: keep is 0 or below -1, or nothing, or both of two, say when to save.
+        ValueError: keep is 0 or below -1, nothing says when to save, or a monitor and a period do.
     """
 
     def __init__(

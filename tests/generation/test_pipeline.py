@@ -192,7 +192,7 @@ def test_an_empty_prompt_is_no_condition_as_in_training(pipe: LaytonGenPipeline)
 
 def test_int8_weights_go_to_the_cpu_where_no_device_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = str(write_model(tmp_path))
-    monkeypatch.setattr("layton.devices.choose_device", lambda device: torch.device(device or "meta"))
+    monkeypatch.setattr("generation.model.quantization.choose_device", lambda device: torch.device(device or "meta"))
     assert LaytonGenDrawer.load(folder).pipeline.device.type == "meta"
     drawer = LaytonGenDrawer.load(folder, weights="int8")
     assert drawer.pipeline.device.type == "cpu"

@@ -49,6 +49,7 @@ def duel(
     clip: float = 0.0,
     model_rate: float = 0.1,
     task: Duel | None = None,
+    plugins: list[MixedPrecision] | None = None,
 ) -> tuple[Duel, Trainer]:
     task = Duel(clip, model_rate) if task is None else task
     trainer = Trainer(
@@ -60,6 +61,7 @@ def duel(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        plugins=plugins,
     )
     trainer.fit(task, DataLoader(batches, batch_size=None))
     return task, trainer
@@ -92,19 +94,10 @@ class Fused(Duel):
 
 def test_what_is_clipped_is_the_gradient_and_not_its_scaled_one(tmp_path: Path) -> None:
     rows, clip = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), 0.01
-    trainer = Trainer(
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))],
-    )
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
     task = Fused(clip)
     start = torch.cat([value.flatten().clone() for value in task.model.state_dict().values()])
-    trainer.fit(task, DataLoader([rows], batch_size=None))
+    duel(tmp_path, [rows], accumulate=1, task=task, plugins=[plugin])
     change = torch.cat([value.flatten() for value in task.model.state_dict().values()]) - start
     assert float(change.norm()) == pytest.approx(0.1 * clip, rel=1e-2)
 
