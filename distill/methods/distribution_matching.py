@@ -15,6 +15,7 @@ from einops import reduce
 from torch import Tensor, nn
 
 from distill.denoiser import Denoiser
+from distill.held import Held
 from distill.method import DistillBatch, Networks
 from distill.methods.discriminator import draw_renoising
 from distill.methods.extra_terms import ExtraTerm, StudentOutput
@@ -80,7 +81,7 @@ class DistributionMatching(ExtraTerm):
         self.guidance_scale, self.t_range = guidance_scale, t_range
         self.fake_updates = fake_updates
         self.fake_samples: FakeSamples = fake_samples
-        self._shared: list[Denoiser] = []  # in a list: a shared network belongs to its owner
+        self._shared: Held[Denoiser] | None = None
         self._trained: list[nn.Parameter] = []  # of a shared network
         self.fake: Denoiser | None = None
         if fake is not None:
@@ -89,14 +90,14 @@ class DistributionMatching(ExtraTerm):
     def attach(self, fake: Denoiser, *, trained: Sequence[nn.Parameter] | None = None) -> None:
         """Give the fake network; see the class. Before the critic's optimizer is made."""
         if trained is None:
-            self.fake, self._shared, self._trained = fake, [fake], []
+            self.fake, self._shared, self._trained = fake, Held(fake), []
         else:
-            self.fake, self._shared, self._trained = None, [fake], list(trained)
+            self.fake, self._shared, self._trained = None, Held(fake), list(trained)
 
     def _fake_network(self) -> Denoiser:
-        if not self._shared:
+        if self._shared is None:
             raise ValueError("distribution matching has no fake network: attach one before training")
-        return self._shared[0]
+        return self._shared.module
 
     def student_loss(
         self, output: StudentOutput, networks: Networks, batch: DistillBatch, *, step: int, generator: torch.Generator

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from distill.adapters import ATTENTION_LORA_TARGETS
 from distill.frequency import HighPass, edge_strength, high_pass
+from distill.held import Held
 from distill.method import DistillationMethod, DistillBatch, MethodOutput, Networks
-from distill.methods.image_space import Frozen, ImageSpace
+from distill.methods.image_space import ImageSpace
 from distill.methods.one_step import one_step
 from distill.methods.pairs import TeacherSolver, pair_of
 from distill.schedules import NoiseSchedule, VPSchedule
@@ -110,7 +111,7 @@ class HiPA(DistillationMethod):
             raise ValueError(f"weights must be >= 0, got {self._weights}")
         if not radius > 0:
             raise ValueError(f"radius must be > 0, got {radius}")
-        self.perceptual = None if perceptual is None else Frozen(perceptual)
+        self.perceptual = None if perceptual is None else Held(perceptual, frozen=True)
         self.space = ImageSpace(decoder, crop=crop)
         self.solver = solver
         self.radius = radius
@@ -139,8 +140,9 @@ class HiPA(DistillationMethod):
     def _image_terms(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
         if self._weights["spatial"] > 0:
+            held = self.perceptual
             terms["spatial"] = (
-                (images - targets).square().mean() if self.perceptual is None else self.perceptual(images, targets)
+                (images - targets).square().mean() if held is None else held.on(images.device)(images, targets)
             )
         if self._weights["frequency"] > 0:
             upper, wanted = (high_pass(x, self.radius, kind=self.filter_kind) for x in (images, targets))

@@ -1,16 +1,14 @@
-"""Where a student's latents are compared with a teacher's: in the latent itself, or as decoded images.
-
-The parts a comparison needs (an autoencoder's decoder, a perceptual network) are frozen, belong to nobody's checkpoint
-and still have to follow the method to its device: `Frozen` holds such a part.
-"""
+"""Where a student's latents are compared with a teacher's: in the latent itself, or as decoded images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, Self, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
+
+from distill.held import Held
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Distance () of images or latents (B, C, H, W) from their targets; gradients flow into the first."""
@@ -22,32 +20,6 @@ class LatentDecoder(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) to images (B, 3, H, W), nominally in [-1, 1]."""
         ...
-
-
-class Frozen(nn.Module):
-    """A module that moves with its owner but is neither trained nor saved with it.
-
-    Args:
-        module: Frozen in place and set to eval mode.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self._held = [module.eval().requires_grad_(False)]  # in a list: not registered
-
-    @property
-    def module(self) -> nn.Module:
-        """The part itself."""
-        return self._held[0]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        self._held[0]._apply(fn, recurse)
-        return self
-
-    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        """The module's own call on two tensors, for distances."""
-        return cast(Tensor, self._held[0](images, targets))
 
 
 class ImageSpace(nn.Module):
@@ -68,7 +40,7 @@ class ImageSpace(nn.Module):
             raise ValueError(f"a decoder needs a method decode(latents), {type(decoder).__name__} has none")
         if crop is not None and crop < 1:
             raise ValueError(f"crop must be >= 1, got {crop}")
-        self.decoder = None if decoder is None else Frozen(decoder)
+        self.decoder = None if decoder is None else Held(decoder, frozen=True)
         self.crop = crop
 
     def forward(self, x_0: Tensor, target: Tensor, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -89,7 +61,7 @@ class ImageSpace(nn.Module):
     def _decode(self, latents: Tensor) -> Tensor:
         if self.decoder is None:
             return latents
-        return cast(LatentDecoder, self.decoder.module).decode(latents).float()
+        return cast(LatentDecoder, self.decoder.on(latents.device)).decode(latents).float()
 
     def _span(self, length: int, generator: torch.Generator) -> slice:
         side = min(self.crop or length, length)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distill.held import Held
+
 VGG_WIDTHS = (64, 128, 256, 512, 512)
 VGG_DEPTHS = (2, 2, 3, 3, 3)
 
@@ -97,16 +99,11 @@ class LatentPerceptualDistance(nn.Module):
         if l2_weight < 0:
             raise ValueError(f"l2_weight must be >= 0, got {l2_weight}")
         self.l2_weight = l2_weight
-        self._net = [net.eval().requires_grad_(False)]  # in a list: neither trained, saved nor counted
-
-    @property
-    def networks(self) -> list[nn.Module]:
-        """What is evaluated, for those who count operations."""
-        return list(self._net)
+        self._net = Held(net, frozen=True)
 
     def forward(self, latents: Tensor, targets: Tensor) -> Tensor:
         """Distance () between two batches (B, C, h, w); gradients flow into the first, none into the second."""
-        net = self._net[0].to(latents.device)
+        net = self._net.on(latents.device)
         with torch.no_grad():
             wanted = net(targets.float())
         found = net(latents.float())

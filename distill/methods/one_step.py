@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.denoiser import Denoiser
+from distill.held import Held
 from distill.method import DistillationMethod, DistillBatch, MethodOutput, Networks
-from distill.methods.image_space import Frozen, ImageSpace
+from distill.methods.image_space import ImageSpace
 from distill.methods.pairs import DEFAULT_SOLVER, TeacherSolver, pair_of
 from distill.methods.reflow import Reading, clock_of, read_as
 from distill.schedules import NoiseSchedule, VPSchedule
@@ -68,7 +69,7 @@ class OneStepDistillation(DistillationMethod):
         if decoder is not None and perceptual is None:
             raise ValueError("a decoder is of use to a perceptual distance only, and there is none")
         self.solver = solver
-        self.perceptual = None if perceptual is None else Frozen(perceptual)
+        self.perceptual = None if perceptual is None else Held(perceptual, frozen=True)
         self.space = ImageSpace(decoder, crop=crop)
         self.perceptual_start = perceptual_start
         self.l2_after = l2_after
@@ -96,7 +97,7 @@ class OneStepDistillation(DistillationMethod):
         if self.perceptual is None or step < self.perceptual_start:
             return MethodOutput({"l2": F.mse_loss(x_0, pair.x_0)})
         images, targets = self.space(x_0, pair.x_0, generator=generator)
-        terms = {"perceptual": self.perceptual(images, targets)}
+        terms = {"perceptual": self.perceptual.on(images.device)(images, targets)}
         if self.l2_after > 0:
             terms["l2"] = self.l2_after * F.mse_loss(x_0, pair.x_0)
         return MethodOutput(terms)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.condition import Condition
+from distill.held import Held
 from distill.method import DistillBatch, Networks
 from distill.methods.extra_terms import ExtraTerm, StudentOutput
 
@@ -55,20 +56,22 @@ class PreferenceTerm(ExtraTerm):
         super().__init__(weight=weight, start=start)
         if not negative_margin < positive_margin:
             raise ValueError(f"margins must satisfy negative < positive, got {negative_margin} and {positive_margin}")
-        self._scorer: list[Scorer] = []  # in a list: neither trained, saved nor counted with the method
+        self._scorer: Held[Scorer] | None = None
         if scorer is not None:
             self.attach(scorer)
         self.positive_margin, self.negative_margin = positive_margin, negative_margin
 
     def attach(self, scorer: Scorer) -> None:
         """Take the scorer, where it can be made only later."""
-        self._scorer = [scorer]
+        self._scorer = Held(scorer)
 
     @property
     def networks(self) -> list[nn.Module]:
         """The scorer's networks, as far as they are its attributes, for those who count operations."""
-        held = [value for scorer in self._scorer for value in vars(scorer).values()]
-        return [value for value in (*self._scorer, *held) if isinstance(value, nn.Module)]
+        if self._scorer is None:
+            return []
+        scorer = self._scorer.module
+        return [value for value in (scorer, *vars(scorer).values()) if isinstance(value, nn.Module)]
 
     def student_loss(
         self, output: StudentOutput, networks: Networks, batch: DistillBatch, *, step: int, generator: torch.Generator
@@ -78,9 +81,9 @@ class PreferenceTerm(ExtraTerm):
         Raises:
             ValueError: No scorer is attached.
         """
-        if not self._scorer:
+        if self._scorer is None:
             raise ValueError("preference learning has no scorer: attach one before training")
-        score = self._scorer[0].score
+        score = self._scorer.module.score
         positive = (self.positive_margin - score(output.x_0, batch.condition).float()).clamp(min=0.0)
         size = len(output.x_0)
         if size == 1 or batch.condition.batch_size != size:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from distill.condition import Condition
 from distill.denoiser import Denoiser
+from distill.held import Held
 from distill.method import DistillationMethod, DistillBatch, MethodOutput, Networks
 from distill.methods.pairs import guided
 from distill.noise import gaussian_like
@@ -77,12 +78,12 @@ class _AsOf(Denoiser):
 
     def __init__(self, denoiser: Denoiser, weights: Mapping[str, Tensor]) -> None:
         super().__init__(denoiser.schedule, denoiser.prediction_type)
-        self._denoiser = [denoiser]  # in a list: not a child, whose mode would change with this one's
+        self._denoiser = Held(denoiser)
         self._weights = dict(weights)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Raw prediction; see ``Denoiser.forward``."""
-        output: Tensor = torch.func.functional_call(self._denoiser[0], self._weights, (x_t, t, condition))
+        output: Tensor = torch.func.functional_call(self._denoiser.module, self._weights, (x_t, t, condition))
         return output
 
 

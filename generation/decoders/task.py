@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from distill.held import Held
 from distill.method import DistillationMethod
 from generation.decoders.hipa import HiPADecoder, require_attention
 from generation.decoders.instaflow import InstaFlowDecoder
@@ -103,7 +104,7 @@ class OneStepDecoderTask(ConsistencyDecoderTask):
         super()._build(start, critic)
         if start is not None and _is_flow(Path(start)):
             frozen = [parameter for parameter in self.ladd.parameters() if not parameter.requires_grad]
-            self._teacher = [copy_sharing(self.ladd, frozen)]
+            self._teacher = Held(copy_sharing(self.ladd, frozen))
         if self.method is not None:  # its times are asked for before it sees a batch
             cast(Any, self.method).schedule = self.ladd.schedule
 
@@ -112,7 +113,7 @@ class OneStepDecoderTask(ConsistencyDecoderTask):
         kind = HiPADecoder if self.name == "hipa" else InstaFlowDecoder
         return kind(
             self.ladd,
-            self._autoencoder[0],
+            self._autoencoder.module,
             sampling=self.sampling,
             latents_per_token=self.latents_per_token,
             difference=self.difference,

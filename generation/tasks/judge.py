@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distill.held import Held
 from generation.caption_judge import CaptionJudge
 from generation.data.source import TokenShards
 from generation.data.token_shards import differences
@@ -82,7 +83,7 @@ class JudgeTask(LaytonTask):
             self.reader = AnswerHead(judge.width, SHOWN_SIZES)  # is no part of what is exported
         whole = CaptionJudge(judge, text_encoder.requires_grad_(False).eval(), place.fingerprint())
         whole.require_tokenizer(place)
-        self._whole = [(whole, place)]  # in a list: what is frozen is no part of checkpoints
+        self._whole, self._tokenizer = Held(whole), Held(place)
 
     def setup(self, stage: str) -> None:
         """Refuse token shards of another tokenizer.
@@ -94,8 +95,8 @@ class JudgeTask(LaytonTask):
         names = ("train", "validation", "test")
         for source in walk([source for name in names for source in getattr(module, name, None) or []]):
             if isinstance(source, TokenShards):
-                whole, place = self._whole[0]
-                source.require_tokenizer(whole.fingerprint, encoder=weights_digest(place.encoder))
+                place = self._tokenizer.module
+                source.require_tokenizer(self._whole.module.fingerprint, encoder=weights_digest(place.encoder))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record whose codes and features were learnt."""
@@ -114,14 +115,14 @@ class JudgeTask(LaytonTask):
             raise ValueError(f"the checkpoint was trained with other parts ({differs})")
 
     def _reads(self) -> dict[str, str]:
-        whole, _ = self._whole[0]
+        whole = self._whole.module
         return {"tokenizer": whole.fingerprint, "text_encoder": whole.text_encoder.fingerprint()}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch, ()."""
         codes, generator = batch["codes"].long(), self.step_generator("judge", device="cpu")
         if self.code_dropout:
-            noise = torch.randint(self._whole[0][1].vocab_size, codes.shape, generator=generator)
+            noise = torch.randint(self._tokenizer.module.vocab_size, codes.shape, generator=generator)
             replaced = torch.rand(codes.shape, generator=generator) < self.code_dropout
             codes = torch.where(replaced.to(codes.device), noise.to(codes.device), codes)
         return self._loss(batch, codes, generator)
@@ -132,10 +133,10 @@ class JudgeTask(LaytonTask):
 
     def export(self, folder: Path) -> None:
         """Write a folder of `generation.caption_judge.CaptionJudge`."""
-        self._whole[0][0].save_pretrained(folder)
+        self._whole.module.save_pretrained(folder)
 
     def _loss(self, batch: dict[str, Any], codes: Tensor, generator: torch.Generator) -> Tensor:
-        whole, tokenizer = self._whole[0]
+        whole, tokenizer = self._whole.module, self._tokenizer.module
         asked = self._asked(batch, generator)
         if not asked:
             raise ValueError(f"a batch has no caption at all: {batch['key'][:3]}")

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from distill.held import Held
 from generation.data.source import TokenShards, require_layouts
 from generation.data.token_shards import differences
 from generation.generator import Generator, GeneratorCard, SamplingDefaults, TokenizerFacts, save_generator
@@ -107,8 +108,8 @@ class LaytonGenTask(ReadsText):
         if compile_blocks:
             for block in transformer.blocks:
                 block.compile()  # in place: names of weights stay
-        self._tokenizer = [_with_quickest_decoder(tokenizer)]
-        self.facts = TokenizerFacts.of(self._tokenizer[0])
+        self._tokenizer = Held(_with_quickest_decoder(tokenizer))
+        self.facts = TokenizerFacts.of(self._tokenizer.module)
         self.caption_dropout, self.code_dropout = caption_dropout, code_dropout
         self.label_smoothing, self.contrast = label_smoothing, contrast
         self.layout_dropout = layout_dropout
@@ -119,7 +120,7 @@ class LaytonGenTask(ReadsText):
             self.foresight_head = AnswerHead(transformer.width, foresight.sizes)
         self.sampling = sampling or SamplingDefaults()
         self._told_of_cuts = False
-        self._planner = [planner]  # in a list: no part of this model
+        self._planner = None if planner is None else Held(planner)
         self._check_parts()
         if planner is not None:
             if text_encoder.trainable:
@@ -129,7 +130,7 @@ class LaytonGenTask(ReadsText):
     @property
     def tokenizer(self) -> LaytonTokenizer:
         """The tokenizer, on the task's device."""
-        return self._tokenizer[0].to(self.device)
+        return self._tokenizer.on(self.device)
 
     def setup(self, stage: str) -> None:
         """Refuse token shards of another tokenizer and features of another text encoder.
@@ -147,7 +148,7 @@ class LaytonGenTask(ReadsText):
 
     def require_shards(self, source: TokenShards) -> None:
         """See `setup`."""
-        source.require_tokenizer(self.facts.fingerprint, encoder=weights_digest(self._tokenizer[0].encoder))
+        source.require_tokenizer(self.facts.fingerprint, encoder=weights_digest(self._tokenizer.module.encoder))
         stored, wanted = (
             {name: getattr(facts, name) for name in ("vocab_size", "num_tokens", "image_size")}
             for facts in (source.header, self.facts)
@@ -269,9 +270,10 @@ class LaytonGenTask(ReadsText):
         save_generator(folder, self._generator())
 
     def _generator(self) -> Generator:
-        encoder, planner = self._text_encoder[0], self._planner[0]
+        encoder = self._text_encoder.module
+        planner = None if self._planner is None else self._planner.module.eval()
         card = GeneratorCard(self.facts, self.frozen_text() or encoder.fingerprint(), self.sampling)
-        return Generator(self.transformer, encoder, card, None if planner is None else planner.eval())
+        return Generator(self.transformer, encoder, card, planner)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record which tokenizer the codes are of."""
@@ -342,7 +344,7 @@ class LaytonGenTask(ReadsText):
         return self.transformer.hidden(codes, condition, text.mask, positions=positions, layout=layout)
 
     def _check_parts(self) -> None:
-        transformer, encoder, facts = self.transformer, self._text_encoder[0], self.facts
+        transformer, encoder, facts = self.transformer, self._text_encoder.module, self.facts
         shape = transformer.caption
         if shape is None or shape.dim != encoder.width or shape.length < encoder.max_length:
             raise ValueError(
@@ -357,7 +359,7 @@ class LaytonGenTask(ReadsText):
             )
         vocabulary = transformer.vocabulary
         if isinstance(vocabulary, FactoredVocabulary) and vocabulary.factors.code_dim:
-            transformer.set_codebook(self._tokenizer[0].quantizer.codebook)
+            transformer.set_codebook(self._tokenizer.module.quantizer.codebook)
 
 
 def untold(batch: dict[str, Any]) -> Tensor:

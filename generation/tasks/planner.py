@@ -66,7 +66,7 @@ class LayoutPlannerTask(ReadsText):
 
     def export(self, folder: Path) -> None:
         """Write ``planner/`` and, if it learnt, ``text_encoder/``, as they lie in a generator's folder."""
-        encoder = self._text_encoder[0]
+        encoder = self._text_encoder.module
         self.planner.text_encoder = self.frozen_text() or encoder.fingerprint()
         self.planner.save_pretrained(folder / PART)
         if encoder.trainable:

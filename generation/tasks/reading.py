@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from distill.held import Held
 from generation.text.encoders import TextEncoder
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
 
@@ -25,18 +26,18 @@ class ReadsText(LaytonTask):
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
         if text_encoder.trainable:
             self.learning_text_encoder = text_encoder
-        self._text_encoder = [text_encoder]  # in a list: a frozen one is no part of checkpoints
+        self._text_encoder = Held(text_encoder)  # a learning one is a child besides
         self._frozen_print: str | None = None
 
     @property
     def text_encoder(self) -> TextEncoder:
         """The text encoder, on the task's device."""
-        encoder = self._text_encoder[0]
-        return encoder if encoder.trainable else encoder.to(self.device)
+        held = self._text_encoder
+        return held.module if held.module.trainable else held.on(self.device)
 
     def frozen_text(self) -> str | None:
         """Fingerprint of a text encoder that is no part of checkpoints; None if it learns, and so is."""
-        encoder = self._text_encoder[0]
+        encoder = self._text_encoder.module
         if encoder.trainable:
             return None
         if self._frozen_print is None:  # once: of a large one it reads gigabytes

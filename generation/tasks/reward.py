@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.held import Held
 from generation.generator import SamplingDefaults
 from generation.model.transformer import LaytonGenTransformer
 from generation.planner import LayoutPlanner
@@ -103,7 +104,7 @@ class LaytonGenRewardTask(LaytonGenTask):
                 "one gets it by generation.pretrained.laytongen_transformer's dropout"
             )
         require_policy(self.sampling.options())
-        self._reward = [reward]  # in a list: what judges does not learn
+        self._reward = Held(reward)
         self.group_size, self.kept = group_size, kept
         self.whole, self.supervised = whole, supervised
 
@@ -161,7 +162,7 @@ class LaytonGenRewardTask(LaytonGenTask):
         captions, keys = ([batch[name][row] for row in owner.tolist()] for name in ("caption", "key"))
         with torch.autocast(self.device.type, enabled=False):
             images = torch.cat([self.tokenizer.decode(part.clone()) for part in codes.split(_AT_ONCE)])
-            scores = self._reward[0].score(images, captions, keys, grid=self.tokenizer.grid)
+            scores = self._reward.module.score(images, captions, keys, grid=self.tokenizer.grid)
         return codes, scores.checked(len(images), self.tokenizer.grid)
 
     def _policy_loss(self, codes: Tensor, text: TextFeatures, owner: Tensor, advantages: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from distill.budget import flop_counter
-from distill.methods.image_space import Frozen
+from distill.held import held_modules
 from layton.tasks.base import LaytonTask
 from layton.tasks.manual import ManualTask
 from layton.training import build_run
@@ -95,7 +95,7 @@ class _Kept:
     """Bytes of the storages that are saved for backward passes."""
 
     def __init__(self, task: LaytonTask) -> None:
-        parts = [task, *(part.module for part in task.modules() if isinstance(part, Frozen))]
+        parts = [task, *held_modules(task)]
         weights = (tensor for part in parts for tensor in (*part.parameters(), *part.buffers()))
         self._own = {tensor.untyped_storage().data_ptr() for tensor in weights}
         self._saved: Counter[int] = Counter()

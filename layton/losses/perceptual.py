@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distill.held import Held
 from layton import assets
 from layton.folder import load_config, load_into, load_tensors, save_config, save_tensors
 
@@ -85,8 +86,7 @@ class PerceptualLoss(nn.Module):
     def __init__(self, weights: str = "mini", *, crop: int | None = None) -> None:
         super().__init__()
         self.crop = crop
-        net = PerceptualNet.from_pretrained(weights).eval().requires_grad_(False)
-        self._net = [net]  # in a list: neither trained, saved nor counted with the owner
+        self._net = Held(PerceptualNet.from_pretrained(weights), frozen=True)
 
     def forward(self, images: Tensor, targets: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Distance () between two batches (B, 3, H, W) in [-1, 1]; zero for equal images.
@@ -99,7 +99,7 @@ class PerceptualLoss(nn.Module):
         if self.crop is not None and generator is not None:
             part = random_part(images, self.crop, generator)
             images, targets = images[part], targets[part]
-        net = self._net[0].to(images.device)
+        net = self._net.on(images.device)
         with torch.no_grad():
             wanted = net(targets)
         terms = [(unit(a) - unit(b)).square().sum(dim=1).mean() for a, b in zip(net(images), wanted, strict=True)]

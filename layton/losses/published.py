@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from distill.held import Held
 from layton.losses.perceptual import PerceptualLoss
 from layton.metrics.external import AbsentError, ExternalSources, LpipsNet, dists_network, lpips_network
 
@@ -60,11 +61,11 @@ class PublishedPerceptualLoss(nn.Module):
             if otherwise is None:
                 raise ValueError("; ".join(absent))
             net = PerceptualLoss(otherwise)
-        self._net = [net.eval().requires_grad_(False)]  # in a list: neither trained, saved nor counted with the owner
+        self._net = Held(net, frozen=True)
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """Mean distance () between two batches (B, 3, H, W) in [-1, 1]; gradients flow into the first."""
-        net = self._net[0].to(images.device)
+        net = self._net.on(images.device)
         # in float32: DISTS takes differences of nearly equal means
         with torch.autocast(images.device.type, enabled=False):
             a, b = images.float(), targets.float()

@@ -17,9 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from distill.budget import BACKWARD, Budget, Handle, count_flops
 from distill.denoiser import Denoiser
+from distill.held import held_modules
 from distill.methods.discriminator import Discriminator
-from distill.methods.image_space import Frozen
-from distill.methods.latent_perceptual import LatentPerceptualDistance
 from distill.methods.preference import PreferenceTerm
 from layton.folder import write_atomically
 from layton.losses.pixel_supervision import PixelSupervision
@@ -180,15 +179,11 @@ def image_parts(task: nn.Module) -> list[nn.Module]:
 
     Those that are not registered in the task are included.
     """
-    held = [module.module for module in task.modules() if isinstance(module, Frozen)]
     supervised = [module.perceptual for module in task.modules() if isinstance(module, PixelSupervision)]
-    roots: list[nn.Module] = [*held, *(part for part in supervised if part is not None)]
-    # out of reach of modules(): kept in lists, so that they are in no checkpoint
-    roots += [
-        net for module in task.modules() if isinstance(module, LatentPerceptualDistance) for net in module.networks
-    ]
+    roots: list[nn.Module] = [part for part in supervised if part is not None]
+    within = {id(part) for root in roots for part in held_modules(root)}
+    roots += [part for part in held_modules(task) if id(part) not in within and not _denoisers(part)]
     roots += [net for module in task.modules() if isinstance(module, PreferenceTerm) for net in module.networks]
-    roots += getattr(task, "_autoencoder", [])
     roots += [head for module in task.modules() if isinstance(module, Discriminator) for head in module.heads]
     parts: dict[int, nn.Module] = {}
     for root in roots:
@@ -204,11 +199,9 @@ def _budget(task: LightningModule, own: Budget) -> Budget:
     return found if isinstance(found, Budget) else own
 
 
-def _denoisers(task: LightningModule) -> list[nn.Module]:
+def _denoisers(task: nn.Module) -> list[nn.Module]:
     """The networks whose evaluations are counted, each once: those that are not inside another one."""
-    lists = (getattr(task, name, []) for name in ("_teacher", "_target"))
-    roots = [task, *(network for found in lists for network in found if isinstance(network, nn.Module))]
-    plain = [module for root in roots for module in root.modules() if _is_network(module)]
+    plain = [module for root in (task, *held_modules(task)) for module in root.modules() if _is_network(module)]
     return list({id(module): module for module in plain}.values())
 
 

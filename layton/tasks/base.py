@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from distill.methods.image_space import Frozen
+from distill.held import held_modules
 from layton.data.sources import SampleSource
 from layton.losses.published import PublishedPerceptualLoss
 from layton.tasks.guard import StepGuard
@@ -229,8 +229,8 @@ class LaytonTask(LightningModule, ABC):
 
     def measures(self) -> list[str]:
         """The perceptual measures in the losses that depend on what lies on disk (`PublishedPerceptualLoss`)."""
-        held = [part.module if isinstance(part, Frozen) else part for part in self.modules()]
-        return sorted({part.measure for part in held if isinstance(part, PublishedPerceptualLoss)})
+        parts = (*self.modules(), *held_modules(self))
+        return sorted({part.measure for part in parts if isinstance(part, PublishedPerceptualLoss)})
 
     def look_at_captions(self, captions: Sequence[str]) -> None:
         """Warn if none of a run's first batch says anything: a model of captions would learn without them."""

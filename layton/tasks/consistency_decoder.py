@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from distill.denoiser import Condition
+from distill.held import Held
 from distill.method import DistillationMethod, DistillBatch, MethodOutput, Networks
 from layton.assets import DIFFUSION, LDM, LIGHT, resolve
 from layton.decoders.consistency import ConsistencyDecoder, sampling_at
@@ -116,9 +117,9 @@ class ConsistencyDecoderTask(ManualTask):
         self._take(resolve(ldm, part=LDM), resolve(decoder, part=DIFFUSION), adaptation or Adaptation(), reader)
         if gradient_checkpointing:
             self.ladd.enable_gradient_checkpointing()
-        self._light: list[nn.Module] = []  # in a list: no part of this model
+        self._light: Held[PixelDecoder] | None = None
         if pixel_targets == "light" and reader is not None:
-            self._light = [PixelDecoder.from_pretrained(reader).requires_grad_(False)]
+            self._light = Held(PixelDecoder.from_pretrained(reader), frozen=True)
         self._build(start, critic or CriticSettings(kind="heads"))
         self.sampling = sampling_at(_method_times(self.method) if times == "method" else times, self.ladd)
         self.times = {len(row): row for row in self.sampling.times}
@@ -129,11 +130,12 @@ class ConsistencyDecoderTask(ManualTask):
     def _take(self, ldm: Path, decoder: Path, adaptation: Adaptation, reader: str | None) -> None:
         """Student and teacher from stage 1; what is not trained exists once."""
         self.ladd, autoencoder = read_network(decoder, ldm, reader=reader)
-        self._autoencoder = [autoencoder.requires_grad_(False).eval()]  # in a list: no part of this model
+        self._autoencoder = Held(autoencoder, frozen=True)
         # A LoRA of stage 1 is folded into the student's weights: a teacher that shared them would have it twice.
         parts = adaptation.parts().items() if self.ladd.lora is None else ()
         kept = [name for name, change in parts if change != "full"]
-        self._teacher = [copy_sharing(self.ladd, [p for n in kept for p in self.ladd.get_submodule(n).parameters()])]
+        shared = [p for n in kept for p in self.ladd.get_submodule(n).parameters()]
+        self._teacher = Held(copy_sharing(self.ladd, shared))
         told = CodeReader.from_pretrained(reader) if reader is not None and self.ladd.reader is None else None
         self.difference = adapt(self.ladd, adaptation, reader=told)
 
@@ -141,11 +143,12 @@ class ConsistencyDecoderTask(ManualTask):
         """What the student begins with, its averaged target, and what judges it."""
         if start is not None:
             self.difference.resume(self.ladd, Path(start))
-        self._target = [self.ladd]
+        self._target = Held(self.ladd)
         if self.method is not None and self.method.target_decay is not None:
-            self._target = [copy_sharing(self.ladd, [p for p in self.ladd.parameters() if not p.requires_grad])]
+            frozen = [p for p in self.ladd.parameters() if not p.requires_grad]
+            self._target = Held(copy_sharing(self.ladd, frozen))
         if self.method is not None:
-            attach_networks(self.method, Networks(self.ladd, self._teacher[0], self._target[0]), critic)
+            attach_networks(self.method, Networks(self.ladd, self._teacher.module, self._target.module), critic)
         # A judge's adaptors lie in the teacher, which is no part of this model, yet belong into checkpoints.
         known = {id(parameter) for parameter in self.parameters()}
         self.judge = nn.ParameterList(p for p in self.critic_parameters() if id(p) not in known)
@@ -169,11 +172,11 @@ class ConsistencyDecoderTask(ManualTask):
 
     def on_validation_start(self) -> None:
         """As `on_fit_start`."""
-        for network in {id(net): net for net in (self.ladd, self._teacher[0], self._target[0])}.values():
-            network.to(self.device)
+        for held in (self._teacher, self._target, self._autoencoder, self._light):
+            if held is not None:
+                held.on(self.device)
+        for network in (self.ladd, self._teacher.module, self._target.module):
             use_fast_attention(network.unet, network.controlnet)
-        for module in (self._autoencoder[0], *self._light):
-            module.to(self.device)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         """Loss of one batch, (); None where a critic is trained in turn."""
@@ -181,7 +184,7 @@ class ConsistencyDecoderTask(ManualTask):
         step = self.global_step
         terms: dict[str, Tensor] = {}
         weights: dict[str, float] = {}
-        networks = Networks(student=self.ladd, teacher=self._teacher[0], target=self._target[0])
+        networks = Networks(student=self.ladd, teacher=self._teacher.module, target=self._target.module)
         noise = batch["noise"].float() if "noise" in batch else None  # of pairs: the latent is the teacher's
         distilled = DistillBatch(condition, Condition(), (x_0.shape[1], x_0.shape[2], x_0.shape[3]), x_0, noise)
         output: MethodOutput | None = None
@@ -193,7 +196,7 @@ class ConsistencyDecoderTask(ManualTask):
         if self.pixels is not None:
             example = self._example(batch, x_0, condition)
             generator = self.step_generator("pixels", device="cpu")
-            terms |= self.pixels(self.ladd, self._autoencoder[0], example, times=self.times, generator=generator)
+            terms |= self.pixels(self.ladd, self._autoencoder.module, example, times=self.times, generator=generator)
             weights |= {n: self.pixel_weight * weight for n, weight in self.pixels.weights.items()}
         if self.diffusion_weight:
             terms["diffusion"] = self._diffusion(x_0, condition)
@@ -220,14 +223,14 @@ class ConsistencyDecoderTask(ManualTask):
         if self.amid_step or self._guard.skipped_now:
             return
         student = self.difference.tensors(self.ladd)
-        for name, value in self.difference.tensors(self._target[0]).items():
+        for name, value in self.difference.tensors(self._target.module).items():
             value.lerp_(student[name].to(value), 1.0 - self.method.target_decay)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the averaged target."""
         super().on_save_checkpoint(checkpoint)
-        if self._target[0] is not self.ladd:
-            averaged = self.difference.tensors(self._target[0])
+        if self._target.module is not self.ladd:
+            averaged = self.difference.tensors(self._target.module)
             checkpoint[_TARGET_KEY] = {name: value.detach().clone() for name, value in averaged.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -237,8 +240,10 @@ class ConsistencyDecoderTask(ManualTask):
         if not judge.keys() <= state.keys():
             rank_zero_warn("the checkpoint is of a time when judges' adaptors were not in them: this one begins anew")
             state |= judge | {name: state[name] for name in judge.keys() & state.keys()}
-        if _TARGET_KEY in checkpoint and self._target[0] is not self.ladd:
-            self.difference.load(self._target[0], checkpoint[_TARGET_KEY], source="the checkpoint's averaged target")
+        if _TARGET_KEY in checkpoint and self._target.module is not self.ladd:
+            self.difference.load(
+                self._target.module, checkpoint[_TARGET_KEY], source="the checkpoint's averaged target"
+            )
 
     def _diffusion(self, x_0: Tensor, condition: Condition) -> Tensor:
         t, eps = draw(x_0, self.step_generator("diffusion", device="cpu"))
@@ -258,13 +263,17 @@ class ConsistencyDecoderTask(ManualTask):
         return x_0, Condition(spatial=self.quantizer.codes_to_embeddings(codes, (side, side)))
 
     @torch.no_grad()
+    def _decoded(self, x_0: Tensor) -> Tensor:
+        """What the autoencoder makes of latents."""
+        return self._autoencoder.module.decode(x_0).float().clamp(-1, 1)
+
     def _example(self, batch: dict[str, Any], x_0: Tensor, condition: Condition) -> PixelExample:
         """What pictures are compared with, see ``pixel_targets``."""
         if self.pixel_targets == "decoded":
             return PixelExample(x_0, condition)
-        if self.pixel_targets == "light":
-            images = self._light[0](condition.spatial).float().clamp(-1, 1)
-            return PixelExample(self._autoencoder[0].encode(images).float(), condition, images)
+        if self._light is not None:
+            images = self._light.module(condition.spatial).float().clamp(-1, 1)
+            return PixelExample(self._autoencoder.module.encode(images).float(), condition, images)
         if "image" not in batch:
             raise ValueError("pixel_targets 'image' needs batches with images: set `images: read` in CachedLatents")
         return PixelExample(x_0, condition, batch["image"].float())
@@ -274,7 +283,7 @@ class ConsistencyDecoderTask(ManualTask):
         """Mean squared error at the default number of steps, (), and PSNR at all of them."""
         x_0, condition = self._inputs(batch)
         decoder = self.decoder()
-        target = batch["image"].float() if "image" in batch else self._autoencoder[0].decode(x_0).float().clamp(-1, 1)
+        target = batch["image"].float() if "image" in batch else self._decoded(x_0)
         loss = x_0.new_zeros(())
         for steps in self.times:
             decoded = decoder.decode(cast(Tensor, condition.spatial), num_steps=steps)
@@ -287,7 +296,7 @@ class ConsistencyDecoderTask(ManualTask):
         """The student as a decoder; it shares the weights in training."""
         return ConsistencyDecoder(
             self.ladd,
-            self._autoencoder[0],
+            self._autoencoder.module,
             sampling=self.sampling,
             default_steps=self.default_steps,
             latents_per_token=self.latents_per_token,
@@ -298,7 +307,7 @@ class ConsistencyDecoderTask(ManualTask):
         """What the autoencoder keeps, over what the codes keep in each number of steps."""
         x_0, condition = self._inputs({name: batch[name][:8] for name in ("latent", "codes")})
         decoder = self.decoder()
-        rows = {"autoencoder": self._autoencoder[0].decode(x_0).float().clamp(-1, 1)}
+        rows = {"autoencoder": self._decoded(x_0)}
         for steps in self.times:
             name = f"{steps} step{'s' * (steps > 1)}"
             rows[name] = decoder.decode(cast(Tensor, condition.spatial), num_steps=steps)

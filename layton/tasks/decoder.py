@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.denoiser import Condition
+from distill.held import Held
 from layton.assets import LDM, LIGHT, resolve
 from layton.control import PAPER_CHANNELS, LoraSettings, null_caption
 from layton.decoders import DiffusionDecoder
@@ -97,7 +98,7 @@ class DecoderTask(LaytonTask):
             # The null caption is this LDM's own: it may have learnt on since.
             state = self.ladd.branch_state_dict() | load_tensors(weights) | {"null_embeds": self.ladd.null_embeds}
             self.ladd.load_branch_state_dict(state, source=weights)
-        self._autoencoder = [Autoencoder.from_pretrained(Path(ldm) / "vae").requires_grad_(False).eval()]
+        self._autoencoder = Held(Autoencoder.from_pretrained(Path(ldm) / "vae"), frozen=True)
         self.preview_steps, self.time_shift = preview_steps, time_shift
 
     def setup(self, stage: str) -> None:
@@ -131,7 +132,7 @@ class DecoderTask(LaytonTask):
         if self.train_tokenizer:
             (images,) = required(batch, "image")
             with torch.no_grad():
-                x_0 = self._autoencoder[0].to(self.device).encode(images).float()
+                x_0 = self._autoencoder.on(self.device).encode(images).float()
             output = self.quantizer(self.encoder(at_code_size(images, self.code_size)).float())
             return x_0, output.embeddings, output.loss
         latents, codes = required(batch, "latent", "codes")
@@ -144,10 +145,10 @@ class DecoderTask(LaytonTask):
         x_0, embeddings, _ = self._inputs(batch)
         decoder = DiffusionDecoder(
             self.ladd,
-            self._autoencoder[0].to(self.device),
+            self._autoencoder.on(self.device),
             latents_per_token=x_0.shape[-1] / embeddings.shape[-1],
         )
-        image = self._autoencoder[0].decode(x_0).float().clamp(-1, 1)
+        image = self._autoencoder.module.decode(x_0).float().clamp(-1, 1)
         decoded = decoder.decode(embeddings, num_steps=self.preview_steps)
         self.log_preview(psnr(decoded, image).mean())
         return {"autoencoder": image, f"{self.preview_steps} steps": decoded}

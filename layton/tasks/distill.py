@@ -25,6 +25,7 @@ from distill.budget import Budget
 from distill.condition import Condition
 from distill.denoiser import Denoiser
 from distill.few_step import FewStepSampling, Start
+from distill.held import Held
 from distill.method import DistillationMethod, DistillBatch, MethodOutput, Networks
 from distill.methods.consistency import ConsistencyMethod
 from distill.methods.hipa import rank_for_share
@@ -148,7 +149,7 @@ class DistillTask(ManualTask):
         pipe = open_pipeline(pipeline, dtype=getattr(torch, frozen_dtype))
         self.latent_shape = latent_shape_of(pipe, latent_size)
         self.prompts = PromptEncoder(pipe, latent_size=self.latent_shape[1:], guidance_scale=network_guidance)
-        self._autoencoder = [Autoencoder(pipe.vae)]  # in a list: frozen, no part of this model
+        self._autoencoder = Held(Autoencoder(pipe.vae))
         denoiser = denoiser_from_pipeline(pipe, latent_size=self.latent_shape[1:])
         _require_learnable(denoiser)
         reading = _reading_of(method)
@@ -340,7 +341,7 @@ class DistillTask(ManualTask):
     @property
     def autoencoder(self) -> Autoencoder:
         """The pipeline's, on this task's device."""
-        return self._autoencoder[0].to(self.device)
+        return self._autoencoder.on(self.device)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The method's loss at numbers that depend on the batch's position only, and samples for the score."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.condition import Condition
+from distill.held import Held
 from layton.distillation.matcher import Matcher
 from layton.scenes import sample_scene, seed_of_key
 from layton.scenes.contrary import CHANGES, Captions, captions_of
@@ -57,7 +58,7 @@ class MatcherTask(LaytonTask):
         self.matcher = matcher if matcher is not None else Matcher()
         self.inputs: Inputs = inputs
         self.noise, self.chinese = noise, chinese
-        self._text: list[TextEncoder] = []
+        self._text: Held[TextEncoder] | None = None
         if pipeline is not None:
             from layton.ldm.conditions import PromptEncoder, latent_shape_of
             from layton.ldm.teacher import open_pipeline
@@ -68,7 +69,7 @@ class MatcherTask(LaytonTask):
 
     def attach(self, text: TextEncoder) -> None:
         """Take a frozen text encoder: B captions to a condition with ``embeds`` (B, L, D)."""
-        self._text = [text]
+        self._text = Held(text)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch, ()."""
@@ -122,13 +123,13 @@ class MatcherTask(LaytonTask):
 
     def _encode(self, said: list[Captions]) -> tuple[Tensor, Tensor, Tensor]:
         """Vectors of the true captions (B, dim), of the wrong ones (K, dim), and whose the latter are (K,)."""
-        if not self._text:
+        if self._text is None:
             raise ValueError("the matcher's task has no text encoder: name a pipeline or attach one")
         wrong = [text for item in said for text in item.wrong.values()]
         owner = [number for number, item in enumerate(said) for _ in item.wrong]
         # Encoded as for the diffusion model, whatever the precision of training.
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            condition = self._text[0]([item.true for item in said] + wrong)
+            condition = self._text.module([item.true for item in said] + wrong)
         vectors = self.matcher.encode_text(condition)
         return vectors[: len(said)], vectors[len(said) :], torch.tensor(owner, device=vectors.device)
 

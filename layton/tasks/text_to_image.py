@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distill.adapters import LoraSettings, add_lora, load_adapter_state_dict
 from distill.denoiser import Condition, GuidedDenoiser
+from distill.held import Held
 from distill.models import UNetDenoiser
 from distill.noise import gaussian_like
 from distill.parameterization import prediction_type_from_config
@@ -98,7 +99,7 @@ class TextToImageTask(LaytonTask):
             raise ValueError(f"place_weight must be >= 0, and above 0 only with places, got {place_weight}")
         if object_weight <= 0 or (object_weight != 1 and place_weight == 0):
             raise ValueError(f"object_weight must be > 0, and 1 without place_weight, got {object_weight}")
-        self._autoencoder = [Autoencoder.from_pretrained(autoencoder).eval()]  # in a list: no part of this model
+        self._autoencoder = Held(Autoencoder.from_pretrained(autoencoder), frozen=True)
         if pretrained is not None:
             pipeline = open_pipeline(pretrained)
             text = (pipeline.tokenizer, pipeline.text_encoder) if start is None else read_text_parts(Path(start))
@@ -108,7 +109,7 @@ class TextToImageTask(LaytonTask):
             tokenizer = build_tokenizer()
             self.text = TextConditioner(tokenizer, build_text_encoder(tokenizer, width=text_width, depth=text_depth))
             unet = build_unet(
-                latent_channels=self._autoencoder[0].latent_channels,
+                latent_channels=self._autoencoder.module.latent_channels,
                 block_out_channels=block_out_channels,
                 num_heads=num_heads,
                 text_width=text_width,
@@ -168,7 +169,7 @@ class TextToImageTask(LaytonTask):
     @torch.no_grad()
     def generate(self, captions: list[str], seeds: list[int]) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] for captions, each from its own seed."""
-        autoencoder = self._autoencoder[0].to(self.device)
+        autoencoder = self._autoencoder.on(self.device)
         size = int(self.denoiser.unet.config.sample_size)
         x_T = torch.empty(len(captions), autoencoder.latent_channels, size, size, device=self.device)
         x_T = gaussian_like(x_T, [torch.Generator().manual_seed(seed) for seed in seeds])
@@ -180,7 +181,7 @@ class TextToImageTask(LaytonTask):
 
     def picture_grid(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Validation images over pictures generated from their captions."""
-        autoencoder = self._autoencoder[0].to(self.device)
+        autoencoder = self._autoencoder.on(self.device)
         captions = batch["caption"][:8]
         return {
             "image": autoencoder.decode(batch["latent"][:8].float()).float().clamp(-1, 1),
@@ -197,7 +198,7 @@ class TextToImageTask(LaytonTask):
             unet.unload_lora()
         save_pipeline(
             folder,
-            vae=self._autoencoder[0].model,
+            vae=self._autoencoder.module.model,
             text_encoder=self.text.text_encoder,
             tokenizer=self.text.tokenizer,
             unet=unet,

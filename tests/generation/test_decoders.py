@@ -226,7 +226,7 @@ def test_training_reduces_its_loss_and_exports_its_decoder(kind: str, world: Pat
     task = make_task(world, name, method=METHODS[kind](), latents_per_token=1)
     task.log_dict = lambda *_, **__: None  # type: ignore[method-assign,assignment]
     calls: list[int] = []
-    handle = task._teacher[0].unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    handle = task._teacher.module.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     optimizer = torch.optim.Adam(task.trainable_parameters(), lr=1e-2)
     losses = []
     for _ in range(16):
@@ -266,7 +266,7 @@ def test_a_student_that_listens_is_a_teacher_and_is_not_hipas(world: Path, tmp_p
         batch = {name: sample[name][None] for name in ("codes", "latent", "noise")}
         embeddings = task._inputs(batch)[1].spatial
         assert embeddings is not None
-        sampler = DiffusionDecoder(task.ladd, task._autoencoder[0])
+        sampler = DiffusionDecoder(task.ladd, task._autoencoder.module)
         expected = sampler.sample(batch["noise"], embeddings, num_steps=4, generator=[])
     assert (
         batch["latent"].float() - expected
@@ -280,7 +280,7 @@ def _loss(task: OneStepDecoderTask, batch: dict[str, Any]) -> torch.Tensor:
     from distill.method import DistillBatch, Networks
 
     x_0, condition = task._inputs(batch)
-    networks = Networks(task.ladd, task._teacher[0], task._target[0])
+    networks = Networks(task.ladd, task._teacher.module, task._target.module)
     given = DistillBatch(condition, type(condition)(), (4, 4, 4), x_0, batch["noise"])
     assert task.method is not None
     output = task.method.losses(networks, given, step=0, generator=torch.Generator().manual_seed(0))
@@ -296,7 +296,7 @@ def test_a_decoder_of_one_step_that_goes_on_is_not_its_own_teacher(world: Path, 
     x_0, condition = again._inputs(collate([Codes().sample(0, seed=0)]))
     t = torch.full((1,), 500.0)
     with torch.no_grad():
-        wanted, found = first._teacher[0](x_0, t, condition), again._teacher[0](x_0, t, condition)
+        wanted, found = first._teacher.module(x_0, t, condition), again._teacher.module(x_0, t, condition)
         torch.testing.assert_close(found, wanted)
         torch.testing.assert_close(again.ladd(x_0, t, condition), first.ladd(x_0, t, condition))
         assert not torch.allclose(found, again.ladd(x_0, t, condition))
@@ -313,12 +313,12 @@ def test_the_second_half_goes_on_from_the_reflowed_flow_and_is_taught_by_it(worl
     with torch.no_grad():
         noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
         expected = first.ladd(noise, t, condition)
-        for network in (second.ladd, second._teacher[0]):
+        for network in (second.ladd, second._teacher.module):
             torch.testing.assert_close(network(noise, t, condition), expected)
         for parameter in second.trainable_parameters():
             parameter.add_(1.0)
-        torch.testing.assert_close(second._teacher[0](noise, t, condition), expected)
-    assert not any(parameter.requires_grad for parameter in second._teacher[0].parameters())
+        torch.testing.assert_close(second._teacher.module(noise, t, condition), expected)
+    assert not any(parameter.requires_grad for parameter in second._teacher.module.parameters())
 
 
 def test_what_cannot_be_is_refused(world: Path) -> None:

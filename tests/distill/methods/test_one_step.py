@@ -9,8 +9,9 @@ from torch.testing import assert_close
 
 from distill.condition import Condition
 from distill.denoiser import Denoiser
+from distill.held import held_modules
 from distill.method import DistillBatch, Networks
-from distill.methods.image_space import Frozen, ImageSpace
+from distill.methods.image_space import ImageSpace
 from distill.methods.one_step import OneStepDistillation, one_step
 from distill.methods.pairs import TeacherSolver
 from distill.schedules import FlowSchedule, VPSchedule
@@ -93,13 +94,12 @@ def test_a_crop_shows_both_the_same_square():
     assert float(one[0, 0, 1, 1] - one[0, 0, 0, 0]) == 2 * 5
 
 
-def test_frozen_parts_move_with_their_owner_but_are_neither_saved_nor_trained():
+def test_held_parts_are_frozen_and_neither_saved_nor_trained():
     method = OneStepDistillation(perceptual=Absolute(), decoder=Doubling())
-    held = method.space.decoder
-    assert isinstance(held, Frozen)
-    method.double()
-    assert held.module.get_parameter("gain").dtype == torch.float64
+    method.train()
     assert not method.state_dict() and not list(method.parameters())
+    assert {type(part) for part in held_modules(method)} == {Absolute, Doubling}
+    assert not any(part.training or any(p.requires_grad for p in part.parameters()) for part in held_modules(method))
 
 
 def test_gradients_pass_the_decoder_into_the_student_only():

@@ -14,7 +14,7 @@ from torchvision import models
 from torchvision.models.vgg import cfgs, make_layers
 from toy import ToyPart, ToyTask
 
-from distill.methods.image_space import Frozen
+from distill.held import Held
 from layton.losses.published import PublishedPerceptualLoss
 
 
@@ -70,9 +70,9 @@ def test_the_network_of_our_own_otherwise(hub: Path) -> None:
 def test_a_run_keeps_its_measure(hub: Path) -> None:
     task = ToyTask(ToyPart(), torch.optim.AdamW)
     checkpoint: dict[str, object] = {}
-    task.part.add_module("distance", Frozen(PublishedPerceptualLoss(hub_dir=hub)))
+    task.part.distance = Held(PublishedPerceptualLoss(hub_dir=hub))
     task.on_save_checkpoint(checkpoint)
     task.on_load_checkpoint(checkpoint)
-    task.part.get_submodule("distance").module.measure = "dists"  # as where its weights are
+    task.part.distance.module.measure = "dists"  # as where its weights are
     with pytest.raises(ValueError, match=r"own.*dists"):
         task.on_load_checkpoint(checkpoint)

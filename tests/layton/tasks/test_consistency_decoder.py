@@ -130,7 +130,7 @@ def test_gradients_flow_through_the_last_step_only_and_into_what_is_trained(worl
     assert gradients["controlnet.conv_in.weight"].grad.abs().sum() > 0  # type: ignore[union-attr]
     ups = [value for name, value in gradients.items() if name.startswith("unet.") and name.endswith("lora_B.weight")]
     assert ups and sum(float(value.grad.abs().sum()) for value in ups if value.grad is not None) > 0
-    assert all(parameter.grad is None for parameter in task._autoencoder[0].parameters())
+    assert all(parameter.grad is None for parameter in task._autoencoder.module.parameters())
 
 
 def test_a_student_begins_to_listen_where_an_earlier_one_left_off(world: Path, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_student_begins_to_listen_where_an_earlier_one_left_off(world: Path, t
     heard = {name: value for name, value in task.difference.tensors(task.ladd).items() if "features" in name}
     assert len(heard) == 2 and all(value.grad is not None and value.grad.any() for value in heard.values())
     assert all(parameter.grad is None for parameter in task.ladd.reader.parameters())  # type: ignore[union-attr]
-    assert task._teacher[0].reader is None  # stage 1 stays what it was
+    assert task._teacher.module.reader is None  # stage 1 stays what it was
     with torch.no_grad():
         heard["controlnet.controlnet_cond_embedding.features.bias"].add_(0.5)
     task.export(tmp_path / "told")
@@ -177,7 +177,7 @@ def test_the_light_decoders_pictures_stand_for_the_originals(world: Path) -> Non
     example = task._example(batch, batch["latent"].float(), condition)
     pictures = PixelDecoder.from_pretrained(world / "light")(condition.spatial).detach().clamp(-1, 1)
     assert example.images is not None and torch.equal(example.images, pictures)
-    assert torch.equal(example.latents, task._autoencoder[0].encode(pictures).detach())
+    assert torch.equal(example.latents, task._autoencoder.module.encode(pictures).detach())
     loss, other = (
         task.training_step({**batch, "latent": latent}, 0) for latent in (batch["latent"], batch["latent"] * 2)
     )
@@ -252,7 +252,7 @@ def test_crops_that_cannot_be() -> None:
 )
 def test_the_teacher_stays_and_shares_what_stays(world: Path, adaptation: Adaptation) -> None:
     task = make_task(world, adaptation=adaptation, diffusion_weight=1.0)
-    teacher = task._teacher[0]
+    teacher = task._teacher.module
     x_t = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     condition = Condition(spatial=torch.ones(2, 4, 4, 4))
     with torch.no_grad():
@@ -270,7 +270,7 @@ def test_the_teacher_stays_and_shares_what_stays(world: Path, adaptation: Adapta
 def test_distillation_trains_and_the_target_follows(world: Path) -> None:
     method = LCM(guidance_range=(1.0, 1.0), target_decay=0.5)
     task = make_task(world, method=method, adaptation=Adaptation(unet="lora", branch="lora"))
-    name, start = next((n, p.detach().clone()) for n, p in task.difference.tensors(task._target[0]).items())
+    name, start = next((n, p.detach().clone()) for n, p in task.difference.tensors(task._target.module).items())
     loss = task.training_step(make_batch(), 0)
     assert loss is not None and float(loss.detach()) > 0
     loss.backward()
@@ -279,19 +279,19 @@ def test_distillation_trains_and_the_target_follows(world: Path) -> None:
         student = task.difference.tensors(task.ladd)[name]
         student.add_(1.0)
     task.on_train_batch_end(None, None, 0)
-    torch.testing.assert_close(task.difference.tensors(task._target[0])[name], start + 0.5)
+    torch.testing.assert_close(task.difference.tensors(task._target.module)[name], start + 0.5)
     checkpoint: dict[str, Any] = {}
     task.on_save_checkpoint(checkpoint)
     again = make_task(world, method=method, adaptation=Adaptation(unet="lora", branch="lora"))
     again.on_load_checkpoint(checkpoint)
-    torch.testing.assert_close(again.difference.tensors(again._target[0])[name], start + 0.5)
+    torch.testing.assert_close(again.difference.tensors(again._target.module)[name], start + 0.5)
 
 
 @pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 def test_the_target_follows_steps_and_not_batches(world: Path, tmp_path: Path) -> None:
     method = LCM(guidance_range=(1.0, 1.0), target_decay=0.5)
     task = make_task(world, method=method, adaptation=Adaptation(unet="lora", branch="lora"))
-    start = {name: value.detach().clone() for name, value in task.difference.tensors(task._target[0]).items()}
+    start = {name: value.detach().clone() for name, value in task.difference.tensors(task._target.module).items()}
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(
         max_steps=1,
@@ -305,7 +305,7 @@ def test_the_target_follows_steps_and_not_batches(world: Path, tmp_path: Path) -
     )
     batches = DataLoader([make_batch() for _ in range(4)], batch_size=None)
     trainer.fit(task, batches, batches)
-    learnt, followed = (task.difference.tensors(network) for network in (task.ladd, task._target[0]))
+    learnt, followed = (task.difference.tensors(network) for network in (task.ladd, task._target.module))
     assert any(not learnt[name].cpu().equal(start[name]) for name in start)
     for name, value in followed.items():
         torch.testing.assert_close(value.detach().cpu(), (start[name] + learnt[name].detach().cpu()) / 2)
@@ -381,7 +381,7 @@ def test_pixel_supervision_learns_the_picture(world: Path) -> None:
     task = make_task(world, pixels=PixelSupervision(steps=[1], crop=None, l1_weight=0.0), times={1: [999.0]})
     batch = make_batch(1)
     with torch.no_grad():
-        batch["image"] = task._autoencoder[0].decode(batch["latent"].float())
+        batch["image"] = task._autoencoder.module.decode(batch["latent"].float())
     optimizer = torch.optim.Adam(task.trainable_parameters(), lr=3e-3)
     losses = []
     for _ in range(15):
