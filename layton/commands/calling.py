@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import inspect
 import os
-from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from argparse import SUPPRESS, Action, ArgumentError
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse as parse_docstring
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from layton.commands import Command
 from layton.errors import UsageError
 from layton.usage import usage_error
+
+_PLACEHOLDERS: dict[Any, str] = {int: "N", float: "NUMBER", Path: "PATH", str: "TEXT"}
 
 
 def call_function(name: str, command: Command, args: Sequence[str]) -> int:
@@ -86,35 +88,75 @@ def function_parser(function: Callable[..., Any], *, program: str) -> ArgumentPa
     """
     documentation = parse_docstring(inspect.getdoc(function) or "")
     text = "\n\n".join(part for part in (documentation.short_description, documentation.long_description) if part)
-    parser = ArgumentParser(prog=program, description=text, exit_on_error=False)
+    parser = ArgumentParser(prog=program, description=text, exit_on_error=False, formatter_class=HelpFormatter)
     bundles = _bundles(function)
-    parser.add_function_arguments(function, as_group=False, skip={*_add_arguments(parser, function), *bundles})
+    for name in (parameter.name for parameter in _positional(function)):
+        _add_argument(parser, function, name)
+    lists = _lists(function)
+    parser.add_function_arguments(function, as_group=False, skip={*lists, *bundles, *_names(_positional(function))})
+    for name in lists:
+        _add_argument(parser, function, name)
     for bundle in bundles.values():
-        parser.add_class_arguments(bundle, None, skip=_add_arguments(parser, bundle))
+        lists = _lists(bundle)
+        parser.add_class_arguments(bundle, None, skip={*lists})
+        for name in lists:
+            _add_argument(parser._action_groups[-1], bundle, name)  # the group just made, which nothing returns
     return parser
 
 
-def _add_arguments(parser: ArgumentParser, source: Callable[..., Any]) -> set[int | str]:
-    """Add positional arguments and lists, which jsonargparse would take otherwise; returns their names."""
-    documentation = parse_docstring(inspect.getdoc(source) or "")
-    help_of = {parameter.arg_name.split()[-1]: parameter.description or "" for parameter in documentation.params}
+def _names(parameters: Iterable[inspect.Parameter]) -> list[str]:
+    return [parameter.name for parameter in parameters]
+
+
+def _lists(source: Callable[..., Any]) -> list[str]:
+    """Options that take several values, which jsonargparse would want as ``[a, b]``."""
     hints = get_type_hints(source)
-    taken: set[int | str] = set()
-    for name, parameter in inspect.signature(source).parameters.items():
-        item = _item_type(hints[name])
-        option = parameter.kind is parameter.KEYWORD_ONLY or isinstance(source, type)
-        if option and item is None:
-            continue
-        kind: dict[str, Any] = {"type": hints[name]} if item is None else {"type": item, "nargs": "+"}
-        if parameter.default is not parameter.empty:
-            kind["default"] = parameter.default
-            if not option:
-                kind["nargs"] = "?" if item is None else "*"
-        elif option:
-            kind["required"] = True
-        parser.add_argument(f"--{name}" if option else name, help=help_of.get(name, ""), **kind)
-        taken.add(name)
-    return taken
+    return [
+        parameter.name
+        for parameter in inspect.signature(source).parameters.values()
+        if (parameter.kind is parameter.KEYWORD_ONLY or isinstance(source, type))
+        and _item_type(hints[parameter.name]) is not None
+    ]
+
+
+def _add_argument(parser: Any, source: Callable[..., Any], name: str) -> None:
+    """Add one positional argument or list to a parser or a group of it."""
+    documentation = parse_docstring(inspect.getdoc(source) or "")
+    help_of = {each.arg_name.split()[-1]: each.description or "" for each in documentation.params}
+    parameter, hint = inspect.signature(source).parameters[name], get_type_hints(source)[name]
+    item = _item_type(hint)
+    option = parameter.kind is parameter.KEYWORD_ONLY or isinstance(source, type)
+    kind: dict[str, Any] = {"type": hint} if item is None else {"type": item, "nargs": "+"}
+    if parameter.default is not parameter.empty:
+        kind["default"] = parameter.default
+        if not option:
+            kind["nargs"] = "?" if item is None else "*"
+    elif option:
+        kind["required"] = True
+    parser.add_argument(f"--{name}" if option else name, help=help_of.get(name, ""), **kind)
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """Says of an option what it is by its placeholder (``--out PATH``), and of its default only what is not none."""
+
+    def _get_help_string(self, action: Action) -> str:
+        if action.dest == "help":
+            return str(super()._get_help_string(action))
+        text = action.help or ""
+        if action.required and action.option_strings:
+            return f"{text} (required)"
+        told = not any(action.default is nothing for nothing in (None, SUPPRESS, False))
+        return f"{text} (default: %(default)s)" if told and action.option_strings else text
+
+    def _get_default_metavar_for_optional(self, action: Action) -> str:
+        hint = getattr(action, "_typehint", action.type)
+        members = [member for member in get_args(hint) if member is not type(None)] if _is_union(hint) else [hint]
+        if members == [bool]:
+            return "{true,false}"
+        if get_origin(members[0]) is Literal:
+            return "{" + ",".join(str(choice) for choice in get_args(members[0])) + "}"
+        usual = str(super()._get_default_metavar_for_optional(action))
+        return _PLACEHOLDERS.get(members[0], usual)
 
 
 def _bundles(function: Callable[..., Any]) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import pytest
 
 from layton.commands import Command
-from layton.commands.calling import _lists_joined, call_function
+from layton.commands.calling import _lists_joined, call_function, function_parser
 from layton.progress import progress
 
 seen: list[tuple[str, bool, int]] = []
@@ -57,3 +60,51 @@ def test_a_list_may_be_given_in_parts() -> None:
     assert _lists_joined(command, words) == ["--x", "1", "--other", "e", "--config", "a", "b", "c", "d"]
     once = ["--config", "a", "b", "--x", "1"]
     assert _lists_joined(command, once) == once
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How it is done.
+
+    Attributes:
+        kinds: which of them; all by default.
+        share: of the whole.
+    """
+
+    kinds: list[Literal["round", "square"]] | None = None
+    share: float = 0.5
+
+
+def test_help_says_what_an_option_is_in_a_word_and_keeps_groups_together() -> None:
+    def command(
+        names: list[str],
+        *,
+        out: Path,
+        count: int = 0,
+        size: int | None = None,
+        quick: bool = False,
+        how: Choices = Choices(),
+    ) -> None:
+        """Do it.
+
+        Args:
+            names: of things.
+            out: where to.
+            count: passed over.
+            size: of each.
+            quick: hurry.
+            how: see there.
+        """
+
+    lines = [" ".join(line.split()) for line in function_parser(command, program="toy").format_help().splitlines()]
+    wanted = [
+        "--out PATH where to. (required)",
+        "--count N passed over. (default: 0)",
+        "--size N of each.",
+        "--quick {true,false} hurry.",
+        "How it is done:",
+        "--share NUMBER of the whole. (default: 0.5)",
+        "--kinds {round,square} [{round,square} ...]",
+    ]
+    places = [lines.index(line) for line in wanted]
+    assert places == sorted(places)
