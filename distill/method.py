@@ -96,7 +96,7 @@ class DistillationMethod(nn.Module, ABC):
 
     @property
     def parts(self) -> Mapping[str, int]:
-        """First optimizer step of each later part of the training, by its name; empty where all steps are alike."""
+        """First optimizer step of each later part, by its name and the option that says it; empty if all are alike."""
         return {}
 
     @abstractmethod

@@ -161,9 +161,12 @@ class MLCM(DistillationMethod):
     def parts(self) -> Mapping[str, int]:
         """See `DistillationMethod.parts`."""
         starts = zip(self.progression.segments, self.progression.starts, strict=True)
-        found = {f"{segments} segments": start for segments, start in starts if start > 0}
-        found |= {f"the {extra.name} term": extra.start for extra in self._extras() if extra.weight and extra.start}
-        return found if self.refinement is None else found | {"the second stage": self.refinement.start}
+        found = {f"{segments} segments (progression.starts)": start for segments, start in starts if start > 0}
+        late = [extra for extra in self._extras() if extra.weight and extra.start]
+        found |= {f"the {extra.name} term (its start)": extra.start for extra in late}
+        if self.refinement is not None:
+            found["the second stage (refinement.start)"] = self.refinement.start
+        return found
 
     def in_refinement(self, step: int) -> bool:
         """Whether stage 2 acts at an optimizer step."""

@@ -86,7 +86,7 @@ class OneStepDistillation(DistillationMethod):
     @property
     def parts(self) -> Mapping[str, int]:
         """See `DistillationMethod.parts`."""
-        return {} if self.perceptual is None else {"the perceptual loss": self.perceptual_start}
+        return {} if self.perceptual is None else {"the perceptual loss (perceptual_start)": self.perceptual_start}
 
     def losses(self, networks: Networks, batch: DistillBatch, *, step: int, generator: torch.Generator) -> MethodOutput:
         """The terms ``l2`` and, from ``perceptual_start`` on, ``perceptual``."""

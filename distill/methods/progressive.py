@@ -210,7 +210,9 @@ class ProgressiveDistillation(DistillationMethod):
     def parts(self) -> Mapping[str, int]:
         """See `DistillationMethod.parts`."""
         begin = self.guidance_phase
-        return {f"{n} steps": begin + i * self.steps_per_phase for i, n in enumerate(self.student_steps)}
+        return {
+            f"{n} steps (steps_per_phase)": begin + i * self.steps_per_phase for i, n in enumerate(self.student_steps)
+        }
 
     @property
     def step_counts(self) -> tuple[int, ...]:

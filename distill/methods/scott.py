@@ -122,7 +122,7 @@ class SCott(ConsistencyMethod):
     def parts(self) -> Mapping[str, int]:
         """See `DistillationMethod.parts`."""
         late = self.needs_discriminator and self.adversary.start > 0
-        return {"the adversarial term": self.adversary.start} if late else {}
+        return {"the adversarial term (adversary.start)": self.adversary.start} if late else {}
 
     @property
     def weights(self) -> Mapping[str, float]:

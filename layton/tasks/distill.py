@@ -257,8 +257,9 @@ class DistillTask(ManualTask):
         limit = int(self.trainer.max_steps)
         missed = {name: start for name, start in self.method.parts.items() if 0 < limit <= start}
         if missed:
-            told = ", ".join(f"{name} (from step {start})" for name, start in missed.items())
-            rank_zero_warn(f"the run ends after {limit} steps and never comes to {told}")
+            told = ", ".join(f"{name}, from step {start}" for name, start in missed.items())
+            where = "--model.init_args.method.init_args..."
+            rank_zero_warn(f"the run ends after {limit} steps and never comes to {told}; {where} sets these")
 
     def critic_parameters(self) -> list[nn.Parameter]:
         """Parameters of the method's own networks."""

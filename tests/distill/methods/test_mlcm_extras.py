@@ -111,7 +111,7 @@ def test_fake_network_learns_at_every_step_and_the_student_at_each_fifth() -> No
     fake = Linear(VPSchedule(), start=0.5)
     method = MLCM(extras=[DistributionMatching(fake, start=2, fake_updates=5)], refinement=Refinement(start=0))
     assert method.needs_null and set(method.critic_parameters()) == set(fake.parameters())
-    assert method.parts["the distribution_matching term"] == 2
+    assert method.parts["the distribution_matching term (its start)"] == 2
     kept, batch = networks(), batch_of(8)
     acting = []
     for step in range(9):
@@ -164,7 +164,7 @@ def test_terms_begin_with_the_second_stage_unless_told() -> None:
     terms = [Adversarial(), PreferenceTerm(FunctionScorer(closeness), start=3), DistributionMatching()]
     method = MLCM(refinement=Refinement(start=7), extras=terms)
     assert [term.start for term in terms] == [7, 3, 7]
-    assert method.parts["the adversarial term"] == 7
+    assert method.parts["the adversarial term (its start)"] == 7
     alone = Adversarial()
     MLCM(extras=[alone])
     assert alone.start == 0

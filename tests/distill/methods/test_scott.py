@@ -170,7 +170,7 @@ def test_the_critic_learns_to_tell_and_the_student_hears_of_it():
 def test_the_adversary_can_start_late():
     networks, batch = Networks(Affine(), Affine(), Affine()), make_batch()
     method = make_scott(adversary=Adversary(start=10))
-    assert method.parts == {"the adversarial term": 10}
+    assert method.parts == {"the adversarial term (adversary.start)": 10}
     early = method.losses(networks, batch, step=9, generator=seeded())
     assert "adversarial" not in early.terms and "fake" in early.critic_inputs
     assert "adversarial" in method.losses(networks, batch, step=10, generator=seeded()).terms
