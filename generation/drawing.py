@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from generation.model.compiled import compile_decoding
 from generation.model.layout import PlacedObject
@@ -28,11 +29,13 @@ class Drawn:
 
     Attributes:
         images: uint8 (H, W, 3).
+        codes: (B, N) int64, their tokens.
         layouts: Where objects were told to stand, for each image; None where nothing was told.
         cut: Prompts that were longer than the text encoder reads.
     """
 
     images: list[NDArray[np.uint8]]
+    codes: Tensor
     layouts: tuple[Layout | None, ...]
     cut: tuple[TextCut, ...]
 
@@ -141,7 +144,7 @@ class LaytonGenDrawer:
             batch_size=max(1, len(generators)) * self.pipeline.candidates(self.sampling.candidates),
         )
         images = [np.round(image * 255).astype(np.uint8) for image in np.asarray(result.images)]
-        return Drawn(images, result.layouts, result.cut)
+        return Drawn(images, result.codes, result.layouts, result.cut)
 
     @property
     def _is_told(self) -> bool:

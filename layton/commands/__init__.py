@@ -91,5 +91,6 @@ COMMANDS: dict[str, Command] = {
     "rollouts": Command(
         "generation.commands.rollouts", "rollouts", "what a LaytonGen draws of captions, right or wrong"
     ),
+    "serve": Command("generation.commands.serve", "serve", "pictures from text, and to tokens and back, over HTTP"),
     "tokenize": Command("generation.commands.tokenize", "tokenize", "a dataset to token shards; run again, it resumes"),
 }

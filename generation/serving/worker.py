@@ -1,0 +1,133 @@
+"""One thread that owns a model, and a bounded queue before it: what waits together is done together.
+
+A picture does not depend on its neighbours in a batch, so that whoever asks at the same time may share one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+Work = Callable[[list[Any], Callable[[], bool]], list[Any]]
+"""``(items, unwanted) -> results``, one each; ``unwanted()`` says that nobody waits for them any more."""
+
+
+class QueueFullError(RuntimeError):
+    """As much waits already as may."""
+
+
+class Unwanted(Exception):  # no error
+    """Raised by work that has been told that nobody waits for it."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One item and its result to come.
+
+    Attributes:
+        kind: Which work it is for.
+        item: What that is given.
+        future: The result.
+        unwanted: Nobody waits for it any more.
+    """
+
+    kind: str
+    item: Any
+    future: Future[Any] = field(default_factory=Future)
+    unwanted: bool = False
+
+
+class Worker:
+    """Does the oldest job, and with it what else of its kind waits, in a thread of its own.
+
+    Args:
+        kinds: What can be done, by name.
+        batch_size: Items that are done together at most.
+        queue_size: Items that may wait at most.
+    """
+
+    def __init__(self, kinds: Mapping[str, Work], *, batch_size: int, queue_size: int) -> None:
+        self._kinds = dict(kinds)
+        self._batch_size, self._queue_size = batch_size, queue_size
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="layton-serve", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Number of items that wait."""
+        return len(self._waiting)
+
+    def submit(self, kind: str, items: Sequence[Any]) -> list[Job]:
+        """Let all of some items wait, or none.
+
+        Raises:
+            QueueFullError: There is no room for all of them.
+        """
+        jobs = [Job(kind, item) for item in items]
+        with self._changed:
+            if self._closed or len(self._waiting) + len(jobs) > self._queue_size:
+                raise QueueFullError(
+                    f"{len(self._waiting)} of at most {self._queue_size} wait already: try again later"
+                )
+            self._waiting.extend(jobs)
+            self._changed.notify()
+        return jobs
+
+    def abandon(self, jobs: Sequence[Job]) -> None:
+        """Nobody waits for these any more: those that have not begun leave the queue, others stop when they can."""
+        with self._changed:
+            for job in jobs:
+                job.unwanted = True
+            self._waiting = deque(job for job in self._waiting if not job.unwanted)
+
+    def close(self) -> None:
+        """Finish what has begun and refuse the rest."""
+        with self._changed:
+            self._closed = True
+            left, self._waiting = list(self._waiting), deque()
+            self._changed.notify()
+        for job in left:
+            job.future.set_exception(QueueFullError("the server is going down"))
+        self._thread.join()
+
+    def _run(self) -> None:
+        while batch := self._next_batch():
+            self._do(batch)
+
+    def _next_batch(self) -> list[Job]:
+        """The oldest job and others of its kind; empty when all is over."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            if self._closed:
+                return []
+            kind = self._waiting[0].kind
+            batch = [job for job in self._waiting if job.kind == kind][: self._batch_size]
+            taken = {id(job) for job in batch}
+            self._waiting = deque(job for job in self._waiting if id(job) not in taken)
+            for job in batch:
+                job.future.set_running_or_notify_cancel()
+            return batch
+
+    def _do(self, batch: list[Job]) -> None:
+        try:
+            results = self._kinds[batch[0].kind](
+                [job.item for job in batch], lambda: all(job.unwanted for job in batch)
+            )
+        except Unwanted:
+            return
+        except Exception as error:  # noqa: BLE001  # whatever it is, the next batch has nothing to do with it
+            if len(batch) == 1:
+                batch[0].future.set_exception(error)
+            else:  # what one of them has done wrong is no reason to refuse the others
+                for job in batch:
+                    self._do([job])
+            return
+        for job, result in zip(batch, results, strict=True):
+            job.future.set_result(result)
