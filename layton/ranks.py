@@ -6,7 +6,7 @@ Each operation does nothing in a single process.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import TypeVar
 
@@ -76,6 +76,15 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
         if moved is not tensor:
             tensor.copy_(moved)
     return tensor
+
+
+def all_reduce_counts(counts: Mapping[str, float]) -> dict[str, float]:
+    """Sums over the ranks of what each has counted, by name; names need not be the same everywhere."""
+    parts: list[Mapping[str, float]] = [counts]
+    if has_ranks():
+        parts = [{}] * num_ranks()
+        dist.all_gather_object(parts, dict(counts))
+    return {name: sum(part.get(name, 0.0) for part in parts) for name in sorted({n for part in parts for n in part})}
 
 
 def broadcast_from_first(tensor: Tensor) -> Tensor:

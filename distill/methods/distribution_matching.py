@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from distill.denoiser import Denoiser
 from distill.held import Held
 from distill.method import DistillBatch, Networks
+from distill.methods.consistency import forget_casts
 from distill.methods.discriminator import draw_renoising
 from distill.methods.extra_terms import ExtraTerm, StudentOutput
 from distill.methods.mlcm_states import GuidedTeacher
@@ -114,6 +115,7 @@ class DistributionMatching(ExtraTerm):
             real = guide.predict(x_t, t).x_0
             estimate = fake.predict(x_t, t, batch.condition).x_0
             wanted = x_0 - distribution_matching_gradient(x_0, real, estimate)
+        forget_casts()  # the fake network's, which learns next
         return 0.5 * F.mse_loss(x_0, wanted)
 
     def critic_losses(

@@ -81,7 +81,7 @@ class EMA(Callback):
         stepped = trainer.global_step - self._last_step
         if stepped == 0 or self._average is None:
             return
-        skipped = any(isinstance(c, StepGuard) and c.skipped_now for c in trainer.callbacks)  # type: ignore[attr-defined]
+        skipped = any(isinstance(c, StepGuard) and c.model_skipped for c in trainer.callbacks)  # type: ignore[attr-defined]
         if skipped:
             self._last_step = trainer.global_step
         elif stepped >= self.update_every:

@@ -22,6 +22,7 @@ from distill.methods.discriminator import Discriminator
 from distill.methods.preference import PreferenceTerm
 from layton.folder import write_atomically
 from layton.losses.pixel_supervision import PixelSupervision
+from layton.ranks import all_reduce_counts, all_reduce_sum, own_rank
 
 SPENT_FILE = "spent.json"
 IMAGES = "images and heads"
@@ -55,17 +56,19 @@ class BudgetStop(Callback):
         self._seconds, self._since = 0.0, 0.0
         self._handles: list[Handle] = []
         self._meter: ImageMeter | None = None
-        self._last_step = 0.0
+        self._spent, self._last_step = 0.0, 0.0
 
     def spent(self, task: LightningModule) -> float:
-        """Forward-equivalents so far, data included."""
-        return self.prepaid + _budget(task, self._own).total
+        """Forward-equivalents so far of all ranks, who ask together; data included."""
+        own = torch.tensor(_budget(task, self._own).total, dtype=torch.float64)
+        return self.prepaid + float(all_reduce_sum(own))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run that has spent everything already ends before its first step."""
         self._since = time.monotonic()
         self._meter = ImageMeter(_budget(pl_module, self._own), _denoisers(pl_module))
-        if self.spent(pl_module) >= self.forwards:
+        self._spent = self.spent(pl_module)
+        if self._spent >= self.forwards:
             trainer.should_stop = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -76,25 +79,23 @@ class BudgetStop(Callback):
         self._handles = list(self._meter.watch(image_parts(pl_module)))
         if not isinstance(getattr(pl_module, "budget", None), Budget):
             self._handles += [self._own.watch(network) for network in _denoisers(pl_module)]
-        self._last_step = self.spent(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop when everything is spent."""
         self._release()
-        spent = self.spent(pl_module)
-        self._last_step = spent - self._last_step
-        enough = trainer.strategy.reduce_boolean_decision(spent >= self.forwards, all=False)
-        if enough and not trainer.fit_loop._should_accumulate():
+        before, self._spent = self._spent, self.spent(pl_module)
+        self._last_step = self._spent - before
+        if self._spent >= self.forwards and not trainer.fit_loop._should_accumulate():
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write down what was spent, if the budget is: not when a signal ended the run."""
         self._release()
-        if self.spent(pl_module) < self.forwards or not trainer.is_global_zero:
+        accounts = all_reduce_counts(_budget(pl_module, self._own).accounts)
+        if self.prepaid + sum(accounts.values()) < self.forwards or not trainer.is_global_zero:
             return
-        accounts = dict(_budget(pl_module, self._own).accounts)
         if self.prepaid:
             accounts[DATA] = accounts.get(DATA, 0.0) + self.prepaid
         learning = {id(parameter): parameter for parameter in _trainable(pl_module)}
@@ -116,11 +117,15 @@ class BudgetStop(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What checkpoints keep: the own count and the time."""
-        return {"accounts": self._own.state_dict(), "seconds": self._elapsed(), "last_step": self._last_step}
+        return {
+            "accounts": all_reduce_counts(self._own.state_dict()),
+            "seconds": self._elapsed(),
+            "last_step": self._last_step,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
-        self._own.load_state_dict(state_dict["accounts"])
+        self._own.load_state_dict({} if own_rank() else state_dict["accounts"])
         self._seconds, self._last_step = float(state_dict["seconds"]), float(state_dict["last_step"])
 
     def _elapsed(self) -> float:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from distill.denoiser import Condition
 from distill.held import Held
@@ -207,6 +209,7 @@ class ConsistencyDecoderTask(ManualTask):
         student, critic = self.all_optimizers()
         with self.turn_of(student):
             self.learn(student, loss)
+        self._follow()
         generator = self.step_generator("critic", device="cpu")
         judged = self.method.critic_losses(networks, distilled, output, step=step, generator=generator)
         if judged:
@@ -215,12 +218,23 @@ class ConsistencyDecoderTask(ManualTask):
                 self.learn(critic, torch.stack([term.float() for term in judged.values()]).sum(), counted=False)
         return None
 
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """As in the base; the averaged target follows at once, before anybody saves. Not called in manual steps."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self._follow()
+
     @torch.no_grad()
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def _follow(self) -> None:
         """Let the averaged target follow the student, where that has made a step."""
         if self.method is None or self.method.target_decay is None:
             return
-        if self.amid_step or self._guard.skipped_now:
+        if self.amid_step or self._guard.model_skipped:
             return
         student = self.difference.tensors(self.ladd)
         for name, value in self.difference.tensors(self._target.module).items():
@@ -267,6 +281,7 @@ class ConsistencyDecoderTask(ManualTask):
         """What the autoencoder makes of latents."""
         return self._autoencoder.module.decode(x_0).float().clamp(-1, 1)
 
+    @torch.no_grad()
     def _example(self, batch: dict[str, Any], x_0: Tensor, condition: Condition) -> PixelExample:
         """What pictures are compared with, see ``pixel_targets``."""
         if self.pixel_targets == "decoded":

@@ -46,6 +46,7 @@ from layton.ldm.conditions import NETWORK_GUIDANCE, PromptEncoder, latent_shape_
 from layton.ldm.prompt_cache import condition_of_batch
 from layton.ldm.teacher import open_pipeline
 from layton.ldm.unet import use_fast_attention
+from layton.ranks import all_reduce_counts, all_reduce_sum, own_rank
 from layton.tasks.base import LRSchedulerCallable, OptimizerCallable
 from layton.tasks.critics import CriticSettings, attach_networks
 from layton.tasks.manual import ManualTask
@@ -274,7 +275,7 @@ class DistillTask(ManualTask):
         """One step of the student, of the averaged target and of the critic."""
         with self.budget.watching(self._watched()):
             self._train(batch)
-        self.log("train/forwards", self.budget.total)
+        self.log("train/forwards", float(all_reduce_sum(torch.tensor(self.budget.total, dtype=torch.float64))))
 
     def _train(self, batch: dict[str, Any]) -> None:
         student, *critics = self.all_optimizers()
@@ -284,7 +285,7 @@ class DistillTask(ManualTask):
         with self.turn_of(student):
             output = self.method.losses(self.networks, inputs, step=step, generator=self._generator("student"))
             self.learn(student, self._log_terms(output, inputs.batch_size))
-        if self.method.target_decay is not None and not self.amid_step and not self._guard.skipped_now:
+        if self.method.target_decay is not None and not self.amid_step and not self._guard.model_skipped:
             update_target(self.networks, self.method.target_decay)
         for critic in critics:
             if self._guard.skipped_now:
@@ -376,7 +377,8 @@ class DistillTask(ManualTask):
         """Keep what is learnt: the pipeline folder has the rest."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in self._learned}
-        checkpoint[_FORWARDS], checkpoint[_START] = self.budget.state_dict(), self.sampling.start
+        checkpoint[_FORWARDS] = all_reduce_counts(self.budget.state_dict())
+        checkpoint[_START] = self.sampling.start
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the pipeline folder has; refuse a checkpoint of another shape of run.
@@ -389,7 +391,7 @@ class DistillTask(ManualTask):
         if odd:
             raise ValueError(f"the checkpoint holds other weights than this run trains; {len(odd)} differ: {odd[:4]}")
         checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
-        self.budget.load_state_dict(checkpoint.get(_FORWARDS, {}))
+        self.budget.load_state_dict({} if own_rank() else checkpoint.get(_FORWARDS, {}))
         if not self.sources():  # outside a run; in one the data say it
             self._start_from(checkpoint.get(_START, "noise"))
 

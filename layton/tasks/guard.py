@@ -28,7 +28,8 @@ class StepGuard(Callback):
 
     Attributes:
         skipped: bad steps since the beginning of the run (kept over resumes).
-        skipped_now: whether the current step was skipped.
+        skipped_now: whether the current step was skipped, the model's or another network's.
+        model_skipped: whether the model's own was, so that averages of it stay as they are.
 
     Raises:
         ValueError: max_in_a_row below 1.
@@ -40,8 +41,9 @@ class StepGuard(Callback):
         self.max_in_a_row = max_in_a_row
         self.skipped = 0
         self.in_a_row = 0
-        self.skipped_now = False
+        self.skipped_now = self.model_skipped = False
         self.judged: Optimizer | None = None  # whose loss goes backward, where there are several
+        self.judges_model = True  # whether that is the model's
         self._rejected: dict[Optimizer | None, str] = {}
         self._amid_step = False
         self._reasons: deque[str] = deque(maxlen=max_in_a_row)
@@ -58,7 +60,7 @@ class StepGuard(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember the buffers that a forward pass may change."""
-        self.skipped_now = False
+        self.skipped_now = self.model_skipped = False
         if self._amid_step:
             return
         self._rejected.clear()  # of an optimizer that made no step: its gradients are gone
@@ -97,6 +99,7 @@ class StepGuard(Callback):
         for buffer, copy in self._buffers:
             buffer.copy_(copy)
         self.skipped_now = True
+        self.model_skipped |= self.judges_model
         self._reasons.append(f"step {trainer.global_step}: {reason or 'bad on another rank'}")
 
     def on_train_batch_end(

@@ -115,7 +115,7 @@ class ManualTask(LaytonTask):
         """
         if not counted:
             optimizer._on_before_step = optimizer._on_after_step = _nothing
-        self._guard.judged = optimizer.optimizer
+        self._guard.judged, self._guard.judges_model = optimizer.optimizer, counted
         with self._unsynchronised():
             self.manual_backward(loss / self.trainer.accumulate_grad_batches)
         if self.amid_step:

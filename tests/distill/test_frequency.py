@@ -77,6 +77,17 @@ def test_gradients_reach_the_images_and_stay_finite():
     assert images.grad is not None and bool(images.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_edges_of_flat_pictures_have_gradients_under_autocast_too(dtype):
+    weight = torch.full((3, 3, 1, 1), 0.1, requires_grad=True)
+    with torch.autocast("cpu", dtype=dtype):
+        images = torch.nn.functional.conv2d(torch.ones(1, 3, 8, 8), weight)
+        strength = edge_strength(images)
+    assert images.dtype == dtype and strength.dtype == torch.float32
+    strength.sum().backward()
+    assert weight.grad is not None and bool(weight.grad.isfinite().all())
+
+
 @pytest.mark.parametrize("radius", [0.0, -1.0])
 def test_a_radius_must_be_positive(radius):
     with pytest.raises(ValueError, match="radius"):

@@ -6,7 +6,15 @@ import os
 
 import torch
 
-from layton.ranks import all_gather_items, all_gather_shares, joined_ranks, own_rank, own_share, said_by_first
+from layton.ranks import (
+    all_gather_items,
+    all_gather_shares,
+    all_reduce_counts,
+    joined_ranks,
+    own_rank,
+    own_share,
+    said_by_first,
+)
 
 ITEMS = list("abcde")
 
@@ -21,4 +29,5 @@ def check_rank(rank: int, port: str) -> None:
         rows = torch.arange(10.0).reshape(5, 2)
         assert all_gather_shares(rows[rank::2]).equal(rows)
         assert said_by_first([rank]) == [0]
+        assert all_reduce_counts({"both": rank + 1.5, str(rank): 1.0}) == {"0": 1.0, "1": 1.0, "both": 4.0}
     assert own_rank() == 0

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -23,6 +23,7 @@ from distill.methods.lcm import LCM
 from distill.methods.mlcm import MLCM
 from distill.methods.scott import SCott
 from distill.samplers import renoise_sample
+from layton.callbacks import EMA
 from layton.cli import main
 from layton.data.sources import ScenesSource
 from layton.decoders import ConsistencyDecoder, DiffusionDecoder
@@ -174,7 +175,12 @@ def test_the_light_decoders_pictures_stand_for_the_originals(world: Path) -> Non
     batch = make_batch()
     del batch["image"]  # codes are enough
     _, condition = task._inputs(batch)
-    example = task._example(batch, batch["latent"].float(), condition)
+    autoencoder, graphs = task._autoencoder.module, []
+    with pytest.MonkeyPatch.context() as patch:
+        encode = autoencoder.encode
+        patch.setattr(autoencoder, "encode", lambda x: (graphs.append(torch.is_grad_enabled()), encode(x))[1])
+        example = task._example(batch, batch["latent"].float(), condition)
+    assert graphs == [False]  # or it would keep activations, of a whole batch at once
     pictures = PixelDecoder.from_pretrained(world / "light")(condition.spatial).detach().clamp(-1, 1)
     assert example.images is not None and torch.equal(example.images, pictures)
     assert torch.equal(example.latents, task._autoencoder.module.encode(pictures).detach())
@@ -278,13 +284,68 @@ def test_distillation_trains_and_the_target_follows(world: Path) -> None:
     with torch.no_grad():
         student = task.difference.tensors(task.ladd)[name]
         student.add_(1.0)
-    task.on_train_batch_end(None, None, 0)
+    task._follow()
     torch.testing.assert_close(task.difference.tensors(task._target.module)[name], start + 0.5)
     checkpoint: dict[str, Any] = {}
     task.on_save_checkpoint(checkpoint)
     again = make_task(world, method=method, adaptation=Adaptation(unet="lora", branch="lora"))
     again.on_load_checkpoint(checkpoint)
     torch.testing.assert_close(again.difference.tensors(again._target.module)[name], start + 0.5)
+
+
+class AfterStep(Callback):
+    """What those who save after a step find."""
+
+    def __init__(self) -> None:
+        self.student: list[dict[str, Tensor]] = []
+        self.target: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, task: Any, *args: Any) -> None:
+        for kept, network in ((self.student, task.ladd), (self.target, task._target.module)):
+            kept.append({n: value.detach().cpu().clone() for n, value in task.difference.tensors(network).items()})
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.parametrize("bad", [False, True])
+@pytest.mark.parametrize("kind", ["lcm", "scott"])
+def test_who_saves_after_a_step_finds_the_target_of_that_step(
+    world: Path, tmp_path: Path, kind: str, bad: bool
+) -> None:
+    class BadCritic(SCott):
+        def critic_losses(self, *args: Any, **options: Any) -> dict[str, Tensor]:
+            terms = super().critic_losses(*args, **options)
+            return {name: term * (float("nan") if bad else 1.0) for name, term in terms.items()}
+
+    options = {"guidance_range": (1.0, 1.0), "target_decay": 0.5}
+    task = make_task(
+        world,
+        method=LCM(**options) if kind == "lcm" else BadCritic(**options),
+        adaptation=Adaptation(unet="lora", branch="lora"),
+        critic_optimizer=partial(torch.optim.SGD, lr=0.1),
+    )
+    assert task.automatic_optimization == (kind == "lcm")
+    start = {name: value.detach().clone() for name, value in task.difference.tensors(task._target.module).items()}
+    watch, average = AfterStep(), EMA(decay=0.5)
+    trainer = Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        default_root_dir=str(tmp_path),
+        callbacks=[average, watch],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+    )
+    trainer.fit(task, DataLoader([make_batch() for _ in range(2)], batch_size=None))
+    assert any(not torch.equal(watch.student[0][name], start[name]) for name in start)
+    before = start
+    for student, target in zip(watch.student, watch.target, strict=True):
+        for name, value in target.items():  # also where the critic's step was bad, which is none of the student's
+            torch.testing.assert_close(value, (before[name] + student[name]) / 2)
+        before = target
+    assert average.state_dict()["average"]["optimization_step"] == 2
 
 
 @pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
