@@ -54,7 +54,7 @@ class PromptEncoder:
         self.guidance_scale = guidance_scale
         self._image_size = tuple(side * _pixels_per_latent(pipe) for side in latent_size)
         self._lengths = {} if max_length is None else {"max_sequence_length": max_length}
-        for encoder in self._encoders():
+        for encoder in self.encoders:
             encoder.requires_grad_(False).eval()
 
     @property
@@ -106,7 +106,7 @@ class PromptEncoder:
     def _encode(
         self, prompts: list[str], device: torch.device, *, null: bool = False, negative: list[str] | None = None
     ) -> Condition:
-        for encoder in self._encoders():
+        for encoder in self.encoders:
             encoder.to(device)
         pipe: Any = self.pipe
         if isinstance(pipe, FluxPipeline):
@@ -135,10 +135,12 @@ class PromptEncoder:
     def leave(self, device: torch.device) -> None:
         """Take the text encoders off an accelerator; a later call brings them back."""
         if device.type != "cpu":
-            for encoder in self._encoders():
+            for encoder in self.encoders:
                 encoder.to("cpu")
 
-    def _encoders(self) -> list[nn.Module]:
+    @property
+    def encoders(self) -> list[nn.Module]:
+        """The pipeline's text encoders."""
         found = [getattr(self.pipe, name, None) for name in _ENCODERS]
         return [encoder for encoder in found if isinstance(encoder, nn.Module)]
 

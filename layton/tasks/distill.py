@@ -90,8 +90,8 @@ class DistillTask(ManualTask):
             the student holds for this value. Of no effect on others.
         latent_size: h = w; by default what the pipeline makes by default.
         gradient_clip: Largest gradient norm of either optimizer; 0 does not clip.
-        frozen_dtype: Of weights that do not learn, network and text encoders; bfloat16 halves their memory beside
-            adaptors, which stay float32.
+        frozen_dtype: Of weights that do not learn: text encoders, and the network beside adaptors or the teacher beside
+            a student of all weights; bfloat16 halves their memory. What learns, and averages of it, stay float32.
         gradient_checkpointing: What backward passes of the network compute again instead of keeping
             (`distill.recompute`): ``cheap`` all but products and convolutions, which takes little time; true whole
             blocks, for the price of a forward pass; false nothing.
@@ -145,9 +145,9 @@ class DistillTask(ManualTask):
         self._export_half = export_half
         self._teacher_folder = find_pipeline(pipeline)
         self._export_pipeline = export_pipeline
-        if frozen_dtype != "float32" and adapter is None:
-            raise ValueError(f"frozen_dtype {frozen_dtype} is of weights beside adaptors: with adapter=null all learn")
-        pipe = open_pipeline(pipeline, dtype=getattr(torch, frozen_dtype))
+        frozen = getattr(torch, frozen_dtype)
+        # a student of all weights begins with what the folder holds, not with its halves
+        pipe = open_pipeline(pipeline, dtype=torch.float32 if adapter is None else frozen)
         self.latent_shape = latent_shape_of(pipe, latent_size)
         self.prompts = PromptEncoder(pipe, latent_size=self.latent_shape[1:], guidance_scale=network_guidance)
         self._autoencoder = Held(Autoencoder(pipe.vae))
@@ -167,6 +167,9 @@ class DistillTask(ManualTask):
             update_target(networks, 0.0)
         set_recompute(network_of(networks.student), RECOMPUTE[gradient_checkpointing])
         self._take(networks, method, critic or CriticSettings())
+        if adapter is None:
+            for part in (self.teacher, *self.prompts.encoders):
+                _cast_frozen(part, frozen)
         sampled = read_as(self.student, reading, toward_image=False)
         self.sampling = FewStepSampling.from_method(
             method,
@@ -432,6 +435,13 @@ def _another_shape(denoiser: Denoiser, *, told: bool, stacked: bool) -> Denoiser
             raise ValueError("only a UNet that is not told the guidance scale can be stacked")
         return stack(denoiser)
     return hear_guidance(denoiser) if told else None
+
+
+def _cast_frozen(part: nn.Module, dtype: torch.dtype) -> None:
+    """Of what does not learn; a judge's adaptors in a teacher do."""
+    for parameter in part.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _require_learnable(denoiser: Denoiser) -> None:

@@ -28,6 +28,7 @@ from layton.folder import load_tensors
 from layton.ldm.cache import CachedLatents
 from layton.ldm.prompt_cache import CachedPrompts
 from layton.ldm.teacher import open_pipeline
+from layton.tasks.critics import CriticSettings
 from layton.tasks.distill import DistillTask
 from layton.tasks.guard import NonFiniteError
 from layton.tasks.latent_score import sliced_wasserstein
@@ -151,8 +152,22 @@ def test_frozen_weights_may_be_of_half_the_bytes(kind: str, tmp_path: Path) -> N
     start = weights(task)
     fit(task, 2, tmp_path)
     assert not same(start, weights(task)) and all(value.isfinite().all() for value in weights(task).values())
-    with pytest.raises(ValueError, match="frozen_dtype"):
-        make(tmp_path / "teacher", MLCM(), frozen_dtype="bfloat16", adapter=None)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_so_may_the_teacher_of_a_student_of_all_weights(folder: Path, tmp_path: Path, kind: str) -> None:
+    critic = CriticSettings(kind=kind, lora=RANK)
+    options = {"adapter": None, "critic": critic, "critic_optimizer": partial(torch.optim.SGD, lr=1e-3)}
+    whole, half = (make(folder, scott(), frozen_dtype=dtype, **options) for dtype in ("float32", "bfloat16"))
+    assert {p.dtype for p in half.teacher.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for encoder in half.prompts.encoders for p in encoder.parameters()} == {torch.bfloat16}
+    learning = [*half.trainable_parameters(), *half.critic_parameters(), *half.networks.target.parameters()]
+    assert {p.dtype for p in learning} == {torch.float32}
+    start = {name: value.clone() for name, value in network_of(half.student).state_dict().items()}
+    assert same(start, network_of(whole.student).state_dict())  # not rounded
+    fit(half, 2, tmp_path)
+    learnt = network_of(half.student).state_dict()
+    assert not same(start, learnt) and all(bool(value.isfinite().all()) for value in learnt.values())
 
 
 def test_a_student_can_be_exported_in_half_the_bytes(folder: Path, tmp_path: Path) -> None:
