@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,34 @@ def _in_a_line(
     text = " ".join(str(message).split())
     ours = Path(filename).is_relative_to(_LIBRARY) and Path(filename).relative_to(_LIBRARY).parts[0] in _PACKAGES
     return f"layton: {text}\n" if ours else f"{category.__name__}: {text} ({filename}:{lineno})\n"
+
+
+class Unwarned:
+    """A context in which no warning is shown, for several threads at once.
+
+    ``warnings.catch_warnings`` puts back what the filters were when it was entered: of threads that overlap, the last
+    to leave may put back the silence of another, and leave the process without warnings for good.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._caught = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        """The first to come switches warnings off."""
+        with self._lock:
+            if not self._inside:
+                self._caught = warnings.catch_warnings()
+                self._caught.__enter__()
+                warnings.simplefilter("ignore")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        """The last to leave puts them back."""
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._caught.__exit__(None, None, None)
 
 
 @contextmanager

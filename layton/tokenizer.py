@@ -138,7 +138,7 @@ class LaytonTokenizer(ImageTokenizer):
         low, high = (float(value) for value in images.aminmax())
         if not -1.01 <= low <= high <= 1.01:
             raise ValueError(f"images must lie in [-1, 1], got [{low:g}, {high:g}] (uint8 or [0, 1] images?)")
-        if 0 <= low < 0.1 and high > 0.9:  # as ToTensor makes them, whose codes would be none of the right ones
+        if 0 <= low < 0.1 and high > 0.9 and not _is_of_bytes(images):  # as ToTensor's, whose codes would all be wrong
             warnings.warn(f"images span [{low:.2f}, {high:.2f}]: encode takes [-1, 1], not [0, 1]", stacklevel=3)
         if images.shape[2:] != (self.image_size, self.image_size):
             plan = Geometry.plan((images.shape[2], images.shape[3]), self.image_size, policy=policy)
@@ -363,6 +363,12 @@ class LaytonTokenizer(ImageTokenizer):
         )
         tokenizer.ldm = place if any(decoder.needs_ldm for decoder in loaded.values()) else None
         return tokenizer.eval()
+
+
+def _is_of_bytes(images: Tensor) -> bool:
+    """Whether all values are those of bytes brought to [-1, 1], as of a bright picture."""
+    values = (images.float() + 1) * 127.5
+    return bool(((values - values.round()).abs() < 1e-3).all())
 
 
 def best_decoder(names: Collection[str]) -> str:

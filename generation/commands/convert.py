@@ -28,7 +28,7 @@ def convert_gpt(
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     tokenizer: str | None = None,
     text_encoder: str | None = None,
-    sampling: Literal["laytongen", "llamagen"] = "laytongen",
+    sampling: Literal["laytongen", "llamagen"] | None = None,
     allow: list[str] | None = None,
 ) -> int:
     """Convert a LaCTokGen-T or LlamaGen GPT checkpoint: into a generator, or into its transformer alone.
@@ -46,8 +46,8 @@ def convert_gpt(
         dtype: of the weights on disk.
         tokenizer: embedded tokenizer or folder that made the codes; `layton convert` makes one of a released one.
         text_encoder: folder of the text encoder in transformers' format: flan-t5-xl for the released models.
-        sampling: whose published way of drawing is the default: laytongen, guidance 2 and temperature 0.1, or llamagen,
-            7.5 and 1. The checkpoints are alike, and do not say which they are.
+        sampling: whose published way of drawing a generator has: laytongen (the default), guidance 2 and temperature
+            0.1, or llamagen, 7.5 and 1. The checkpoints are alike, and do not say which they are.
         allow: dotted names, or their beginnings, of classes of your own that the tokenizer may name.
     """
     import torch
@@ -61,6 +61,8 @@ def convert_gpt(
     require_least(1, {"num_heads": num_heads, "num_tokens": num_tokens})
     if out.exists():
         raise UsageError(f"{out} exists already")
+    if sampling is not None and (tokenizer is None or text_encoder is None):
+        raise UsageError("--sampling is of a generator, which needs --tokenizer and --text-encoder")
     kind: torch.dtype = getattr(torch, dtype)
     given = None if tokenizer is None else LaytonTokenizer.from_pretrained(tokenizer, decoders=[], allow=allow or ())
     tokens = num_tokens or (256 if given is None else given.num_tokens)
@@ -74,7 +76,7 @@ def convert_gpt(
         if missing or given is None or text_encoder is None:
             model.save_pretrained(folder, dtype=kind)
         else:
-            save_generator(folder, _generator(model, given, text_encoder, sampling), dtype=kind)
+            save_generator(folder, _generator(model, given, text_encoder, sampling or "laytongen"), dtype=kind)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     hint = missing or f'now: layton generate "PROMPT" --model {out} --tokenizer {tokenizer}'
     sys.stdout.write(f"{parameters / 1e6:.0f}M parameters, {model.vocab_size} codes\n{out}\n{hint}\n")

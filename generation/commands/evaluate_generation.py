@@ -32,6 +32,8 @@ def evaluate_generation(
     split: Share = "test",
     count: int | None = None,
     size: int = 256,
+    image_column: str | None = None,
+    caption_column: str | None = None,
     clip: str | None = None,
     resamples: int = 20,
     seed: int = 0,
@@ -49,6 +51,8 @@ def evaluate_generation(
         split: train, validation or test; all takes every stored image.
         count: images to take from the start of the split; 1,000 scenes or all stored images by default.
         size: side in pixels to which real images are cropped and scaled.
+        image_column: of a table; "image" by default.
+        caption_column: of a table; by default caption, text, prompt or label, the first that there is.
         clip: folder of a CLIP model in transformers' format.
         resamples: bootstrap resamples for the spread of FD-effnet; 0 for none.
         seed: of the first image; the following images count up from it.
@@ -63,7 +67,15 @@ def evaluate_generation(
     require_least(0, {"seed": seed, "resamples": resamples})
     if resamples == 1:
         raise UsageError("--resamples must be 0 or at least 2: one draw has no spread")
-    images = open_images(data, split=split, count=count, size=size, batch_size=batch_size * num_ranks())
+    images = open_images(
+        data,
+        split=split,
+        count=count,
+        size=size,
+        batch_size=batch_size * num_ranks(),
+        image_column=image_column,
+        caption_column=caption_column,
+    )
     if images.count < max(2, num_ranks()):
         raise UsageError(f"two sets are compared: at least two images are needed, got {images.count}")
     loaded = load_drawer(drawer, sampling)

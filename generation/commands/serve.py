@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+import warnings
 from importlib.util import find_spec
 
 from generation.model.weight_types import Weights
@@ -11,6 +13,7 @@ from layton.errors import UsageError
 from layton.options import require_least
 
 _SAMPLING = SamplingChoice()
+_SECONDS_TO_END = 5  # in which requests that are nearly done may end
 
 
 def serve(
@@ -25,7 +28,7 @@ def serve(
     batch_size: int = 8,
     queue: int = 64,
     timeout: float = 120.0,
-    max_megabytes: int = 32,
+    max_megabytes: int = 16,
     device: str | None = None,
     allow: list[str] | None = None,
 ) -> None:
@@ -45,7 +48,7 @@ def serve(
         batch_size: pictures that are made together at most.
         queue: pictures that may wait; who asks for more is told to come again (429).
         timeout: seconds after which a request that is not done is given up (504).
-        max_megabytes: size of what a client may send (413).
+        max_megabytes: size of an image that a client may send (413).
         device: where to run; the accelerator if there is one.
         allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
     """
@@ -59,12 +62,43 @@ def serve(
     require_sampling(sampling)
     import uvicorn
 
+    from generation.pipeline import PromptCutWarning
     from generation.serving.engine import load_engine
     from generation.serving.http import ServerLimits, build_app
 
-    engine = load_engine(
-        model, decoder=decoder, num_steps=steps, sampling=sampling, weights=weights, device=device, allow=allow or ()
-    )
-    limits = ServerLimits(batch_size, queue, timeout, max_megabytes)
-    sys.stderr.write(f"layton: {model} on http://{host}:{port}, what it takes in /openapi.json; Ctrl-C ends it\n")
-    uvicorn.run(build_app(engine, limits), host=host, port=port, log_level="warning", limit_concurrency=4 * queue + 16)
+    with _listening(host, port) as listener:  # before the model is loaded: a port that is taken is told at once
+        engine = load_engine(
+            model,
+            decoder=decoder,
+            num_steps=steps,
+            sampling=sampling,
+            weights=weights,
+            device=device,
+            allow=allow or (),
+        )
+        warnings.filterwarnings("ignore", category=PromptCutWarning)  # remarks tell it, to whom it concerns
+        app = build_app(engine, ServerLimits(batch_size, queue, timeout, max_megabytes))
+        config = uvicorn.Config(
+            app, log_level="warning", limit_concurrency=queue + 16, timeout_graceful_shutdown=_SECONDS_TO_END
+        )
+        where = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        sys.stderr.write(f"layton: {model} on {where}, what it takes in /openapi.json; Ctrl-C ends it\n")
+        try:
+            uvicorn.Server(config).run(sockets=[listener])
+        finally:
+            app.state.worker.close()
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A socket at an address.
+
+    Raises:
+        OSError: It is taken, or none of this machine's.
+    """
+    try:
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
+        )
+    except OSError as error:
+        reason = str(error.strerror or error).partition(" (while")[0]
+        raise OSError(f"cannot serve on {host}:{port} ({reason})") from error

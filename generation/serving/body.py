@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 
 from fastapi import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_CLOSE = {"Connection": "close"}  # what is left of the body is not read
 
 
 class BodyLimit:
@@ -17,24 +20,27 @@ class BodyLimit:
         app: What it stands before.
         max_bytes: Of a body: 413.
         seconds: In which it has to come: 408.
+        larger: By path, more bytes for those that take more.
     """
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int, seconds: float) -> None:
-        self._app, self._max_bytes, self._seconds = app, max_bytes, seconds
+    def __init__(
+        self, app: ASGIApp, *, max_bytes: int, seconds: float, larger: Mapping[str, int] | None = None
+    ) -> None:
+        self._app, self._max_bytes, self._seconds, self._larger = app, max_bytes, seconds, dict(larger or {})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse what says that it is too large, and watch the rest."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        most = self._larger.get(scope["path"], self._max_bytes)
         told = dict(scope["headers"]).get(b"content-length", b"0")
-        if not told.isdigit() or int(told) > self._max_bytes:
-            error = {"error": {"message": self._too_large()}}
-            await JSONResponse(error, 413, {"Connection": "close"})(scope, receive, send)
+        if not told.isdigit() or int(told) > most:
+            await JSONResponse({"error": {"message": _too_large(most)}}, 413, _CLOSE)(scope, receive, send)
             return
-        await self._app(scope, self._watched(receive), send)
+        await self._app(scope, self._watched(receive, most), send)
 
-    def _watched(self, receive: Receive) -> Receive:
+    def _watched(self, receive: Receive, most: int) -> Receive:
         end = time.monotonic() + self._seconds
         so_far, whole = 0, False
 
@@ -45,14 +51,16 @@ class BodyLimit:
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
             except TimeoutError as error:
-                raise HTTPException(408, f"the body has not come within {self._seconds:g} seconds") from error
+                told = f"the body has not come within {self._seconds:g} seconds"
+                raise HTTPException(408, told, headers=_CLOSE) from error
             so_far += len(message.get("body", b""))
-            if so_far > self._max_bytes:
-                raise HTTPException(413, self._too_large())
+            if so_far > most:
+                raise HTTPException(413, _too_large(most), headers=_CLOSE)
             whole = message["type"] != "http.request" or not message.get("more_body", False)
             return message
 
         return watched
 
-    def _too_large(self) -> str:
-        return f"the body has more than the {self._max_bytes} bytes allowed"
+
+def _too_large(most: int) -> str:
+    return f"the body has more than the {most} bytes allowed"

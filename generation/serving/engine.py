@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,11 +12,8 @@ from torch import Tensor
 from generation.demonstration import has_generator
 from generation.drawing import LaytonGenDrawer
 from generation.model.weight_types import Weights
-from generation.pipeline import PromptCutWarning
 from generation.sampling.choice import SamplingChoice
 from generation.serving.worker import Unwanted, Work
-from layton.data.geometry import Geometry
-from layton.data.images import to_image, to_tensor
 from layton.loading import load_with_decoder
 from layton.tokenizer import LaytonTokenizer
 
@@ -44,12 +40,10 @@ class CodesOrder:
     Attributes:
         codes: (N,) int64.
         seed: Of the decoder's noise.
-        geometry: What to undo; None leaves the square.
     """
 
     codes: Tensor
     seed: int
-    geometry: Geometry | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,9 +100,7 @@ class Engine:
                 raise Unwanted
 
         generators = [torch.Generator().manual_seed(order.seed) for order in orders]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PromptCutWarning)  # a remark tells it, to whom it concerns
-            drawn = self.drawer.draw([order.prompt for order in orders], generators, callback=look)
+        drawn = self.drawer.draw([order.prompt for order in orders], generators, callback=look)
         remarks = [self._unread(order.prompt) for order in orders]
         for cut in drawn.cut:
             remarks[cut.index].append(f"{cut.kept} of its {cut.total} tokens are read")
@@ -119,20 +111,17 @@ class Engine:
 
     def encode(self, squares: list[Image.Image], unwanted: Stop) -> list[Tensor]:
         """Codes (N,) of "RGB" squares of the tokenizer's size."""
-        return list(self.tokenizer.encode(torch.stack([to_tensor(square) for square in squares])).cpu())
+        return list(self.tokenizer.encode_images(squares).codes.cpu())
 
-    def decode(self, orders: list[CodesOrder], unwanted: Stop) -> list[Image.Image]:
-        """Pictures of codes."""
+    def decode(self, orders: list[CodesOrder], unwanted: Stop) -> list[Tensor]:
+        """Squares (3, S, S) in [-1, 1] of codes."""
         squares = self.tokenizer.decode(
             torch.stack([order.codes for order in orders]),
             decoder=self.decoder,
             num_steps=self.num_steps,
             generator=[torch.Generator().manual_seed(order.seed) for order in orders],
-        ).cpu()
-        return [
-            to_image(square if order.geometry is None else order.geometry.undo(square))
-            for square, order in zip(squares, orders, strict=True)
-        ]
+        )
+        return list(squares.cpu())
 
     def _unread(self, prompt: str) -> list[str]:
         words = () if self.drawer is None else self.drawer.pipeline.text_encoder.unread([prompt])

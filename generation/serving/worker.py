@@ -20,6 +20,10 @@ class QueueFullError(RuntimeError):
     """As much waits already as may."""
 
 
+class ClosedError(RuntimeError):
+    """The worker is going down."""
+
+
 class Unwanted(Exception):  # no error
     """Raised by work that has been told that nobody waits for it."""
 
@@ -54,6 +58,7 @@ class Worker:
         self._kinds = dict(kinds)
         self._batch_size, self._queue_size = batch_size, queue_size
         self._waiting: deque[Job] = deque()
+        self._begun: list[Job] = []
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="layton-serve", daemon=True)
@@ -69,16 +74,26 @@ class Worker:
 
         Raises:
             QueueFullError: There is no room for all of them.
+            ClosedError: The worker is going down.
         """
         jobs = [Job(kind, item) for item in items]
         with self._changed:
-            if self._closed or len(self._waiting) + len(jobs) > self._queue_size:
-                raise QueueFullError(
-                    f"{len(self._waiting)} of at most {self._queue_size} wait already: try again later"
-                )
+            self.require_room(len(jobs))
             self._waiting.extend(jobs)
             self._changed.notify()
         return jobs
+
+    def require_room(self, count: int = 1) -> None:
+        """Ask before work that comes before waiting.
+
+        Raises:
+            QueueFullError: There is no room for so many.
+            ClosedError: The worker is going down.
+        """
+        if self._closed:
+            raise ClosedError("the server is going down")
+        if len(self._waiting) + count > self._queue_size:
+            raise QueueFullError(f"{len(self._waiting)} of at most {self._queue_size} wait already: try again later")
 
     def abandon(self, jobs: Sequence[Job]) -> None:
         """Nobody waits for these any more: those that have not begun leave the queue, others stop when they can."""
@@ -88,13 +103,15 @@ class Worker:
             self._waiting = deque(job for job in self._waiting if not job.unwanted)
 
     def close(self) -> None:
-        """Finish what has begun and refuse the rest."""
+        """End as soon as what has begun can be stopped; who waits is told. Again, it does nothing."""
         with self._changed:
             self._closed = True
             left, self._waiting = list(self._waiting), deque()
+            for job in self._begun:
+                job.unwanted = True
             self._changed.notify()
         for job in left:
-            job.future.set_exception(QueueFullError("the server is going down"))
+            job.future.set_exception(ClosedError("the server is going down"))
         self._thread.join()
 
     def _run(self) -> None:
@@ -113,21 +130,26 @@ class Worker:
             self._waiting = deque(job for job in self._waiting if id(job) not in taken)
             for job in batch:
                 job.future.set_running_or_notify_cancel()
+            self._begun = batch
             return batch
 
     def _do(self, batch: list[Job]) -> None:
+        failed: BaseException | None = None
         try:
             results = self._kinds[batch[0].kind](
                 [job.item for job in batch], lambda: all(job.unwanted for job in batch)
             )
         except Unwanted:
-            return
+            failed = ClosedError("the server is going down")  # or nobody is there to be told
         except Exception as error:  # noqa: BLE001  # whatever it is, the next batch has nothing to do with it
-            if len(batch) == 1:
-                batch[0].future.set_exception(error)
-            else:  # what one of them has done wrong is no reason to refuse the others
-                for job in batch:
-                    self._do([job])
+            failed = error if len(batch) == 1 else None
+        else:
+            for job, result in zip(batch, results, strict=True):
+                job.future.set_result(result)
             return
-        for job, result in zip(batch, results, strict=True):
-            job.future.set_result(result)
+        # Outside of the except block, whose traceback would keep the tensors of the batch that failed.
+        for job in batch:
+            if failed is not None:
+                job.future.set_exception(failed)
+            else:  # what one of them has done wrong is no reason to refuse the others
+                self._do([job])

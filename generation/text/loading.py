@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -48,6 +49,7 @@ def require_cleaning() -> None:
         raise ValueError(f"DeepFloyd's cleaning of captions needs {' and '.join(missing)}: pip install 'layton[clean]'")
 
 
+@functools.lru_cache(maxsize=1024)  # several pictures of one prompt; it takes half a second for a thousand characters
 def clean_caption(text: str) -> str:
     """DeepFloyd's cleaning, twice over, as diffusers has it: what the released models' captions went through.
 

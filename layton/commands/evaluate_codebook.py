@@ -17,6 +17,7 @@ def evaluate_codebook(
     split: Share = "test",
     scenes: int = 1000,
     size: int | None = None,
+    image_column: str | None = None,
     tokenizer: str = "mini",
     batch_size: int = 16,
     device: str | None = None,
@@ -30,6 +31,7 @@ def evaluate_codebook(
         split: train, validation or test; all takes every stored image.
         scenes: how many of them, where they are named.
         size: side in pixels to which images are cropped and scaled; the tokenizer's own by default.
+        image_column: of a table; "image" by default.
         tokenizer: embedded tokenizer or folder.
         batch_size: images at once.
         device: where to run; the accelerator if there is one.
@@ -44,9 +46,17 @@ def evaluate_codebook(
     require_least(1, {"batch_size": batch_size, "scenes": scenes, "size": size})
     model = load_tokenizer(tokenizer, decoders=[], device=device, allow=allow)
     stored = [item for item in data if item != SCENES]
-    groups = ([([SCENES], scenes)] if SCENES in data else []) + ([(stored, None)] if stored else [])
+    groups: list[tuple[list[str], int | None]] = [([SCENES], scenes)] if SCENES in data else []
+    groups += [(stored, None)] if stored else []
     opened = [
-        open_images(names, split=split, count=count, size=size or model.image_size, batch_size=batch_size)
+        open_images(
+            names,
+            split=split,
+            count=count,
+            size=size or model.image_size,
+            batch_size=batch_size,
+            image_column=image_column if names == (stored or [SCENES]) else None,
+        )
         for names, count in groups
     ]
     statistics = CodebookStatistics(model.vocab_size)

@@ -100,6 +100,7 @@ def evaluate_decoders(
     split: Share = "test",
     count: int | None = None,
     size: int = 256,
+    image_column: str | None = None,
     tokenizer: str = "mini",
     decoders: list[str] | None = None,
     any_steps: list[int] | None = None,
@@ -120,6 +121,7 @@ def evaluate_decoders(
         split: train, validation or test; all takes every stored image.
         count: images to take from the start of the split; 1,000 scenes or all stored images by default.
         size: side in pixels to which images are cropped and scaled.
+        image_column: of a table; "image" by default.
         tokenizer: embedded tokenizer or folder.
         decoders: names of those to measure; all by default.
         any_steps: steps for decoders that take any number; their own default number by default.
@@ -142,7 +144,7 @@ def evaluate_decoders(
         raise ValueError(f"repeats must be >= 1, got {repeats}")
     model = load_tokenizer(tokenizer, decoders=decoders, device=device, allow=allow)
     variants = variants_of(model, any_steps, seed=seed)
-    images = open_images(data, split=split, count=count, size=size, batch_size=batch_size)
+    images = open_images(data, split=split, count=count, size=size, batch_size=batch_size, image_column=image_column)
     codes = model.encode(next(iter(images)))
     times = seconds_per_image(variants, codes, repeats=repeats)
     report = measure(variants, images, tokenizer)

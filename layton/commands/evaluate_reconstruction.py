@@ -50,6 +50,7 @@ def evaluate_reconstruction(
     split: Share = "test",
     count: int | None = None,
     size: int = 256,
+    image_column: str | None = None,
     tokenizer: str = "mini",
     decoder: str | None = None,
     steps: int | None = None,
@@ -72,6 +73,7 @@ def evaluate_reconstruction(
         split: train, validation or test; all takes every stored image.
         count: images to take from the start of the split; 1,000 scenes or all stored images by default.
         size: side in pixels to which images are cropped and scaled.
+        image_column: of a table; "image" by default.
         tokenizer: embedded tokenizer or folder.
         decoder: name of the code decoder; the tokenizer's own choice by default.
         steps: network evaluations of the decoder; its own number by default.
@@ -93,7 +95,7 @@ def evaluate_reconstruction(
         subject = autoencoder_alone(autoencoder, device)
     else:
         subject = tokenizer_with(tokenizer, decoder, steps, condition_scale, seed, device, allow)
-    images = open_images(data, split=split, count=count, size=size, batch_size=batch_size)
+    images = open_images(data, split=split, count=count, size=size, batch_size=batch_size, image_column=image_column)
     report = measure(subject, images)
     figures = report.to_dict()
     lines = [report.summary(), *gains_in_words(report)]

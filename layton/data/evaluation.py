@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from layton.data.threads import batched, in_threads
 from layton.data.types import Share, Split
+from layton.errors import UsageError
 from layton.ranks import num_ranks, own_rank, own_share
 
 if TYPE_CHECKING:
@@ -72,7 +73,14 @@ class EvaluationImages:
 
 
 def open_images(
-    data: Sequence[str], *, split: Share, count: int | None, size: int, batch_size: int
+    data: Sequence[str],
+    *,
+    split: Share,
+    count: int | None,
+    size: int,
+    batch_size: int,
+    image_column: str | None = None,
+    caption_column: str | None = None,
 ) -> EvaluationImages:
     """Find out what kind of data is meant, and open it.
 
@@ -82,12 +90,15 @@ def open_images(
         count: How many images; 1,000 scenes or all stored images by default. Never more than there are.
         size: Side in pixels.
         batch_size: Images in a batch.
+        image_column: Of a table, where it is not the usual one.
+        caption_column: Likewise.
 
     Raises:
+        UsageError: A column is named of what is no table.
         ValueError: If there are no such images, a number is below 1, or all scenes are asked for, which have no end.
     """
     from layton.data.sources import ScenesSource
-    from layton.data.stored import open_stored
+    from layton.data.stored import Columns, open_stored
     from layton.data.transforms import Fit
 
     if (count is not None and count < 1) or batch_size < 1:
@@ -97,10 +108,13 @@ def open_images(
         raise ValueError("scenes are endless: their split is train, validation or test, not all")
     source: ImageSource
     name = " ".join(Path(item).name for item in data)
+    columns = Columns(image_column, caption_column)
+    if list(data) == [SCENES] and columns != Columns():
+        raise UsageError("only tables have columns, and scenes are none")
     if part is not None and list(data) == [SCENES]:
         source, name = ScenesSource(split=part, length=count or _NUM_SCENES, size=size), SCENES
     else:
-        source = open_stored(data, split=part, transform=Fit(size), max_bad=0)
+        source = open_stored(data, split=part, transform=Fit(size), columns=columns, max_bad=0)
     total = len(source)
     found = EvaluationImages(source, name, split, min(count or total, total), size, batch_size)
     if found.count < num_ranks():  # told by all of them, so that none waits for another

@@ -13,7 +13,6 @@ import io
 import os
 import stat
 import struct
-import warnings
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from layton.data.geometry import FIT_POLICIES, FitPolicy, Geometry, fit_image
 from layton.data.headers import ImageHeader, read_header
+from layton.quiet import Unwarned
 
 __all__ = [
     "DEFAULT_LIMITS",
@@ -58,6 +58,7 @@ _TRANSPOSE: Mapping[int, Image.Transpose] = MappingProxyType(
         8: Image.Transpose.ROTATE_90,
     }
 )
+_UNWARNED = Unwarned()
 # What the decoders are known to raise on damaged input; anything else is a bug and must be seen.
 _DECODE_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError),
@@ -136,13 +137,12 @@ def load_image(
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise RuntimeError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: cut-off images would be read as partly grey")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged metadata is not worth a line; damaged pixels raise
-            with Image.open(io.BytesIO(data), formats=(header.format,)) as image:
-                if image.size != (header.width, header.height):
-                    raise ImageError(f"{name}: contradictory sizes in the header")
-                image.load()
-                return _upright_rgb(image, header, background)
+        # damaged metadata is not worth a warning; damaged pixels raise
+        with _UNWARNED, Image.open(io.BytesIO(data), formats=(header.format,)) as image:
+            if image.size != (header.width, header.height):
+                raise ImageError(f"{name}: contradictory sizes in the header")
+            image.load()
+            return _upright_rgb(image, header, background)
     except ImageError:
         raise
     except MemoryError as error:

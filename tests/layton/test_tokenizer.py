@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from layton import assets
-from layton.data.images import load_image
+from layton.data.images import load_image, to_tensor
 from layton.decoders import LightDecoder
 from layton.encoder import ViTEncoder
 from layton.pixel_decoder import PixelDecoder
@@ -238,3 +239,14 @@ def test_what_is_no_picture_is_told() -> None:
             model.encode_images(wrong)
     with pytest.raises(ValueError, match="at least one image"):
         model.decode(torch.zeros(0, model.num_tokens, dtype=torch.long))
+
+
+def test_bright_pictures_are_not_taken_for_tensors_in_0_to_1() -> None:
+    model = tiny()
+    levels = np.random.default_rng(0).integers(128, 256, (32, 32, 3), dtype=np.uint8)
+    levels[0, 0], levels[0, 1] = 128, 255
+    bright = to_tensor(Image.fromarray(levels))
+    assert 0 <= bright.min() < 0.1 and bright.max() > 0.9
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.encode(bright[None])

@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +36,8 @@ DRAW, ENCODE, DECODE = "/v1/images/generations", "/v1/encode", "/v1/decode"
 @contextmanager
 def served(engine: Any, limits: ServerLimits | None = None) -> Iterator[int]:
     """A server on a free port of this machine; yields the port."""
-    server = uvicorn.Server(uvicorn.Config(build_app(engine, limits), port=0, log_level="warning"))
+    config = uvicorn.Config(build_app(engine, limits), port=0, log_level="critical", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -94,6 +98,7 @@ def test_it_draws_what_the_pipeline_draws(client: httpx.Client, folder: Path) ->
         assert np.array_equal(pixels(base64.b64decode(each["b64_json"])), np.asarray(picture))
 
 
+@pytest.mark.filterwarnings("ignore::generation.pipeline.PromptCutWarning")
 def test_it_says_what_it_did_not_read(client: httpx.Client) -> None:
     remarks = client.post(DRAW, json={"prompt": "a red cat " * 40}).json()["remarks"]
     assert len(remarks) == 1 and "cat" in remarks[0] and "tokens are read" in remarks[0]
@@ -121,9 +126,10 @@ def test_pictures_become_tokens_and_come_back(client: httpx.Client, folder: Path
         (DRAW, {"prompt": ""}, "prompt"),
         (DRAW, {"prompt": " \n"}, "empty"),
         (DRAW, {"prompt": ["a star"]}, "prompt"),
-        (DRAW, {"prompt": "x" * 10_001}, "prompt"),
+        (DRAW, {"prompt": "x" * 4_001}, "prompt"),
         (DRAW, {"prompt": "a star", "n": 0}, "n: "),
-        (DRAW, {"prompt": "a star", "n": 10**9}, "n: "),
+        (DRAW, {"prompt": "a star", "n": 65}, "n must be at most 64"),
+        (DRAW, {"prompt": "a star", "n": 10**400}, "n must be at most 64"),
         (DRAW, {"prompt": "a star", "seed": -1}, "seed"),
         (DRAW, {"prompt": "a star", "seed": 2**62}, "seed"),
         (DRAW, {"prompt": "a star", "size": "1024x1024"}, "size must be 32x32"),
@@ -145,6 +151,18 @@ def test_pictures_become_tokens_and_come_back(client: httpx.Client, folder: Path
             ),
             "more than the allowed",
         ),
+        *(
+            (
+                DECODE,
+                codes_body(geometry={"original_size": [64, 48], "size": size, "policy": "pad", "box": box}),
+                "geometry is none that /v1/encode gives",
+            )
+            for size, box in [
+                (10**4, [9999, 9999, 10**4, 10**4]),  # no pixel of it is left in the square
+                (10**400, [10**399, 0, 10**399 + 5, 5]),
+                (2 * SIZE, [8, 0, 56, 64]),
+            ]
+        ),
     ],
 )
 def test_what_a_client_does_wrong_is_told_in_a_sentence(client: httpx.Client, path: str, body: Any, told: str) -> None:
@@ -155,10 +173,16 @@ def test_what_a_client_does_wrong_is_told_in_a_sentence(client: httpx.Client, pa
     assert told.replace("\\", "") in message and "\n" not in message
 
 
+def test_what_clients_send_as_nothing_is_the_default(client: httpx.Client) -> None:
+    bare, told = {"prompt": "a star"}, {"n": None, "response_format": None, "model": None, "size": None, "user": None}
+    assert client.post(DRAW, json=bare | told).json()["data"] == client.post(DRAW, json=bare).json()["data"]
+
+
 def test_of_unknown_places_too(client: httpx.Client) -> None:
     for path in ("/nothing", "/../../etc/passwd"):
         assert client.get(path).status_code == 404
-    assert client.get(DRAW).json() == {"error": {"message": "Method Not Allowed"}}
+    wrong = client.get(DRAW)
+    assert wrong.json() == {"error": {"message": "Method Not Allowed"}} and wrong.headers["allow"] == "POST"
 
 
 def test_a_body_that_is_too_large_is_refused(engine: Engine) -> None:
@@ -171,6 +195,21 @@ def test_a_body_that_is_too_large_is_refused(engine: Engine) -> None:
 
         assert client.post(ENCODE, content=pieces()).status_code == 413
         assert client.get("/health").status_code == 200
+        many = json.dumps(
+            {"prompt": "a star", **{str(n): 1 for n in range(30_000)}}
+        )  # an error for each, were it parsed
+        assert len(many) < 2**20 and client.post(DRAW, content=many).status_code == 413
+
+
+def test_what_goes_wrong_here_is_not_the_clients_fault(engine: Engine) -> None:
+    class Broken(Slow):
+        def encode(self, items: list[Any], unwanted: Callable[[], bool]) -> list[Any]:
+            raise ValueError("weights hold NaN")
+
+    with asked(Broken(engine)) as client:
+        answer = client.post(ENCODE, content=png(Image.new("RGB", (SIZE, SIZE))))
+        assert answer.status_code == 500
+        assert answer.json() == {"error": {"message": "this went wrong here, not with you: ValueError"}}
 
 
 def test_a_tokenizer_alone_draws_nothing(tmp_path: Path) -> None:
@@ -210,7 +249,9 @@ class Slow:
 def send(port: int, body: bytes, *, length: int | None = None) -> socket.socket:
     """Begin a request to encode."""
     connection = socket.create_connection(("127.0.0.1", port), timeout=20)
-    head = f"POST {ENCODE} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length or len(body)}\r\n\r\n"
+    head = f"POST {ENCODE} HTTP/1.1\r\nhost: x\r\ncontent-length: {length or len(body)}\r\n"
+    head += "" if length else "connection: close\r\n"
+    head += "\r\n"
     connection.sendall(head.encode() + body)
     return connection
 
@@ -250,10 +291,62 @@ def test_a_slow_client_is_let_go_and_hinders_nobody(engine: Engine) -> None:
     with served(engine, ServerLimits(timeout=1.0)) as port:
         slow = send(port, image[:10], length=len(image))
         assert answer(send(port, image))[0] == 200
-        status, body = answer(slow)
+        status, body = answer(slow)  # which ends with the connection
         assert status == 408 and b"has not come within 1 seconds" in body
         send(port, image[:10], length=len(image)).close()
         assert answer(send(port, image))[0] == 200
+
+
+def test_a_server_that_ends_lets_nobody_wait(engine: Engine) -> None:
+    slow, answers = Slow(engine), []
+    image = png(Image.new("RGB", (SIZE, SIZE), "red"))
+    with served(slow, ServerLimits(batch_size=1)) as port:
+        waiting = [send(port, image) for _ in range(3)]
+        assert slow.begun.wait(20)
+        deadline = time.monotonic() + 20
+        while health(port)["waiting"] < 2:
+            assert time.monotonic() < deadline
+        threading.Timer(2.0, slow.go.set).start()
+        began = time.monotonic()
+    assert time.monotonic() - began < 10
+    for connection in waiting:
+        answers.append(connection.recv(20))
+        connection.close()
+    assert not any(b" 200 " in each for each in answers[1:])
+
+
+def test_an_address_that_is_taken_is_told_before_the_model_is_loaded(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "--model", str(folder), "--port", str(port)]) == 1
+    assert capsys.readouterr().err == f"layton: cannot serve on 127.0.0.1:{port} (Address already in use)\n"
+
+
+def test_the_command_serves_until_it_is_interrupted(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "layton", "serve", "--model", str(folder), "--port", str(port), "--device", "cpu"]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603
+    assert running.stderr is not None
+    try:
+        told = running.stderr.readline()
+        assert f"http://127.0.0.1:{port}" in told
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            try:
+                found = httpx.post(f"http://127.0.0.1:{port}{DRAW}", json={"prompt": "a red circle"}, timeout=20)
+                break
+            except httpx.ConnectError:
+                time.sleep(0.1)
+        assert found.status_code == 200
+        running.send_signal(signal.SIGINT)
+        assert running.wait(20) in (0, 130)
+        assert "Traceback" not in running.stderr.read()
+    finally:
+        running.kill()
+        running.stderr.close()
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from generation.serving.worker import QueueFullError, Unwanted, Worker
+from generation.serving.worker import ClosedError, QueueFullError, Unwanted, Worker
 
 SECONDS = 20.0
 
@@ -112,7 +113,57 @@ def test_who_still_waits_at_the_end_is_told(bench: Bench) -> None:
     (left,) = worker.submit("double", [1])
     threading.Timer(0.2, bench.go.set).start()
     worker.close()
-    with pytest.raises(QueueFullError, match="going down"):
+    with pytest.raises(ClosedError, match="going down"):
         left.future.result(SECONDS)
-    with pytest.raises(QueueFullError):
+    with pytest.raises(ClosedError):
         worker.submit("double", [1])
+    worker.close()
+
+
+def test_the_end_stops_what_can_be_stopped() -> None:
+    begun = threading.Event()
+
+    def long(items: list[Any], unwanted: Callable[[], bool]) -> list[Any]:
+        begun.set()
+        while not unwanted():
+            pass
+        raise Unwanted
+
+    worker = Worker({"long": long}, batch_size=2, queue_size=2)
+    (job,) = worker.submit("long", [1])
+    assert begun.wait(SECONDS)
+    worker.close()
+    with pytest.raises(ClosedError):
+        job.future.result(SECONDS)
+
+
+def test_single_retries_do_not_keep_what_the_batch_had() -> None:
+    class Large:
+        pass
+
+    kept: list[weakref.ref[Large]] = []
+    alive: list[bool] = []
+
+    def work(items: list[int], unwanted: Callable[[], bool]) -> list[int]:
+        if len(items) == 1:
+            alive.append(kept[0]() is not None)
+            return items
+        large = Large()
+        kept.append(weakref.ref(large))
+        raise MemoryError
+
+    go = threading.Event()
+
+    def hold(items: list[int], unwanted: Callable[[], bool]) -> list[int]:
+        assert go.wait(SECONDS)
+        return items
+
+    worker = Worker({"work": work, "hold": hold}, batch_size=3, queue_size=3)
+    worker.submit("hold", [0])
+    while worker.waiting:
+        pass
+    jobs = worker.submit("work", [1, 2, 3])
+    go.set()
+    assert [job.future.result(SECONDS) for job in jobs] == [1, 2, 3]
+    assert alive == [False] * 3
+    worker.close()

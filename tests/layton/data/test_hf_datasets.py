@@ -1,17 +1,22 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from laytongen_parts import tiny_tokenizer
 from PIL import Image
 
+from layton.cli import main
+from layton.data.evaluation import open_images
 from layton.data.folder import ImageFolderSource
 from layton.data.images import ImageError, ImageLimits
 from layton.data.module import ImageDataModule
 from layton.data.stored import Columns, open_stored, source_of
 from layton.data.transforms import Fit
+from layton.errors import UsageError
 from layton.scenes import render, sample_scene
 
 datasets = pytest.importorskip("datasets", reason="the extra 'datasets' is not installed")
@@ -135,3 +140,22 @@ def test_loader_workers_read_it(tmp_path: Path) -> None:
     batch = next(iter(data.train_dataloader()))
     assert batch["image"].shape == (4, 3, 16, 16)
     assert set(batch["key"]) <= set(source.keys)
+
+
+def test_evaluations_take_a_table_with_columns_of_other_names(tmp_path: Path) -> None:
+    named = table(pixels=[{"bytes": picture(0), "path": None}] * 12, said=["all alike"] * 12)
+    named.cast_column("pixels", datasets.Image()).save_to_disk(tmp_path / "toys")
+    options = {"split": "all", "count": None, "size": 32, "batch_size": 4}
+    alike = open_images([str(tmp_path / "toys")], **options, image_column="pixels", caption_column="said")
+    (first, *rest) = alike
+    assert all(image.equal(first[0]) for batch in (first, *rest) for image in batch)
+    assert alike.source.sample(3, seed=0)["caption"] == "all alike"
+    usual = next(iter(open_images([str(tmp_path / "toys")], **options)))
+    assert usual[0].equal(first[0]) and not usual[1].equal(first[0])
+    with pytest.raises(UsageError, match="only tables"):
+        open_images(["scenes"], **{**options, "split": "test", "count": 4}, image_column="pixels")
+    report, model = tmp_path / "codebook.json", tmp_path / "model"
+    tiny_tokenizer().save_pretrained(model)
+    words = ["evaluate", "codebook", "--tokenizer", str(model), "--split", "all", "--json", str(report)]
+    assert main([*words, "--data", "scenes", str(tmp_path / "toys"), "--scenes", "3", "--image_column", "pixels"]) == 0
+    assert json.loads(report.read_text())["protocol"]["data"] == {"scenes": 3, "toys": 12}

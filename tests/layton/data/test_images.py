@@ -4,7 +4,9 @@ import io
 import os
 import struct
 import time
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -328,3 +330,12 @@ def test_values_outside_are_clipped_and_nonsense_is_refused():
 def test_load_tensor_fits_and_tells_how(kit):
     tensor, geometry = load_tensor(kit.encode(kit.smooth_image(0, (40, 20))), size=16, policy="pad")
     assert tensor.shape == (3, 16, 16) and geometry.original_size == (20, 40) and geometry.box == (0, 4, 16, 12)
+
+
+def test_threads_that_read_leave_the_filters_of_warnings_as_they_were() -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(file, "PNG")
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: load_image(file.getvalue()), range(400)))
+    assert warnings.filters == before
