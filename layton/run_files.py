@@ -118,7 +118,8 @@ def check_run_files(words: Sequence[str], *, allowed: Iterable[str]) -> list[Pat
             outside ``allowed``.
     """
     prefixes = tuple(allowed)
-    waiting = [path for word in words if (path := _run_file(Path(word.partition("=")[2] or word))) is not None]
+    named = [Path(part) for word in words for part in (word, word.partition("=")[2]) if part]
+    waiting = [path for each in named if (path := _run_file(each)) is not None]
     seen: list[Path] = []
     while waiting:
         path = waiting.pop()

@@ -118,7 +118,8 @@ class TokenShards(SampleSource):
         kept = _read_all(paths, partial(_is_wanted, split=self.split, textures=textures), length, with_codes=in_memory)
         if not kept.keys:
             raise ValueError(f"split {split!r} of {folder} holds no samples" + (f" on {textures}" if textures else ""))
-        other = next((key for key in kept.keys if (ahead or placed) and seed_of_key(key) is None), None)
+        needs_scenes = bool(ahead or placed)
+        other = next((key for key in kept.keys if seed_of_key(key) is None), None) if needs_scenes else None
         if other is not None:
             raise ValueError(f"only of scenes is known what is ahead and where, {folder} also holds {other!r}")
         if untrue and any(seed_of_key(key) is not None for key in kept.keys):

@@ -123,15 +123,20 @@ class SafeCheckpoint(ModelCheckpoint):
         if not self.periodic:
             super().on_validation_end(trainer, pl_module)
 
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save where nobody knew at the last step that it was the last: after validation that stopped the run."""
+        super().on_train_end(trainer, pl_module)
+        if self.periodic:
+            self.save_now(trainer)
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
+        """Nothing of weights that are not finite, for which an older file would have to go."""
         module = trainer.lightning_module
         finite = all(bool(torch.isfinite(p).all()) for p in module.parameters() if p.requires_grad)
-        if not trainer.strategy.reduce_boolean_decision(finite, all=True):
-            warnings.warn(
-                f"weights that are not finite at step {trainer.global_step}: nothing saved to {filepath}", stacklevel=2
-            )
-            return
-        super()._save_checkpoint(trainer, filepath)
+        if trainer.strategy.reduce_boolean_decision(finite, all=True):
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
+        else:
+            warnings.warn(f"weights that are not finite at step {trainer.global_step}: nothing saved", stacklevel=2)
 
 
 def _ends_here(trainer: Trainer) -> bool:

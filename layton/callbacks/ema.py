@@ -29,7 +29,7 @@ class EMA(Callback):
         inv_gamma: see use_ema_warmup.
         power: see use_ema_warmup; 2/3 for a million steps, 3/4 for fewer.
         min_decay: smallest decay, in [0, 1).
-        update_after_step: steps at the beginning during which the average just follows the weights.
+        update_after_step: averagings at the beginning, one every ``update_every`` steps, that just follow the weights.
         update_every: average after every so many optimizer steps.
 
     Raises:
@@ -61,25 +61,27 @@ class EMA(Callback):
         self._average: EMAModel | None = None
         self._names: list[str] = []
         self._pending: dict[str, Any] | None = None
-        self._last_step = 0
+        self._last_step: int | None = None  # at which the average was last brought up to date
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the average, or take up the one of the checkpoint."""
         self._begin(pl_module)
-        self._last_step = trainer.global_step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring the average to the device; note the step, known only after the loops were restored."""
         if self._average is not None:
             self._average.to(device=pl_module.device)
-        self._last_step = trainer.global_step
+        if self._last_step is None:
+            self._last_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Average in the weights after an optimizer step."""
+        if self._average is None or self._last_step is None:
+            return
         stepped = trainer.global_step - self._last_step
-        if stepped == 0 or self._average is None:
+        if stepped == 0:
             return
         skipped = any(isinstance(c, StepGuard) and c.model_skipped for c in trainer.callbacks)  # type: ignore[attr-defined]
         if skipped:
@@ -118,12 +120,13 @@ class EMA(Callback):
         """The average, with the names of its parameters."""
         if self._average is None:
             return self._pending or {}
-        return {"names": self._names, "average": self._average.state_dict()}
+        return {"names": self._names, "average": self._average.state_dict(), "last_step": self._last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the saved average until the model is there."""
         self._pending = state_dict or None
         self._average = None
+        self._last_step = state_dict.get("last_step")  # older checkpoints do not say it
 
     def swap_in(self, task: LightningModule) -> None:
         """Put the average in place of the weights; no effect before training or when it is there already."""

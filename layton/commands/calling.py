@@ -153,8 +153,8 @@ class HelpFormatter(DefaultHelpFormatter):
         members = [member for member in get_args(hint) if member is not type(None)] if _is_union(hint) else [hint]
         if members == [bool]:
             return "{true,false}"
-        if get_origin(members[0]) is Literal:
-            return "{" + ",".join(str(choice) for choice in get_args(members[0])) + "}"
+        if all(get_origin(member) is Literal for member in members):
+            return "{" + ",".join(str(choice) for member in members for choice in get_args(member)) + "}"
         usual = str(super()._get_default_metavar_for_optional(action))
         return _PLACEHOLDERS.get(members[0], usual)
 

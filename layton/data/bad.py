@@ -38,7 +38,8 @@ class BadImages:
                 self._tell(reason, self.count)
         if self.max_bad is not None and self.count > self.max_bad:
             raise TooManyBadImagesError(
-                f"{self.count} broken images, {self.max_bad} allowed; the last: {'; '.join(self.reasons[-3:])}"
+                f"{self.count} broken images, {self.max_bad} allowed (max_bad of the source and of the data module, or "
+                f"--max_bad); the last: {'; '.join(self.reasons[-3:])}"
             )
 
     def record_all(self, reasons: Iterable[str]) -> None:

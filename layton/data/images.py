@@ -296,6 +296,8 @@ def _rescale_transparency(image: Image.Image, header: ImageHeader) -> None:
 
 
 def _to_srgb(image: Image.Image, profile: object) -> Image.Image:
+    if image.mode == "P":
+        image = image.convert("RGB")  # the colours of a palette are as the profile says, too
     if isinstance(profile, bytes) and profile and image.mode in ("RGB", "CMYK"):
         transform = _srgb_transform(profile, image.mode)
         if transform is not None:

@@ -32,7 +32,8 @@ class ImageDataModule(LightningDataModule):
         eval_batch_size: The same for validation and test; `batch_size` by default.
         num_workers: Worker processes of each loader.
         seed: Decides order and augmentation.
-        max_bad: How many different broken images are tolerated before the run stops; None for any number.
+        max_bad: How many different broken images of all sources together are tolerated before the run stops; None for
+            any number. Each source has a limit of its own besides.
         pin_memory: Page-locked memory, for GPUs.
     """
 

@@ -26,7 +26,7 @@ from layton.data.texts import PackedTexts
 from layton.folder import write_atomically
 
 _FORMAT = "1"
-_KEPT_FROM = 1024  # samples: a smaller shard is read in no time
+_KEPT_FROM = 64  # samples: a smaller shard is read as quickly as its index
 _SAY_EVERY_SECONDS = 10.0
 
 
@@ -59,7 +59,7 @@ def cache_folder() -> Path:
 def _new_index(path: Path, captions: Captions) -> ShardIndex:
     index = index_shard(path, captions=captions)
     if len(index.keys) >= _KEPT_FROM:
-        with contextlib.suppress(OSError):  # a full or read-only home is no reason to stop
+        with contextlib.suppress(OSError, SafetensorError):  # a full or read-only home is no reason to stop
             _keep(index, _place_of(path))
     return index
 

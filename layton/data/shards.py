@@ -11,11 +11,11 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,10 +138,6 @@ class ShardSource(StoredSource):
         except (ValueError, RecursionError) as error:
             raise ImageError(f"{key}: unreadable caption ({error})") from error
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Open files do not travel to spawned workers."""
-        return {**self.__dict__, "_files": _OpenShards()}
-
 
 def caption_of(metadata: object) -> str:
     """The caption in a sample's JSON: "caption", else "text", else empty.
@@ -255,17 +251,34 @@ def key_digests(keys: Sequence[str]) -> NDArray[np.int64]:
     return np.fromiter((hash(key) for key in keys), dtype=np.int64, count=len(keys))
 
 
+class _OpenFile:
+    """A descriptor that lives as long as somebody reads with it."""
+
+    def __init__(self, path: Path) -> None:
+        self._close = os.close  # at the interpreter's end the module may be gone
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            self._close(self.descriptor)
+
+
 class _OpenShards:
-    """At most 64 open shards; reads by position, so that forked workers may share the files."""
+    """At most 64 open shards; reads by position, so that threads and forked workers may share the files."""
 
     def __init__(self) -> None:
-        self._descriptors: OrderedDict[Path, int] = OrderedDict()
+        self._files: OrderedDict[Path, _OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[_OpenShards], tuple[()]]:
+        """Another process opens its own."""
+        return _OpenShards, ()
 
     def read(self, shard: ShardIndex, span: Span) -> bytes:
-        descriptor = self._open(shard)
-        content = os.pread(descriptor, span.size, span.offset)
+        file = self._open(shard)  # held: another thread may push it out meanwhile
+        content = os.pread(file.descriptor, span.size, span.offset)
         while len(content) < span.size:  # one call reads at most 2 GiB
-            more = os.pread(descriptor, span.size - len(content), span.offset + len(content))
+            more = os.pread(file.descriptor, span.size - len(content), span.offset + len(content))
             if not more:
                 raise ShardError(
                     f"{shard.path}: ended at {span.offset + len(content)}, shorter than when it was indexed"
@@ -273,23 +286,19 @@ class _OpenShards:
             content += more
         return content
 
-    def _open(self, shard: ShardIndex) -> int:
-        if shard.path in self._descriptors:
-            self._descriptors.move_to_end(shard.path)
-            return self._descriptors[shard.path]
-        if len(self._descriptors) >= _MAX_OPEN_SHARDS:
-            os.close(self._descriptors.popitem(last=False)[1])
-        try:
-            descriptor = os.open(shard.path, os.O_RDONLY)
-        except OSError as error:
-            raise ShardError(f"{shard.path}: cannot be read ({error.strerror})") from error
-        status = os.fstat(descriptor)
-        if (status.st_size, status.st_mtime_ns) != shard.stamp:
-            os.close(descriptor)
-            raise ShardError(f"{shard.path}: changed since it was indexed")
-        self._descriptors[shard.path] = descriptor
-        return descriptor
-
-    def __del__(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
+    def _open(self, shard: ShardIndex) -> _OpenFile:
+        with self._lock:
+            if shard.path in self._files:
+                self._files.move_to_end(shard.path)
+                return self._files[shard.path]
+            if len(self._files) >= _MAX_OPEN_SHARDS:
+                self._files.popitem(last=False)
+            try:
+                file = _OpenFile(shard.path)
+            except OSError as error:
+                raise ShardError(f"{shard.path}: cannot be read ({error.strerror})") from error
+            status = os.fstat(file.descriptor)
+            if (status.st_size, status.st_mtime_ns) != shard.stamp:
+                raise ShardError(f"{shard.path}: changed since it was indexed")
+            self._files[shard.path] = file
+            return file

@@ -104,6 +104,10 @@ class StoredSource(ImageSource):
         self.transform = transform if transform is not None else Fit()
         self.bad = BadImages(max_bad)
 
+    def settings(self) -> str:
+        """Whether some are mirrored, which neither their size nor their brightness shows."""
+        return f"flip {self.transform.flip:g}" if self.transform.flip else ""
+
     @property
     @abstractmethod
     def keys(self) -> Sequence[str]:

@@ -23,6 +23,7 @@ class SampleTransform(ABC):
     """An "RGB" image of any size becomes a tensor (3, size, size) in [-1, 1]."""
 
     size: int
+    flip: float = 0.0  # how often it mirrors
 
     @abstractmethod
     def __call__(self, image: Image.Image, *, seed: int) -> Tensor:
@@ -74,6 +75,7 @@ class RandomResizedCrop(SampleTransform):
     ) -> None:
         self.size = _checked(size)
         crop = v2.RandomResizedCrop(size, scale=scale, ratio=ratio, interpolation=_BICUBIC, antialias=True)
+        self.flip = flip
         self._transform = v2.Compose([crop, v2.RandomHorizontalFlip(flip)])
 
     def __call__(self, image: Image.Image, *, seed: int) -> Tensor:
@@ -97,6 +99,7 @@ class RandomCrop(SampleTransform):
         if shorter_side is not None and shorter_side < size:
             raise ValueError(f"shorter_side must be at least the crop's size {size}, got {shorter_side}")
         self.shorter_side = shorter_side
+        self.flip = flip
         self._transform = v2.Compose([v2.RandomCrop(size), v2.RandomHorizontalFlip(flip)])
 
     def __call__(self, image: Image.Image, *, seed: int) -> Tensor:

@@ -150,7 +150,7 @@ class LaytonTask(LightningModule, ABC):
         Args:
             terms: named loss terms, each () float.
             weights: factor of each term in the sum, 1 where absent; a factor of 0 logs only.
-            batch_size: B, for the mean over a validation epoch.
+            batch_size: B, for the mean over a validation epoch; without it all batches count alike.
 
         Returns:
             The weighted sum, () float.
@@ -165,21 +165,12 @@ class LaytonTask(LightningModule, ABC):
         total = torch.stack([p.float() for p in parts.values()]).sum() if parts else torch.zeros((), device=self.device)
         if self.on_losses is not None and self.stage == "train":
             self.on_losses(self, parts)
-        if self._trainer is not None:
-            training = self.stage == "train"
-            values = {f"{self.stage}/{name}": term.detach() for name, term in terms.items()}
-            self.log_dict(
-                values, on_step=training, on_epoch=not training, batch_size=batch_size, sync_dist=not training
-            )
-            self.log(
-                f"{self.stage}/loss",
-                total.detach(),
-                prog_bar=True,
-                on_step=training,
-                on_epoch=not training,
-                batch_size=batch_size,
-                sync_dist=not training,
-            )
+        if self._trainer is not None and self.stage == "train":
+            self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()}, batch_size=batch_size)
+            self.log("train/loss", total.detach(), prog_bar=True, batch_size=batch_size)
+        elif self._trainer is not None:
+            for name, term in {**terms, "loss": total}.items():
+                self._add_up(name, term.detach().float() * (batch_size or 1), batch_size or 1)
         return total
 
     def log_measure(self, name: str, values: Tensor, *, prog_bar: bool = False) -> None:
@@ -198,8 +189,12 @@ class LaytonTask(LightningModule, ABC):
         if self.stage == "train":
             self.log(f"train/{name}", values.mean(), prog_bar=prog_bar)
             return
-        total, count = self._sums.get(name, (0.0, 0))
-        self._sums[name] = (values.sum() + total, count + len(values))
+        self._add_up(name, values.sum(), len(values))
+
+    def _add_up(self, name: str, values: Tensor, count: int) -> None:
+        """Over an evaluation; Lightning's own means over ranks are wrong where these see different numbers."""
+        total, before = self._sums.get(name, (0.0, 0))
+        self._sums[name] = (values + total, count + before)
 
     def test_step(self, batch: Any, batch_idx: int) -> Any:
         """As validation, on what the data keep for tests (``layton test``)."""
@@ -210,7 +205,7 @@ class LaytonTask(LightningModule, ABC):
         self.on_validation_start()
 
     def on_validation_epoch_end(self) -> None:
-        """Log what `log_measure` was given."""
+        """Log what `log_losses` and `log_measure` were given."""
         super().on_validation_epoch_end()
         own = {name: (float(total), count) for name, (total, count) in self._sums.items()}
         ranks: list[dict[str, tuple[float, int]]] = [own]
@@ -220,7 +215,7 @@ class LaytonTask(LightningModule, ABC):
             torch.distributed.all_gather_object(ranks, own)
         for name in sorted({name for found in ranks for name in found}):
             totals, counts = zip(*(found[name] for found in ranks if name in found), strict=True)
-            self.log(f"{self.stage}/{name}", sum(totals) / sum(counts))
+            self.log(f"{self.stage}/{name}", sum(totals) / sum(counts), prog_bar=name == "loss")
 
     def on_test_epoch_end(self) -> None:
         """As `on_validation_epoch_end`."""

@@ -58,6 +58,7 @@ class StepGuard(Callback):
         self.skipped = int(state_dict["skipped"])
         self.in_a_row = int(state_dict["in_a_row"])
 
+    @torch.no_grad()  # a quantizer has buffers that are told to have gradients
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember the buffers that a forward pass may change."""
         self.skipped_now = self.model_skipped = False
@@ -84,6 +85,7 @@ class StepGuard(Callback):
         """
         self._rejected[self.judged] = reason
 
+    @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Take the gradients away when loss or gradients are bad: an optimizer skips parameters without gradient."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)

@@ -69,10 +69,12 @@ class Choices:
     Attributes:
         kinds: which of them; all by default.
         share: of the whole.
+        part: of it.
     """
 
     kinds: list[Literal["round", "square"]] | None = None
     share: float = 0.5
+    part: Literal["first", "last"] | Literal["all"] = "all"  # as an alias of an alias is
 
 
 def test_help_says_what_an_option_is_in_a_word_and_keeps_groups_together() -> None:
@@ -104,6 +106,7 @@ def test_help_says_what_an_option_is_in_a_word_and_keeps_groups_together() -> No
         "--quick {true,false} hurry.",
         "How it is done:",
         "--share NUMBER of the whole. (default: 0.5)",
+        "--part {first,last,all}",
         "--kinds {round,square} [{round,square} ...]",
     ]
     places = [lines.index(line) for line in wanted]

@@ -291,6 +291,7 @@ def test_colours_of_another_profile_are_brought_to_srgb_and_srgb_is_left_alone(k
     red = Image.new("RGB", (4, 4), (255, 0, 0))
     shown = load_image(kit.encode(red, "PNG", icc_profile=swapped)).getpixel((0, 0))
     assert shown[2] > 200 and shown[0] < 60
+    assert load_image(kit.encode(red.convert("P"), "PNG", icc_profile=swapped)).getpixel((0, 0)) == shown
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])

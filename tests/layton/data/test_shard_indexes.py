@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from layton.data import shard_indexes
 from layton.data.shard_indexes import cache_folder, index_shards
@@ -71,3 +72,13 @@ def test_nothing_is_kept_where_nothing_can_be_written(kit, tmp_path, kept, monke
     monkeypatch.setenv("LAYTON_CACHE", str(tmp_path / "file"))
     shard = kit.shard(tmp_path / "a.tar", ["000001"])
     assert len(index_shards([shard])[0].keys) == len(index_shards([shard])[0].keys) == 1 and len(kept) == 2
+
+
+def test_where_indexes_cannot_be_written_none_are_kept(kit, tmp_path, kept, monkeypatch):
+    def refuse(*args):
+        raise SafetensorError("I/O error: Permission denied (os error 13)")
+
+    monkeypatch.setattr(shard_indexes, "save_file", refuse)
+    shard = kit.shard(tmp_path / "a.tar", ["000001", "000002"])
+    assert list(index_shards([shard])[0].keys) == ["000001", "000002"]
+    assert not list(cache_folder().glob("*"))

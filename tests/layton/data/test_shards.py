@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import gc
 import gzip
 import io
 import os
 import pickle
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -261,3 +264,31 @@ def test_the_photographs_can_all_be_read():
         for index in range(len(part)):
             part.sample(index, seed=0)
         assert part.bad.count == 0
+
+
+def test_threads_share_few_open_files_and_leave_none(kit, tmp_path, monkeypatch):
+    monkeypatch.setattr("layton.data.shards._MAX_OPEN_SHARDS", 2)
+    real = os.open
+
+    def slow(path, *args, **options):  # as on a network disk; the interpreter's lock is free meanwhile
+        time.sleep(0.002)
+        return real(path, *args, **options)
+
+    for number in range(12):
+        kit.shard(tmp_path / f"{number:02d}.tar", [f"{number}{row}" for row in range(4)])
+    places = [index % 48 for index in range(48 * 4)]
+
+    def read(threads):
+        images = ShardSource(str(tmp_path / "*.tar"), split=None)
+        with ThreadPoolExecutor(threads) as pool:
+            found = list(pool.map(lambda index: images.load(index).image.tobytes(), places))
+        return found, len(os.listdir("/proc/self/fd"))
+
+    wanted, few = read(1)
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, "open", slow)
+    found, open_then = read(8)
+    assert found == wanted and open_then <= few
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before

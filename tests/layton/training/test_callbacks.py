@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -33,6 +34,7 @@ from layton.callbacks import (
 )
 from layton.callbacks.grid import labelled
 from layton.callbacks.progress import batch_size
+from layton.data.module import ImageDataModule
 from layton.tasks.seeding import derive_seed
 
 
@@ -41,7 +43,9 @@ def toy_task(**settings: Any) -> ToyTask:
     return ToyTask(part=ToyPart(), optimizer=partial(torch.optim.AdamW, lr=1e-2), **settings)
 
 
-def fit(folder: Path, task: ToyTask, callbacks: list[Callback], **settings: Any) -> Trainer:
+def fit(
+    folder: Path, task: ToyTask, callbacks: list[Callback], *, ckpt_path: str | None = None, **settings: Any
+) -> Trainer:
     trainer = Trainer(
         **{
             "default_root_dir": folder,
@@ -55,7 +59,7 @@ def fit(folder: Path, task: ToyTask, callbacks: list[Callback], **settings: Any)
             **settings,
         }
     )
-    trainer.fit(task, toy_data())
+    trainer.fit(task, toy_data(), ckpt_path=ckpt_path, weights_only=True)
     return trainer
 
 
@@ -271,6 +275,55 @@ def test_weights_that_are_not_finite_are_not_exported(tmp_path: Path) -> None:
 def test_every_step_is_saved_that_of_an_epochs_end_too(tmp_path: Path, settings: dict[str, Any]) -> None:
     fit(tmp_path, toy_task(), [SafeCheckpoint(every_n_train_steps=1, keep=-1)], max_steps=12, **settings)
     assert len(list((tmp_path / "checkpoints").glob("step=*.ckpt"))) == 12
+
+
+def test_weights_that_are_not_finite_cost_no_file(tmp_path: Path) -> None:
+    class Poison(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+            if trainer.global_step == 7:
+                with torch.no_grad():
+                    pl_module.unused.fill_(torch.nan)
+
+    task = toy_task()
+    task.unused = torch.nn.Parameter(torch.zeros(1))  # no part of the loss: no step is bad
+    with pytest.warns(UserWarning, match="not finite at step"):
+        fit(tmp_path, task, [Poison(), SafeCheckpoint(every_n_train_steps=2, keep=2)], max_steps=12)
+    assert sorted(path.stem for path in (tmp_path / "checkpoints").glob("*.ckpt")) == ["step=00000004", "step=00000006"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"val_check_interval": 3, "check_val_every_n_epoch": None}])
+def test_an_early_end_is_saved(tmp_path: Path, settings: dict[str, Any]) -> None:
+    early = EarlyStopping("val/loss", patience=1, mode="max", min_delta=10.0)  # never better
+    trainer = fit(tmp_path, toy_task(), [early, SafeCheckpoint(every_n_train_steps=1000)], max_steps=100, **settings)
+    assert trainer.global_step < 100
+    (path,) = (tmp_path / "checkpoints").glob("*.ckpt")
+    assert path.stem == f"step={trainer.global_step:08d}"
+
+
+def test_an_average_of_every_few_steps_goes_on_in_step(tmp_path: Path) -> None:
+    def average(folder: str, *, steps: int, resume: str | None = None) -> tuple[Path, dict[str, Any]]:
+        ema, saved = EMA(decay=0.5, update_every=4), SafeCheckpoint(every_n_train_steps=1, keep=1)
+        fit(tmp_path / folder, toy_task(), [ema, saved], max_steps=steps, ckpt_path=resume)
+        return max((tmp_path / folder / "checkpoints").glob("*.ckpt")), ema.state_dict()["average"]
+
+    _, whole = average("whole", steps=12)
+    path, _ = average("parts", steps=6)
+    _, parts = average("parts", steps=12, resume=str(path))
+    assert parts["optimization_step"] == whole["optimization_step"] == 3
+    assert all(torch.equal(a, b) for a, b in zip(parts["shadow_params"], whole["shadow_params"], strict=True))
+
+
+def test_means_over_an_evaluation_count_samples(tmp_path: Path) -> None:
+    class Sizes(ToyTask):
+        def validation_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            number = torch.tensor(float(batch_idx))
+            return self.log_losses({"a": number, "b": 2 * number}, weights={"b": 0.5}, batch_size=len(batch["key"]))
+
+    task = Sizes(ToyPart(), partial(torch.optim.AdamW, lr=1e-3))
+    data = ImageDataModule(ToySource(), validation=ToySource("validation", 5), batch_size=2)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    (found,) = trainer.validate(task, data, verbose=False)
+    assert found == pytest.approx({"val/a": 4 / 5, "val/b": 8 / 5, "val/loss": 8 / 5})  # of batches of 2, 2 and 1
 
 
 @pytest.mark.slow  # wandb starts a service of its own

@@ -13,6 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from toy import ToyPart, ToyTask, toy_data
 
 from layton.callbacks import EMA, SafeCheckpoint
+from layton.quantizers import CosineVQ
 from layton.tasks.guard import NonFiniteError, batch_keys
 
 
@@ -77,6 +78,25 @@ def test_too_many_in_a_row_stop_the_run_and_name_the_batches(tmp_path: Path) -> 
     for path in saved:
         state = torch.load(path, weights_only=True)["state_dict"]
         assert all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
+
+
+class Quantized(ToyTask):
+    """The package's codebook has a buffer that is told to have gradients."""
+
+    def __init__(self) -> None:
+        super().__init__(ToyPart(), partial(torch.optim.AdamW, lr=1e-2))
+        self.quantizer = CosineVQ(vocab_size=8, code_dim=3, start_points=0)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.quantizer(self.part(batch["image"]))
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_bad_step_is_skipped_beside_a_codebook_too(tmp_path: Path) -> None:
+    task, _, _, error = train(tmp_path, bad=[3], task=Quantized())
+    assert error is None and task.skipped_steps == 1
+    assert all(copy.grad_fn is None for _, copy in task._guard._buffers)  # or they would grow with every step
+    assert any(buffer.requires_grad for buffer, _ in task._guard._buffers)
 
 
 class BadGradient(ToyTask):

@@ -58,6 +58,17 @@ def test_refused_before_any_import(
     assert error.startswith("layton: ") and error.count("\n") == 1 and len(error) < 1000
 
 
+@pytest.mark.parametrize("form", ["{} {}", "{}={}"])
+def test_a_file_whose_name_has_an_equals_sign_is_looked_at_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    run = tmp_path / "lr=1" / "run=2.yaml"
+    run.parent.mkdir()
+    run.write_text(hostile(tmp_path)["aliases"])
+    assert main(["fit", *form.format("--config", run).split()], allow=["toy"]) == 2
+    assert "as bombs have" in capsys.readouterr().err
+
+
 def test_command_line_class_paths_are_held_to_the_same_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "evil_module.py").write_text(EVIL_MODULE)
     monkeypatch.syspath_prepend(tmp_path)
