@@ -1,10 +1,14 @@
 """Puts the exports of finished runs together into one tokenizer folder, in fp16: how the embedded ``mini`` was made.
 
-python tools/assemble.py --tokenizer runs/tokenizer/export --out layton/assets/mini \
+python tools/assemble.py --tokenizer runs/tokenizer/export --out my_tokenizer \
         [--ldm runs/text_to_image/export] [--decoder runs/decoder/export/decoder] \
         [--consistency runs/consistency_pixel/export/decoder] [--instaflow runs/instaflow/export/decoder] \
         [--hipa runs/hipa/export/decoder] [--laytongen runs/laytongen/export] \
         [--planner runs/laytongen_planner/export/planner]
+
+Or adds a generator to a folder that has everything else, which is copied:
+
+python tools/assemble.py --tokenizer my_tokenizer --laytongen runs/laytongen/export --out my_tokenizer_2
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 
 from generation.decoders import HiPADecoder, InstaFlowDecoder
 from generation.generator import PART, load_generator, save_generator
@@ -25,6 +31,7 @@ from layton.interface import CodeDecoder
 from layton.ladd import LADD
 from layton.ldm.autoencoder import Autoencoder
 from layton.ldm.cache import code_size, load_code_parts
+from layton.ldm.teacher import load_parts
 from layton.tasks.tokenizer import DEFAULT_SIZE
 from layton.tokenizer import LDM_FOLDER, LaytonTokenizer
 from layton.vqgan_decoder import VQGANCodeDecoder
@@ -60,47 +67,74 @@ def main() -> None:
     parser.add_argument("--laytongen", type=Path, help="export of the LaytonGen run, trained on this tokenizer")
     parser.add_argument("--planner", type=Path, help="planner of its run's export; needs --laytongen")
     arguments = parser.parse_args()
-    if arguments.planner is not None and arguments.laytongen is None:
-        parser.error("--planner needs --laytongen, the generator that it plans for")
-    encoder, quantizer = load_code_parts(arguments.tokenizer)
-    light = light_folder(arguments.tokenizer)
-    decoders = own_decoders(arguments.tokenizer)
-    if arguments.decoder is not None:
-        if arguments.ldm is None:
-            parser.error("--decoder needs --ldm")
-        from diffusers import UNet2DConditionModel
+    for name, needed in {"planner": "laytongen", "decoder": "ldm", **dict.fromkeys(DISTILLED, "decoder")}.items():
+        if getattr(arguments, name) is not None and getattr(arguments, needed) is None:
+            parser.error(f"--{name} needs --{needed}, which it was trained with")
+    if arguments.out.exists():
+        parser.error(f"{arguments.out} exists")
+    part = arguments.out.with_name(f".{arguments.out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    diffusers_logging.disable_progress_bar()
+    try:
+        write(arguments, part)
+    except ValueError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        parser.exit(1, f"{error}\n")
+    part.rename(arguments.out)
+    print(f"{arguments.out}: {', '.join(sorted(inventory(arguments.out)))}")
 
-        unet = UNet2DConditionModel.from_pretrained(arguments.ldm / "unet")
-        network = LADD.from_pretrained(arguments.decoder, unet=unet, reader=light)
-        network.conditioning_scale = arguments.condition_scale
-        autoencoder = Autoencoder.from_pretrained(arguments.ldm / "vae")
-        decoders["diffusion"] = DiffusionDecoder(
-            network,
-            autoencoder,
-            temperature=arguments.temperature,
-            time_shift=arguments.time_shift,
-            latents_per_token=arguments.latents_per_token,
-        )
-    for name, kind in DISTILLED.items():
-        folder: Path | None = getattr(arguments, name)
-        if folder is None:
-            continue
-        if arguments.decoder is None:
-            parser.error(f"--{name} needs --decoder, the stage-1 decoder that it was trained on")
-        decoders[name] = kind.from_pretrained(folder, ldm=arguments.ldm, base=arguments.decoder, reader=light)
-    size = code_size(arguments.tokenizer) or DEFAULT_SIZE
-    tokenizer = LaytonTokenizer(encoder, quantizer, decoders, image_size=size)
+
+def write(arguments: argparse.Namespace, part: Path) -> None:
+    """Write the folder: a copy of a whole one, or one of exports; the generator in either."""
+    whole = arguments.ldm is None and (arguments.tokenizer / "decoders").is_dir()
+    if whole:
+        tokenizer = LaytonTokenizer.from_pretrained(arguments.tokenizer, decoders=[])
+        shutil.copytree(arguments.tokenizer, part)
+    else:
+        encoder, quantizer = load_code_parts(arguments.tokenizer)
+        size = code_size(arguments.tokenizer) or DEFAULT_SIZE
+        tokenizer = LaytonTokenizer(encoder, quantizer, all_decoders(arguments), image_size=size)
     generator = None if arguments.laytongen is None else load_generator(arguments.laytongen)
     if generator is not None:
         generator.card.require_tokenizer(tokenizer)
         if arguments.planner is not None:
             generator = replace(generator, planner=LayoutPlanner.from_pretrained(arguments.planner))
     if arguments.ldm is not None:
-        copy_pipeline(arguments.ldm, arguments.out / LDM_FOLDER)
-    tokenizer.save_pretrained(arguments.out, dtype=torch.float16)
+        copy_pipeline(arguments.ldm, part / LDM_FOLDER)
+    if not whole:
+        tokenizer.save_pretrained(part, dtype=torch.float16)
     if generator is not None:
-        save_generator(arguments.out / PART, generator, dtype=torch.float16)
-        clean_configs(arguments.out / PART)
+        shutil.rmtree(part / PART, ignore_errors=True)
+        save_generator(part / PART, generator, dtype=torch.float16)
+        clean_configs(part / PART)
+
+
+def all_decoders(arguments: argparse.Namespace) -> dict[str, CodeDecoder]:
+    """The tokenizer's own, and those of the runs."""
+    light = light_folder(arguments.tokenizer)
+    decoders = own_decoders(arguments.tokenizer)
+    if arguments.decoder is not None:
+        unet = UNet2DConditionModel.from_pretrained(arguments.ldm / "unet")
+        network = LADD.from_pretrained(arguments.decoder, unet=unet, reader=light)
+        network.conditioning_scale = arguments.condition_scale
+        decoders["diffusion"] = DiffusionDecoder(
+            network,
+            Autoencoder.from_pretrained(arguments.ldm / "vae"),
+            temperature=arguments.temperature,
+            time_shift=arguments.time_shift,
+            latents_per_token=arguments.latents_per_token,
+        )
+    for name, kind in DISTILLED.items():
+        folder: Path | None = getattr(arguments, name)
+        if folder is not None:
+            decoders[name] = kind.from_pretrained(folder, ldm=arguments.ldm, base=arguments.decoder, reader=light)
+    return decoders
+
+
+def inventory(folder: Path) -> set[str]:
+    """What is in a tokenizer folder, decoders by name."""
+    parts = {path.name for path in folder.iterdir() if path.is_dir()} - {"decoders"}
+    return parts | {f"decoders/{path.name}" for path in folder.glob("decoders/*")}
 
 
 def light_folder(folder: Path) -> Path | None:
@@ -119,12 +153,11 @@ def own_decoders(folder: Path) -> dict[str, CodeDecoder]:
 
 def copy_pipeline(source: Path, target: Path) -> None:
     """Copy a diffusers pipeline folder with its weights in fp16."""
-    from diffusers import DiffusionPipeline
-
     if source.resolve() == target.resolve():
         return
     shutil.rmtree(target, ignore_errors=True)
-    pipeline = DiffusionPipeline.from_pretrained(source, local_files_only=True).to(torch.float16)
+    pipeline = load_parts(DiffusionPipeline, source, {}, dtype=torch.float16)
+    torch.nn.Module.to(pipeline.vae, torch.float16)  # diffusers' own warns of nothing
     pipeline.save_pretrained(target, safe_serialization=True)
     clean_configs(target)
 

@@ -75,9 +75,10 @@ def tokenize(
     with progress(len(job.source), "tokenize") as bar:
         report = tokenize_dataset(job, out, on_progress=bar.update, elsewhere=elsewhere)
     seconds = time.perf_counter() - started
+    rate = "" if report.reused == report.shards else f", {report.samples / seconds:.1f} images/s"
     sys.stdout.write(
         f"{out}: {report.samples} images in {report.shards} shards ({report.reused} were there), "
-        f"{len(report.skipped)} passed over, {report.samples / seconds:.1f} images/s\n"
+        f"{len(report.skipped)} passed over{rate}\n"
     )
     _tell_faults(report, max_bad)
     if json is not None:

@@ -133,7 +133,7 @@ def _moved_arguments(
     if hears:
         sys.stderr.write("layton: this network hears its guidance: no classifier-free guidance goes on top of it\n")
     arguments = ["--model.init_args.reference_guidance=1.0"] if hears else []
-    told = "data" in parts and hears_places(folder)
+    told = "data" in parts and not drop and hears_places(folder)
     for part in parts:
         for name, value in run.get(part, {}).get("init_args", {}).items():
             found = moved(value, places)

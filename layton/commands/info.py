@@ -160,7 +160,7 @@ def _print(figures: dict[str, Any]) -> None:
 def _part_line(part: dict[str, Any]) -> str:
     steps, default = part["steps"], ", the default" * part["default"]
     trained = "" if steps is None else f"  steps {steps[0]}" + f" to {steps[-1]}" * (len(steps) > 1)
-    return f"  {part['place']:<28}{part['class']:<22}{part['parameters']:>10,} parameters{trained}{default}"
+    return f"  {part['place']:<30}{part['class']:<22}{part['parameters']:>10,} parameters{trained}{default}"
 
 
 def _step_lines(run: dict[str, Any]) -> list[str]:

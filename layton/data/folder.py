@@ -12,7 +12,7 @@ from layton.data.images import DEFAULT_LIMITS, ImageError, ImageLimits, load_ima
 from layton.data.shards import caption_of
 from layton.data.sources import StoredImage, StoredSource
 from layton.data.transforms import SampleTransform
-from layton.data.types import Split, check_split, split_of_key
+from layton.data.types import Split, check_split, split_of_key, told_split
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 _CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
@@ -63,7 +63,7 @@ class ImageFolderSource(StoredSource):
         self._files = [path for path in files if self.split is None or split_of_key(path.stem) == self.split]
         self._keys = _unique_keys(self.folder.resolve().name, self._files)
         if not self._files:
-            raise ValueError(f"split {split!r} of {folder} holds no images")
+            raise ValueError(f"{told_split(split)}{folder} holds no images")
 
     @property
     def keys(self) -> Sequence[str]:

@@ -16,7 +16,7 @@ from layton.data.shards import expand_shards, key_digests, sampled_bytes
 from layton.data.sources import StoredImage, StoredSource
 from layton.data.texts import LazyTexts, PackedTexts
 from layton.data.transforms import SampleTransform
-from layton.data.types import NUM_FOLDS, Split, check_split, split_of_key
+from layton.data.types import NUM_FOLDS, Split, check_split, split_of_key, told_split
 
 CAPTION_COLUMNS = ("caption", "text", "prompt", "label")
 PARQUET = ".parquet"
@@ -83,7 +83,7 @@ class HFDatasetSource(StoredSource):
         self._table = _undecoded(table.select_columns(wanted), image)
         self._keys = _RowKeys(name, len(table), names, self.split)
         if not len(self._keys):
-            raise ValueError(f"split {split!r} of {places[0]} holds no images")
+            raise ValueError(f"{told_split(split)}{places[0]} holds no images")
 
     @property
     def keys(self) -> Sequence[str]:

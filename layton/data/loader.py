@@ -8,6 +8,7 @@ the state of every worker and cannot resume with other numbers of workers or ran
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch.utils.data import DataLoader, Sampler
 from layton.data.bad import BadImages
 from layton.data.mixing import MixedSource
 from layton.data.sampler import ResumableSampler
+
+_FREE = ("consumed", "step_size")  # of a saved state: what a run may go on with otherwise
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -137,6 +140,7 @@ class ResumableLoader(BatchLoader):
             "seed": mixed.seed,
             "sizes": list(mixed.lengths),
             "counts": list(mixed.counts),
+            "step_size": self.sampler.step_size,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -149,12 +153,19 @@ class ResumableLoader(BatchLoader):
             ValueError: If the sequence is another one; the message names what differs.
         """
         own = self.state_dict()
-        differs = [name for name in own if name != "consumed" and state_dict.get(name) != own[name]]
+        differs = [name for name in own if name not in _FREE and state_dict.get(name) != own[name]]
         if differs:
             changes = ", ".join(f"{name}: saved {state_dict.get(name)}, now {own[name]}" for name in differs)
             raise ValueError(f"the data order is not the one of the checkpoint ({changes})")
         self.sampler.load_state_dict({name: state_dict.get(name) for name in ("consumed", "length")})
         self.consumed = self.sampler.consumed
+        before = state_dict.get("step_size", self.sampler.step_size)
+        if before != self.sampler.step_size and self.consumed % len(self.mixed):
+            warnings.warn(
+                f"the run goes on amid an epoch with {self.sampler.step_size} samples a step, not {before}: no sample "
+                "is lost, but Lightning counts this epoch's batches as before, and may leave out its validation",
+                stacklevel=2,
+            )
 
 
 class OrderedLoader(BatchLoader):

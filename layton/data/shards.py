@@ -27,7 +27,7 @@ from layton.data.sources import StoredImage, StoredSource
 from layton.data.tar import Captions, ShardError, ShardIndex, Span
 from layton.data.texts import LazyTexts
 from layton.data.transforms import SampleTransform
-from layton.data.types import Split, check_split, split_of_key
+from layton.data.types import Split, check_split, split_of_key, told_split
 
 _MAX_OPEN_SHARDS = 64
 _MAX_CAPTION_BYTES = 2**20
@@ -73,7 +73,7 @@ class ShardSource(StoredSource):
         self.ignored = sum((index.ignored for index in self.indexes), Counter[str]())
         self._keys = _ShardKeys(self.indexes, self._wanted, _told_apart(self.paths) if repeated_keys else None)
         if not len(self._keys):
-            raise ValueError(f"split {split!r} of {len(self.paths)} shards ({self.paths[0]}, ...) holds no images")
+            raise ValueError(f"{told_split(split)}{len(self.paths)} shards ({self.paths[0]}, ...) holds no images")
         for index in self.indexes:
             missing = [key for key in index.missing if self._wanted(key)]
             self.bad.record_all(f"{index.path.stem}/{key}: a caption without an image" for key in missing)

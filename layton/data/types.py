@@ -9,6 +9,13 @@ from torch import Tensor
 
 Split = Literal["train", "validation", "test"]
 Share = Split | Literal["all"]  # of stored images
+
+
+def told_split(split: Split | None) -> str:
+    """Of a split, for messages; nothing where all of it is meant."""
+    return "" if split is None else f"split {split!r} of "
+
+
 SPLITS: tuple[Split, ...] = get_args(Split)
 NUM_FOLDS = 5
 

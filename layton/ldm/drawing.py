@@ -129,7 +129,9 @@ class TextToImage:
         place = choose_device(device)
         if place.type == "cpu" and hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
             pipeline.vae.enable_slicing()  # quicker there, see `layton.ldm.autoencoder.Autoencoder.decode`
-        return cls(pipeline.to(place, getattr(torch, dtype)), num_steps, guidance_scale)
+        if hasattr(pipeline, "vae"):  # torch's own `to`: that of diffusers warns of an empty list of modules
+            torch.nn.Module.to(pipeline.vae, getattr(torch, dtype))
+        return cls(pipeline.to(place), num_steps, guidance_scale)
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[NDArray[np.uint8]]:
         """One image for each prompt and seed, which depends on these two alone.

@@ -20,13 +20,14 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from distill.held import held_modules
 from layton.data.sources import SampleSource
+from layton.folder import class_name
 from layton.losses.published import PublishedPerceptualLoss
 from layton.tasks.guard import StepGuard
 from layton.tasks.seeding import Randomness, derive_seed
 
 __all__ = ["LRSchedulerCallable", "LaytonTask", "OptimizerCallable"]
 
-_MEASURES = "perceptual_measures"  # key of checkpoints
+_TASK, _MEASURES = "task_class", "perceptual_measures"  # keys of checkpoints
 
 
 class LaytonTask(LightningModule, ABC):
@@ -275,17 +276,22 @@ class LaytonTask(LightningModule, ABC):
         return [config.scheduler for config in configs if isinstance(config.scheduler, OneCycleLR)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record the perceptual measures."""
+        """Record whose run this is, and the perceptual measures."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[_MEASURES] = self.measures()
+        checkpoint[_TASK], checkpoint[_MEASURES] = class_name(type(self)), self.measures()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on with another loss than the run began with.
+        """Refuse to go on with a run of another task, or with another loss than the run began with.
 
         Raises:
-            ValueError: With the measures of both.
+            ValueError: With the tasks, or the measures, of both.
         """
         super().on_load_checkpoint(checkpoint)
+        task, own = checkpoint.get(_TASK), class_name(type(self))
+        if task not in (None, own):
+            raise ValueError(
+                f"the checkpoint is of another run, of {task}, this one is of {own}: take another --run_dir"
+            )
         before = checkpoint.get(_MEASURES, self.measures())
         if before != self.measures():
             raise ValueError(f"the run learnt by the perceptual measures {before}, here are {self.measures()}")
