@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from layton.errors import UsageError
+from layton.folder import told_of_runs
 
 ASSETS = Path(__file__).parent / "assets"
 # of a part or a tokenizer; of a diffusers pipeline; of a student in few steps
@@ -39,10 +40,9 @@ def resolve(name: Path | str, *, part: str = "") -> Path:
     if cached is not None:
         return cached
     known = sorted(path.name for path in ASSETS.glob("*") if path.is_dir())
-    told = "; if an earlier run is to write it, make that run first" if len(folder.parts) > 1 else ""
-    raise ValueError(
-        f"{name!s} is neither a folder nor an embedded model with {part or 'weights'} ({', '.join(known)}){told}"
-    )
+    if str(name) in known:
+        raise ValueError(f"the embedded model {name} has no {part or 'weights'}")
+    raise ValueError(f"{name!s} is neither a folder nor an embedded model ({', '.join(known)}){told_of_runs(folder)}")
 
 
 def find_pipeline(name: Path | str) -> Path:

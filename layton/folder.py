@@ -114,11 +114,22 @@ def load_config(folder: Path, *, expected_class: str) -> dict[str, JsonValue]:
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise ValueError(f"{folder} holds no {CONFIG_NAME}: not a saved part")
+        raise ValueError(_no_part(path.parent))
     config = _read_json(path)
     if config.get("class") != expected_class:
         raise ValueError(f"{path} describes {config.get('class')!r}, not {expected_class!r}")
     return config
+
+
+def _no_part(folder: Path) -> str:
+    if folder.is_dir():
+        return f"{folder} holds no {CONFIG_NAME}: not a saved part"
+    return f"{folder} is no folder{told_of_runs(folder)}"
+
+
+def told_of_runs(folder: Path) -> str:
+    """What to do about a folder that is not there, where run files have runs write them; else nothing."""
+    return "; if an earlier run is to write it, make that run first" if "runs" in folder.parts[:-1] else ""
 
 
 def _read_json(path: Path) -> dict[str, JsonValue]:
@@ -219,7 +230,7 @@ def read_class(folder: Path | str) -> str:
     """
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
-        raise ValueError(f"{folder} holds no {CONFIG_NAME}: not a saved part")
+        raise ValueError(_no_part(path.parent))
     name = _read_json(path).get("class")
     if not isinstance(name, str):
         raise ValueError(f"{path} names no class")

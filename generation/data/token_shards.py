@@ -21,14 +21,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from layton.data.geometry import FitPolicy, Geometry
 from layton.data.images import DEFAULT_LIMITS
-from layton.folder import write_atomically
+from layton.data.shards import key_digests
+from layton.folder import told_of_runs, write_atomically
 from layton.tokenizer import EncodedImages
 
 FORMAT = "layton tokens 1"
@@ -255,7 +258,8 @@ def shard_sizes(folder: Path) -> dict[Path, int]:
 def _manifest(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST_NAME).is_file():
         begun = (folder / PLAN_NAME).is_file()
-        raise ValueError(f"{folder} holds " + ("an unfinished token dataset: run it again" if begun else "no tokens"))
+        told = "an unfinished token dataset: run it again" if begun else f"no tokens{told_of_runs(folder)}"
+        raise ValueError(f"{folder} holds {told}")
     return read_json(folder / MANIFEST_NAME)
 
 
@@ -302,7 +306,7 @@ def verify(folder: Path) -> list[str]:
     manifest = _manifest(folder)
     header = TokenHeader.from_values(manifest.get("header"), source=folder / MANIFEST_NAME)
     faults: list[str] = []
-    owner: dict[str, str] = {}
+    digests: list[NDArray[np.int64]] = []  # of keys, in place of these: eight bytes each
     for name, entry in _listed(manifest, folder):
         path = folder / name
         if not path.is_file():
@@ -316,14 +320,28 @@ def verify(folder: Path) -> list[str]:
             faults.append(f"{path.name}: made by something else ({differences(asdict(header), asdict(found))})")
         if (len(shard), len(shard.skipped)) != (entry["samples"], entry["skipped"]):
             faults.append(f"{path.name}: {len(shard)} samples, the manifest says {entry['samples']}")
-        for key in shard.keys:
-            if key in owner:
-                faults.append(f"{path.name}: key {key!r} is in {owner[key]} too")
-            owner[key] = path.name
+        digests.append(key_digests(shard.keys))
+    faults += _repeated(folder, manifest, digests)
     counts = manifest["counts"]
     written = sum(int(entry["samples"]) for entry in manifest["shards"])
     if written != counts["samples"] or counts["inputs"] != counts["samples"] + counts["skipped"]:
         faults.append(f"{MANIFEST_NAME}: counts {counts} do not add up with {written} samples")
+    return faults
+
+
+def _repeated(folder: Path, manifest: Mapping[str, Any], digests: list[NDArray[np.int64]]) -> list[str]:
+    """Keys in several places; shards are read again only where digests are alike."""
+    alike, counts = np.unique(np.concatenate([*digests, np.zeros(0, np.int64)]), return_counts=True)
+    suspects = alike[counts > 1]
+    owner: dict[str, str] = {}
+    faults = []
+    for name, _ in _listed(manifest, folder) if len(suspects) else ():
+        path = folder / name
+        keys = read_shard(path)[1].keys if path.is_file() else []
+        for row in np.flatnonzero(np.isin(key_digests(keys), suspects)).tolist():
+            if keys[row] in owner:
+                faults.append(f"{path.name}: key {keys[row]!r} is in {owner[keys[row]]} too")
+            owner[keys[row]] = path.name
     return faults
 
 

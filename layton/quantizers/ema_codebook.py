@@ -148,6 +148,11 @@ class EMACodebook(Codebook):
         if self.dead_share > 0:
             self._revive(features[finite], mean_count=counts.sum() / len(counts))
 
+    @property
+    def changes_in_forward(self) -> list[nn.Parameter]:
+        """Codes that learn by gradients, and of which dead ones are moved besides: a skipped step has to undo that."""
+        return [self.embed] if isinstance(self.embed, nn.Parameter) else []
+
     def _revive(self, features: Tensor, *, mean_count: Tensor) -> None:
         """Puts dead codes on random features (n, d); those that find none wait for the next step."""
         dead = (self.cluster_size[0] < self.dead_share * mean_count).nonzero()[:, 0]

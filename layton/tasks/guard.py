@@ -60,7 +60,7 @@ class StepGuard(Callback):
 
     @torch.no_grad()  # a quantizer has buffers that are told to have gradients
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remember the buffers that a forward pass may change."""
+        """Remember what a forward pass may change: buffers, and parameters that a module names."""
         self.skipped_now = self.model_skipped = False
         if self._amid_step:
             return
@@ -138,7 +138,9 @@ def batch_keys(batch: Any) -> list[str]:
 
 
 def _changing_buffers(task: LightningModule) -> list[Tensor]:
-    return [buffer for module in task.modules() if module.training for buffer in module.buffers(recurse=False)]
+    learning = [module for module in task.modules() if module.training]
+    buffers = [buffer for module in learning for buffer in module.buffers(recurse=False)]
+    return buffers + [written for module in learning for written in getattr(module, "changes_in_forward", ())]
 
 
 def _bad_gradient(task: LightningModule, parameters: list[torch.nn.Parameter]) -> str | None:

@@ -17,7 +17,7 @@ def test_a_part_is_found_wherever_it_lies(part: str) -> None:
 
 def test_a_folder_without_the_part_is_taken_for_the_part(tmp_path: Path) -> None:
     assert resolve(tmp_path, part=LIGHT) == tmp_path
-    with pytest.raises(ValueError, match="neither a folder nor an embedded model with decoders/light"):
+    with pytest.raises(ValueError, match="neither a folder nor an embedded model"):
         resolve("nothing", part=LIGHT)
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from toy import ToyPart, ToyTask, toy_data
 
 from layton.callbacks import EMA, SafeCheckpoint
-from layton.quantizers import CosineVQ
+from layton.quantizers import CosineVQ, EuclideanVQ
 from layton.tasks.guard import NonFiniteError, batch_keys
 
 
@@ -97,6 +97,39 @@ def test_a_bad_step_is_skipped_beside_a_codebook_too(tmp_path: Path) -> None:
     assert error is None and task.skipped_steps == 1
     assert all(copy.grad_fn is None for _, copy in task._guard._buffers)  # or they would grow with every step
     assert any(buffer.requires_grad for buffer, _ in task._guard._buffers)
+
+
+class Moved(torch.nn.Module):
+    """Codes that learn, and of which dead ones are moved besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = torch.nn.Parameter(torch.zeros(3))
+        self.changes_in_forward = [self.codes]
+
+    def forward(self) -> None:
+        self.codes.data += 1
+
+
+class Moving(ToyTask):
+    def __init__(self) -> None:
+        super().__init__(ToyPart(), partial(torch.optim.AdamW, lr=1e-2))
+        self.moved = Moved()
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.moved()
+        return super().training_step(batch, batch_idx)
+
+
+def test_parameters_that_a_forward_pass_writes_stay_as_they_were(tmp_path: Path) -> None:
+    task, watch, _, error = train(tmp_path, bad=[3], task=Moving())
+    assert error is None and task.skipped_steps == 1
+    codes = [float(state["moved.codes"][0]) for state in watch.states]
+    position = task.seen.index("train/3") // 2
+    assert codes[position] == codes[position - 1] and codes[position + 1] == codes[position] + 1
+    quantizer = EuclideanVQ(vocab_size=8, code_dim=3)
+    named = [parameter for part in quantizer.modules() for parameter in getattr(part, "changes_in_forward", ())]
+    assert [parameter.shape for parameter in named] == [(1, 8, 3)]
 
 
 class BadGradient(ToyTask):
