@@ -198,7 +198,8 @@ class _Desk:
             HTTPException: There was no time for it.
         """
         try:
-            await asyncio.wait_for(self._room.acquire(), max(0.0, end - time.monotonic()))
+            async with asyncio.timeout(max(0.0, end - time.monotonic())):
+                await self._room.acquire()
         except TimeoutError as error:
             raise self._late() from error
         try:

@@ -71,7 +71,7 @@ class EMA(Callback):
         """Bring the average to the device; note the step, known only after the loops were restored."""
         if self._average is not None:
             self._average.to(device=pl_module.device)
-        if self._last_step is None:
+        if self._last_step is None or self._last_step > trainer.global_step:  # or an earlier fit had more steps
             self._last_step = trainer.global_step
 
     def on_train_batch_end(
