@@ -113,7 +113,8 @@ def _help() -> str:
         "usage: layton COMMAND [ARGUMENTS] [--debug]\n\n"
         "An image becomes 256 tokens and comes back; text becomes an image.\n\ncommands:\n"
         + "\n".join(lines)
-        + "\n\n`layton COMMAND --help` explains one; - and _ are the same in options. Exit status: 0 success, 1 failure, 2 wrong usage.\n"
+        + "\n\n`layton COMMAND --help` explains one; - and _ are the same in options.\n"
+        "Exit status: 0 success, 1 failure, 2 wrong usage. "
         "--debug shows where a failure came from; --allow MODULE lets run files and saved parts name your modules.\n"
     )
 

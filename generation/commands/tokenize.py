@@ -78,7 +78,7 @@ def tokenize(
     rate = "" if report.reused == report.shards else f", {report.samples / seconds:.1f} images/s"
     sys.stdout.write(
         f"{out}: {report.samples} image{'s' * (report.samples != 1)} in {report.shards} "
-        f"shard{'s' * (report.shards != 1)} ({report.reused} there before), "
+        f"shard{'s' * (report.shards != 1)} ({report.reused} were there), "
         f"{len(report.skipped)} passed over{rate}\n"
     )
     _tell_faults(report, max_bad)

@@ -38,6 +38,7 @@ Everything else is as for `layton fit` on configs/distill/METHOD.yaml, for examp
 """
 LATENT_DATA = "layton.ldm.latent_data.LatentDataModule"
 PAIRS = "layton.distillation.pair_data.TeacherPairs"
+CAPTIONS = "layton.data.prompts.SceneCaptions"
 PICTURE_PAIRS = "layton.distillation.task_pairs.TaskPairs"
 _LATENT_SIZE = "--model.init_args.latent_size"
 _FLUX_SIZE = 128  # h = w; its configuration names none (diffusers: FluxPipeline.default_sample_size)
@@ -168,6 +169,13 @@ def _told(sources: Any, words: Sequence[str]) -> Any:
         if not isinstance(source, dict) or source.get("class_path") != PAIRS:
             return source
         settings = {**source["init_args"], **changes}
+        said = settings.get("prompts")
+        if (
+            count is not None and isinstance(said, dict) and said.get("class_path") == CAPTIONS
+        ):  # there is no end of them
+            captions = said.get("init_args", {})
+            length = max(int(count), captions.get("length", 0))
+            settings["prompts"] = {**said, "init_args": {**captions, "length": length}}
         return {**source, "init_args": {**settings, "solver": {**settings.get("solver", {}), **solver}}}
 
     return [changed(source) for source in sources]

@@ -117,7 +117,7 @@ def _context(
     return Context(
         out=folder.absolute(),
         configs=configs,
-        scale=how_large if images is None else replace(how_large, images=images),
+        scale=how_large if images is None else replace(how_large, images=images, own_images=True),
         pipeline=pipeline,
         tokenizer=tokenizer,
         say=_say,

@@ -171,8 +171,23 @@ class _TrainedFlowTimes(_ForUNets):
 class FewStepFlowLCMScheduler(_TrainedFlowTimes, FlowMatchLCMScheduler):
     """Multistep consistency sampling of a flow network at the trained times.
 
-    diffusers' SD3 and FLUX pipelines hand the scheduler no generator: its noise is that of torch's global one.
+    diffusers' SD3 and FLUX pipelines hand the scheduler no generator: its noise is that of torch's global one, unless
+    ``noise_generators`` are set before a call, one for each image.
     """
+
+    noise_generators: list[torch.Generator] | None = None
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """As diffusers', with the generators that were set where none is given."""
+        chosen = self.noise_generators if generator is None else generator
+        return super().step(model_output, timestep, sample, generator=cast(Any, chosen), return_dict=return_dict)
 
 
 class FewStepFlowEulerScheduler(_TrainedFlowTimes, FlowMatchEulerDiscreteScheduler):

@@ -74,7 +74,7 @@ class CachedLatents(SampleSource):
         self._tokenizer = tokenizer
         count = len(source) if num_samples is None else num_samples
         fingerprint: dict[str, str | int | float | bool] = {
-            "autoencoder": digest(Path(autoencoder)),
+            "autoencoder": autoencoder_digest(Path(autoencoder)),
             "tokenizer": "" if tokenizer is None else _codes_by(Path(tokenizer), Path(folder)),
             "source": type(source).__name__,
             "num_samples": count,
@@ -105,7 +105,7 @@ class CachedLatents(SampleSource):
 
     @property
     def autoencoder(self) -> str:
-        """Digest of the autoencoder's weights (`digest`)."""
+        """What tells the autoencoder from others (`autoencoder_digest`)."""
         return str(self._cache.fingerprint["autoencoder"])
 
     def codebook(self) -> str | None:
@@ -321,3 +321,17 @@ def digest(folder: Path) -> str:
     for file in files:
         total.update(file.read_bytes())
     return total.hexdigest()[:16]
+
+
+def autoencoder_digest(folder: Path) -> str:
+    """16 hex digits over an autoencoder's weights, and over what its latents are scaled and shifted by, if they are.
+
+    Raises:
+        ValueError: There are no weights.
+    """
+    weights, path = digest(folder), folder / CONFIG_NAME
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    scale, shift = config.get("scaling_factor"), config.get("shift_factor")
+    if scale in (None, 1) and shift in (None, 0):
+        return weights
+    return hashlib.sha256(f"{weights} {scale} {shift}".encode()).hexdigest()[:16]

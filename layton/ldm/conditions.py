@@ -52,7 +52,7 @@ class PromptEncoder:
             raise ValueError(f"prompts are encoded for {names}, got {type(pipe).__name__}")
         self.pipe = pipe
         self.guidance_scale = guidance_scale
-        self._image_size = tuple(side * _pixels_per_latent(pipe) for side in latent_size)
+        self._image_size = tuple(side * pixels_per_latent(pipe) for side in latent_size)
         self._lengths = {} if max_length is None else {"max_sequence_length": max_length}
         for encoder in self.encoders:
             encoder.requires_grad_(False).eval()
@@ -170,5 +170,6 @@ def latent_shape_of(pipe: DiffusionPipeline, latent_size: int | None = None) -> 
     return int(network.config.in_channels), side, side
 
 
-def _pixels_per_latent(pipe: DiffusionPipeline) -> int:
+def pixels_per_latent(pipe: DiffusionPipeline) -> int:
+    """Side of the square that one latent stands for."""
     return int(2 ** (len(pipe.vae.config.block_out_channels) - 1))

@@ -50,6 +50,7 @@ class TextToImage:
         guidance_scale: Of classifier-free guidance; 1 is none.
         student: Folder of the distilled student that draws in its teacher's pipeline, if it is one.
         rewrite: Makes of prompts and seeds the prompts that the pipeline gets instead.
+        eta: Noise of a student's steps, for a pipeline that is told it.
     """
 
     pipeline: Any
@@ -57,6 +58,7 @@ class TextToImage:
     guidance_scale: float = DEFAULT_GUIDANCE
     student: str | None = None
     rewrite: Callable[[Sequence[str], Sequence[int]], list[str]] | None = None
+    eta: float | None = None
 
     @classmethod
     def load_student(
@@ -88,10 +90,11 @@ class TextToImage:
                 f"{export} changes pictures and draws none from text: see layton.distillation.one_step_tasks"
             )
         steps = max(sampling.step_counts) if num_steps is None else num_steps
-        scale = float(pipeline_arguments(sampling, steps)["guidance_scale"])
+        arguments = pipeline_arguments(sampling, steps)
+        scale = float(arguments["guidance_scale"])
         drawer = cls.load(folder, num_steps=steps, guidance_scale=scale, device=device, dtype=dtype)
         load_distilled(drawer.pipeline, export)
-        return replace(drawer, student=str(export))
+        return replace(drawer, student=str(export), eta=arguments.get("eta"))
 
     @classmethod
     def load(
@@ -146,11 +149,14 @@ class TextToImage:
         import torch
 
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        if hasattr(self.pipeline.scheduler, "noise_generators"):  # whose pipeline hands it none
+            self.pipeline.scheduler.noise_generators = generators
         result = self.pipeline(
             prompt=list(prompts) if self.rewrite is None else self.rewrite(prompts, seeds),
             generator=generators,
             num_inference_steps=self.num_steps,
             guidance_scale=self.guidance_scale,
             output_type="np",
+            **({} if self.eta is None else {"eta": self.eta}),
         )
         return [np.round(image * 255).astype(np.uint8) for image in np.asarray(result.images)]

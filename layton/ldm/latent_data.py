@@ -9,7 +9,7 @@ from layton.assets import find_autoencoder
 from layton.data.loader import OrderedLoader, ResumableLoader
 from layton.data.module import ImageDataModule
 from layton.data.sources import ImageSource
-from layton.ldm.cache import CachedLatents, digest, name_for
+from layton.ldm.cache import CachedLatents, autoencoder_digest, name_for
 
 _ROLES = ("train", "validation", "test")
 
@@ -91,7 +91,7 @@ class LatentDataModule(ImageDataModule):
         for index, source in enumerate(sources):
             if not isinstance(source, CachedLatents):
                 # Two pipelines may have one autoencoder and other sizes, or a folder of images may have grown.
-                folder = self.cache / f"latents-{digest(self.autoencoder)}" / f"{role}-{name_for(source)}"
+                folder = self.cache / f"latents-{autoencoder_digest(self.autoencoder)}" / f"{role}-{name_for(source)}"
                 sources[index] = CachedLatents(
                     source, autoencoder=str(self.autoencoder), folder=str(folder), in_memory=self.in_memory
                 )

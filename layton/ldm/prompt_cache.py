@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from distill.condition import Condition
@@ -17,8 +18,8 @@ from layton.data.randomness import mix
 from layton.data.sources import SampleSource
 from layton.devices import choose_device
 from layton.ldm.cache import digest
-from layton.ldm.conditions import PromptEncoder, latent_shape_of
-from layton.ldm.teacher import open_pipeline
+from layton.ldm.conditions import PromptEncoder, latent_shape_of, pixels_per_latent
+from layton.ldm.teacher import open_outline, open_pipeline
 
 CONDITION_FIELDS = ("embeds", "pooled", "time_ids", "guidance")
 _DIGESTED = 64  # prompts that identify a set
@@ -67,6 +68,9 @@ class CachedPrompts(SampleSource):
             "latent_size": latent_size or 0,
             "half": half,
         }
+        outline = open_outline(root)
+        if isinstance(outline, StableDiffusionXLPipeline) and latent_size is None:  # told to it, in pixels
+            fingerprint["image_size"] = latent_shape_of(outline)[1] * pixels_per_latent(outline)
         self._cache = CachedTensors.open_or_build(
             partial(_batches, source, count, batch_size),
             _Encode(pipeline, latent_size, half),

@@ -38,6 +38,7 @@ class Scale:
         batch_size: Images drawn at once.
         train_scenes: Scenes whose latents are cached for methods that learn from data.
         textures: Backgrounds of the real scenes; all by default.
+        own_images: Whether ``images`` was asked for in place of the scale's number.
 
     Raises:
         ValueError: A number is out of range.
@@ -53,6 +54,7 @@ class Scale:
     batch_size: int = 16
     train_scenes: int = 16_000
     textures: tuple[Texture, ...] | None = None
+    own_images: bool = False
 
     def __post_init__(self) -> None:
         counts = (self.per_task, self.images_per_prompt, self.batch_size, self.train_scenes)
@@ -80,7 +82,9 @@ class Scale:
     @property
     def label(self) -> str:
         """What results of this scale are, in words."""
-        return self.name if self.name == "full" else f"{self.name}: not the figure of record"
+        if self.name == "full" and not self.own_images:
+            return self.name
+        return f"{self.name}{f', {self.images} images' * self.own_images}: not the figure of record"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields under their names."""

@@ -50,7 +50,9 @@ def measure(context: Context) -> Outcome:
 
     places = find_parts(context)
     start = places["runs/decoder/export/decoder"]
-    claim_out(context, claim="layton", teacher=digest(start))
+    root = places[_TOKENIZER_PLACE]
+    parts = (root / "encoder", root / "quantizer", places[TEACHER_PLACE], start)
+    claim_out(context, claim="layton", teacher=" ".join(digest(part) for part in parts))
     spent = {
         BASELINE.name: train_arm(BASELINE, context, places, image_size=image_size(places)),
         METHOD.name: train_arm(

@@ -120,10 +120,11 @@ def measure_students(claim: Claim, context: Context) -> Outcome:
         TrainingStoppedError: A signal ended a training run.
     """
     from layton.distillation.pair_data import teacher_digest
+    from layton.ldm.cache import autoencoder_digest
     from layton.ldm.text import hears_places
 
     teacher = find_teacher(context.pipeline)
-    claim_out(context, claim=claim.name, teacher=teacher_digest(teacher))
+    claim_out(context, claim=claim.name, teacher=f"{teacher_digest(teacher)} {autoencoder_digest(teacher / 'vae')}")
     size, places = _image_size(teacher), hears_places(teacher)
     evaluator = Evaluator(context.out / "evaluation", context.scale, size, places=places)
     spent: dict[str, Mapping[str, Any]] = {}

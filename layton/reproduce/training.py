@@ -156,7 +156,10 @@ def claim_out(context: Context, *, claim: str, teacher: str) -> None:
         "scale": json.loads(json.dumps(context.scale.to_dict())),
         "teacher": teacher,
         "options": json.loads(json.dumps(context.options, default=str)),
-        "configs": {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files},
+        "configs": {
+            str(file.relative_to(context.configs.parent)): hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+            for file in files
+        },
     }
     path = context.out / "plan.json"
     if path.is_file():

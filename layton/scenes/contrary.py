@@ -43,7 +43,12 @@ def captions_of(scene: Scene, rng: random.Random, *, chinese: float = 0.0, colou
     coloured = scene.task in ("colors", "color_attr") or rng.random() >= colourless
     wording = Wording(language, prefix, coloured, swapped)
     changed = {change: altered(scene, change, rng) for change in CHANGES if coloured or change != "colour"}
-    wrong = {change: describe(other, wording) for change, other in changed.items() if other is not None}
+    training = split_of_seed(scene.seed) == "train"  # where no combination that is kept out of it is named either
+    wrong = {
+        change: describe(other, wording)
+        for change, other in changed.items()
+        if other is not None and not (training and is_unseen(other))
+    }
     return Captions(describe(scene, wording), wrong)
 
 

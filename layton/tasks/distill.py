@@ -41,7 +41,7 @@ from layton.distillation.distilled import begin_with, network_of, save_distilled
 from layton.distillation.pair_data import TeacherPairs
 from layton.distillation.task_pairs import TaskPairs
 from layton.ldm.autoencoder import Autoencoder
-from layton.ldm.cache import CachedLatents, digest
+from layton.ldm.cache import CachedLatents, autoencoder_digest
 from layton.ldm.conditions import NETWORK_GUIDANCE, PromptEncoder, latent_shape_of
 from layton.ldm.prompt_cache import condition_of_batch
 from layton.ldm.teacher import open_pipeline
@@ -231,7 +231,7 @@ class DistillTask(ManualTask):
 
     def _compare_autoencoders(self, sources: Iterable[SampleSource]) -> None:
         made_by = {source.autoencoder for source in sources if isinstance(source, CachedLatents)}
-        if made_by and (strange := made_by - {digest(self._teacher_folder / "vae")}):
+        if made_by and (strange := made_by - {autoencoder_digest(self._teacher_folder / "vae")}):
             rank_zero_warn(
                 f"the data's latents were made by an autoencoder ({', '.join(sorted(strange))}) whose files are not "
                 f"those in {self._teacher_folder / 'vae'}: unless the weights are the same, the student learns nonsense"

@@ -99,7 +99,8 @@ class MatcherTask(LaytonTask):
         logits = logits.masked_fill(same, -torch.inf)
         hard = scale * (images[owner] * wrong).sum(1)  # (K,), each with its own image
         table = torch.full((len(said), len(CHANGES)), -torch.inf, device=logits.device)
-        slot = torch.tensor([CHANGES.index(change) for item in said for change in item.wrong], device=logits.device)
+        changes = [CHANGES.index(change) for item in said for change in item.wrong]
+        slot = torch.tensor(changes, dtype=torch.long, device=logits.device)
         table = table.index_put((owner, slot), hard)
         target = torch.arange(len(said), device=logits.device)
         terms = {
@@ -131,7 +132,7 @@ class MatcherTask(LaytonTask):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             condition = self._text.module([item.true for item in said] + wrong)
         vectors = self.matcher.encode_text(condition)
-        return vectors[: len(said)], vectors[len(said) :], torch.tensor(owner, device=vectors.device)
+        return vectors[: len(said)], vectors[len(said) :], torch.tensor(owner, dtype=torch.long, device=vectors.device)
 
     def _log_accuracy(self, own: Tensor, table: Tensor) -> None:
         """Share of wrong captions that score below the true one, by what is wrong in them."""

@@ -21,7 +21,7 @@ from distill.models import denoiser_from_pipeline
 from distill.stacked import StackedUNet2DConditionModel
 from distill.timesteps import timesteps
 from layton.cli import main
-from layton.commands.distill import fit_arguments, picture_size
+from layton.commands.distill import _told, fit_arguments, picture_size
 from layton.distillation import few_step_schedulers
 from layton.distillation.distilled import load_distilled, load_sampling, pipeline_arguments
 from layton.distillation.instaflow import InstaFlowPipeline
@@ -438,3 +438,13 @@ def test_another_pipeline_takes_the_place_of_the_run_files_own_everywhere(
     told = capsys.readouterr().out
     assert own not in told
     assert told.count(str(tmp_path)) == json.dumps(run).count(own)
+
+
+def test_more_pairs_have_more_captions() -> None:
+    run = yaml.safe_load((CONFIGS / "distill" / "hipa.yaml").read_text())
+    value = run["data"]["init_args"]["train"]
+    before = value[0]["init_args"]["prompts"]["init_args"]["length"]
+    for count in (8, before + 1):
+        (told,) = _told(value, [f"--pairs={count}"])
+        assert told["init_args"]["num_pairs"] == count
+        assert told["init_args"]["prompts"]["init_args"]["length"] == max(before, count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import small_pipelines
 import tiny_pipelines as tiny
 import torch
 from diffusers import LCMScheduler, UNet2DConditionModel
@@ -29,6 +30,7 @@ from layton.distillation.distilled import (
     pipeline_arguments,
     save_distilled,
 )
+from layton.ldm.drawing import TextToImage
 
 TIMES = ((999.0,), (999.0, 499.0), (999.0, 749.0, 499.0, 249.0))
 BUILD = {"sd": tiny.tiny_sd, "xl": tiny.tiny_xl, "sd3": tiny.tiny_sd3, "flux": tiny.tiny_flux}
@@ -265,3 +267,31 @@ def test_a_second_lora_at_the_same_time(tmp_path):
     )  # fmt: skip
     assert_close(alone, trained, rtol=1e-5, atol=1e-5 * trained.abs().max().item())
     assert (both - alone).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["sd", "sd3", "flux"])
+def test_a_students_picture_depends_on_prompt_and_seed_alone(kind, tmp_path):
+    pipe = small_pipelines.build(kind)
+    pipe.vae.register_to_config(shift_factor=0.0)  # which flow pipelines want to be said
+    pipe.save_pretrained(tmp_path / "teacher")
+    networks = train_like(pipe, LoraSettings(rank=2, targets=("to_q", "to_v")))
+    guidance = 3.5 if kind == "flux" else None
+    save_distilled(networks.student, tmp_path / "student", record(kind, guidance=guidance))
+    drawer = TextToImage.load_student(tmp_path / "teacher", tmp_path / "student", num_steps=2, device="cpu")
+    together = drawer(["a star", "a ring"], [1, 2])
+    torch.manual_seed(9)  # of the global generator, from which diffusers' flow pipelines let schedulers draw
+    alone = drawer(["a ring"], [2])[0]
+    assert abs(together[1].astype(int) - alone.astype(int)).max() <= 1
+    assert abs(alone.astype(int) - drawer(["a ring"], [3])[0].astype(int)).max() > 1
+
+
+def test_the_noise_of_tcd_is_the_trained_one(tmp_path):
+    pipe = small_pipelines.build("sd")
+    pipe.save_pretrained(tmp_path / "teacher")
+    networks = train_like(pipe, LoraSettings(rank=2, targets=("to_q", "to_v")))
+    drawn = []
+    for gamma in (0.0, 0.8):
+        save_distilled(networks.student, tmp_path / str(gamma), record("sd", kind="tcd", gamma=gamma))
+        drawer = TextToImage.load_student(tmp_path / "teacher", tmp_path / str(gamma), num_steps=4, device="cpu")
+        drawn.append(drawer(["a star"], [1])[0].astype(int))
+    assert abs(drawn[0] - drawn[1]).max() > 1

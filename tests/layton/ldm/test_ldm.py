@@ -18,7 +18,7 @@ from layton.data.folder import ImageFolderSource
 from layton.data.sources import ScenesSource
 from layton.data.transforms import Fit, RandomCrop
 from layton.ldm.autoencoder import Autoencoder, build_autoencoder, standardise_latents
-from layton.ldm.cache import CachedLatents
+from layton.ldm.cache import CachedLatents, autoencoder_digest, digest
 from layton.ldm.latent_data import LatentDataModule
 from layton.ldm.pipeline import save_pipeline
 from layton.ldm.positions import PlaceTeacher, places
@@ -197,6 +197,17 @@ def test_cached_latents_equal_those_made_directly_and_refuse_another_autoencoder
     for field, images in others.items():
         with pytest.raises(ValueError, match=field):
             CachedLatents(images, autoencoder=str(tmp_path / "vae"), folder=str(tmp_path / "cache"))
+
+
+def test_what_latents_are_scaled_by_tells_autoencoders_apart(tmp_path: Path) -> None:
+    vae = tiny_autoencoder().model
+    found = []
+    for number, (scale, shift) in enumerate([(1.0, None), (0.25, None), (0.25, 0.5)]):
+        vae.register_to_config(scaling_factor=scale, shift_factor=shift)
+        vae.save_pretrained(tmp_path / str(number))
+        found.append(autoencoder_digest(tmp_path / str(number)))
+        assert digest(tmp_path / str(number)) == found[0]
+    assert len(set(found)) == 3
 
 
 def test_sizes_of_one_autoencoder_have_caches_of_their_own(tmp_path: Path) -> None:

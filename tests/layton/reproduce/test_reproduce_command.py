@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning"),
     pytest.mark.filterwarnings("ignore:loss spike:UserWarning"),  # of random networks
 ]
-QUICK_LABEL = "quick: not the figure of record"
+QUICK_LABEL = "quick, 5 images: not the figure of record"
 MOST = {"lcm": 2 * 6, "mlcm": 2 * 20}  # forward-equivalents that one step of two samples costs at most
 
 
