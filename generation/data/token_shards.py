@@ -306,7 +306,7 @@ def verify(folder: Path) -> list[str]:
     manifest = _manifest(folder)
     header = TokenHeader.from_values(manifest.get("header"), source=folder / MANIFEST_NAME)
     faults: list[str] = []
-    digests: list[NDArray[np.int64]] = []  # of keys, in place of these: eight bytes each
+    digests: dict[Path, NDArray[np.int64]] = {}  # of keys, in place of these: eight bytes each
     for name, entry in _listed(manifest, folder):
         path = folder / name
         if not path.is_file():
@@ -320,8 +320,8 @@ def verify(folder: Path) -> list[str]:
             faults.append(f"{path.name}: made by something else ({differences(asdict(header), asdict(found))})")
         if (len(shard), len(shard.skipped)) != (entry["samples"], entry["skipped"]):
             faults.append(f"{path.name}: {len(shard)} samples, the manifest says {entry['samples']}")
-        digests.append(key_digests(shard.keys))
-    faults += _repeated(folder, manifest, digests)
+        digests[path] = key_digests(shard.keys)
+    faults += _repeated(digests)
     counts = manifest["counts"]
     written = sum(int(entry["samples"]) for entry in manifest["shards"])
     if written != counts["samples"] or counts["inputs"] != counts["samples"] + counts["skipped"]:
@@ -329,16 +329,16 @@ def verify(folder: Path) -> list[str]:
     return faults
 
 
-def _repeated(folder: Path, manifest: Mapping[str, Any], digests: list[NDArray[np.int64]]) -> list[str]:
-    """Keys in several places; shards are read again only where digests are alike."""
-    alike, counts = np.unique(np.concatenate([*digests, np.zeros(0, np.int64)]), return_counts=True)
+def _repeated(digests: Mapping[Path, NDArray[np.int64]]) -> list[str]:
+    """Keys in several of these shards, which are read again only where digests are alike."""
+    alike, counts = np.unique(np.concatenate([*digests.values(), np.zeros(0, np.int64)]), return_counts=True)
     suspects = alike[counts > 1]
     owner: dict[str, str] = {}
     faults = []
-    for name, _ in _listed(manifest, folder) if len(suspects) else ():
-        path = folder / name
-        keys = read_shard(path)[1].keys if path.is_file() else []
-        for row in np.flatnonzero(np.isin(key_digests(keys), suspects)).tolist():
+    for path, own in digests.items():
+        rows = np.flatnonzero(np.isin(own, suspects)).tolist()
+        keys = read_shard(path)[1].keys if rows else []
+        for row in rows:
             if keys[row] in owner:
                 faults.append(f"{path.name}: key {keys[row]!r} is in {owner[keys[row]]} too")
             owner[keys[row]] = path.name

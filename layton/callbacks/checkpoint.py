@@ -61,6 +61,7 @@ class SafeCheckpoint(ModelCheckpoint):
         self.periodic = monitor is None
         self._in_background = in_background
         self._loops_at_step: dict[str, Any] | None = None
+        self._began, self._ends = 0, False
         super().__init__(
             dirpath=dirpath,
             filename=filename or ("step={step:08d}" if self.periodic else "best-step={step:08d}"),
@@ -104,8 +105,8 @@ class SafeCheckpoint(ModelCheckpoint):
             self._loops_at_step = deepcopy(trainer._checkpoint_connector._get_loops_state_dict())
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """A periodic file made during validation gets the progress of the training step before it."""
-        if self.periodic and trainer.validating and self._loops_at_step is not None:
+        """A periodic file made during validation, or after it, gets the progress of the training step before it."""
+        if self.periodic and (trainer.validating or self._ends) and self._loops_at_step is not None:
             checkpoint["loops"] = self._loops_at_step
 
     def save_now(self, trainer: Trainer) -> None:
@@ -123,11 +124,18 @@ class SafeCheckpoint(ModelCheckpoint):
         if not self.periodic:
             super().on_validation_end(trainer, pl_module)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note where this part of the run begins."""
+        super().on_train_start(trainer, pl_module)
+        self._began, self._loops_at_step = trainer.global_step, None
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save where nobody knew at the last step that it was the last: after validation that stopped the run."""
         super().on_train_end(trainer, pl_module)
-        if self.periodic:
+        if self.periodic and not trainer.fit_loop._should_accumulate() and trainer.global_step > self._began:
+            self._ends = True
             self.save_now(trainer)
+            self._ends = False
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
         """Nothing of weights that are not finite, for which an older file would have to go."""

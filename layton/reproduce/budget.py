@@ -182,7 +182,8 @@ class ImageMeter:
 def image_parts(task: nn.Module) -> list[nn.Module]:
     """What else costs operations: autoencoder halves, perceptual networks, and the heads of discriminators.
 
-    Those that are not registered in the task are included.
+    Those that are not registered in the task are included, and whatever else it holds that is no denoiser, such as a
+    light decoder whose pictures are targets.
     """
     supervised = [module.perceptual for module in task.modules() if isinstance(module, PixelSupervision)]
     roots: list[nn.Module] = [part for part in supervised if part is not None]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
@@ -99,7 +99,8 @@ class StepGuard(Callback):
         for parameter in parameters:
             parameter.grad = None
         for buffer, copy in self._buffers:
-            buffer.copy_(copy)
+            if self.judges_model or not isinstance(buffer, nn.Parameter):  # a critic's bad step undoes no good one
+                buffer.copy_(copy)
         self.skipped_now = True
         self.model_skipped |= self.judges_model
         self._reasons.append(f"step {trainer.global_step}: {reason or 'bad on another rank'}")

@@ -202,6 +202,20 @@ def test_a_second_writer_is_refused(tokenizer: LaytonTokenizer, tmp_path: Path) 
         tokenize_dataset(scenes_job(tokenizer), tmp_path / "out")
 
 
+def test_all_faults_are_listed_repeated_keys_beside_damage(tokenizer: LaytonTokenizer, tmp_path: Path) -> None:
+    tokenize_dataset(scenes_job(tokenizer), tmp_path)
+    first, second, third = shard_files(tmp_path)
+    values = read_json(tmp_path / MANIFEST_NAME)
+    entries = values["shards"]
+    third.write_bytes(first.read_bytes())
+    entries[2] = {**entries[2], **{name: entries[0][name] for name in ("sha256", "samples", "skipped")}}
+    write_json(tmp_path / MANIFEST_NAME, values)
+    second.write_bytes(second.read_bytes()[:-9])
+    faults = verify(tmp_path)
+    assert sum(f"is in {first.name} too" in fault for fault in faults) == entries[0]["samples"]
+    assert any(fault.startswith(f"{second.name}: its bytes are not") for fault in faults)
+
+
 def test_broken_images_are_passed_over_and_named(tokenizer: LaytonTokenizer, tmp_path: Path) -> None:
     good = {f"{n:05d}.{end}": data for n in range(4) for end, data in (("png", image_bytes(n)), ("txt", b"a star"))}
     broken = {**good, "00002.png": b"\x89PNG\r\n\x1a\nno", "00009.txt": b"alone"}

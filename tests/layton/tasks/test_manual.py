@@ -157,3 +157,35 @@ def test_a_step_at_the_end_of_an_epoch_may_have_fewer_batches(tmp_path: Path) ->
     rows = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     _, trainer = duel(tmp_path, list(rows.split(2)), accumulate=3)
     assert trainer.global_step == 2
+
+
+class MovedWeight(nn.Linear):
+    """A weight that a forward pass writes to besides, as a codebook whose dead codes are moved."""
+
+    @property
+    def changes_in_forward(self) -> list[nn.Parameter]:
+        return [self.weight]
+
+
+class BadCritic(Duel):
+    def __init__(self) -> None:
+        super().__init__()
+        moved = MovedWeight(3, 2)
+        moved.load_state_dict(self.model.state_dict())
+        self.model = moved
+        self.after_model: Tensor | None = None
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        model, critic = self.all_optimizers()
+        with self.turn_of(model):
+            self.learn(model, self.critic(self.model(batch).tanh()).square().mean())
+        self.after_model = self.model.weight.detach().clone()
+        with self.turn_of(critic):
+            self.learn(critic, self.critic(self.model(batch).tanh()).mean() * torch.nan, counted=False)
+
+
+def test_a_critics_bad_step_undoes_no_good_step_of_the_model(tmp_path: Path) -> None:
+    start = BadCritic().model.weight.detach().clone()
+    task, _ = duel(tmp_path, [torch.ones(2, 3)], accumulate=1, task=BadCritic())
+    assert task.after_model is not None and task.skipped_steps == 1
+    assert torch.equal(task.model.weight.cpu(), task.after_model.cpu()) and not torch.equal(task.after_model, start)

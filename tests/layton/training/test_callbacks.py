@@ -300,6 +300,32 @@ def test_an_early_end_is_saved(tmp_path: Path, settings: dict[str, Any]) -> None
     assert path.stem == f"step={trainer.global_step:08d}"
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using")
+def test_a_run_that_was_stopped_amid_an_epoch_goes_on_exactly(tmp_path: Path) -> None:
+    options = {"max_steps": -1, "max_epochs": 3, "val_check_interval": 3}
+    whole, parts = toy_task(), toy_task()
+    fit(tmp_path / "whole", whole, [SafeCheckpoint(every_n_train_steps=1000)], **options)
+    early = EarlyStopping("val/loss", patience=1, mode="max", min_delta=10.0)
+    stopped = fit(tmp_path / "parts", toy_task(), [early, SafeCheckpoint(every_n_train_steps=1000)], **options)
+    assert stopped.global_step % 5  # not at an epoch's end
+    (path,) = (tmp_path / "parts" / "checkpoints").glob("*.ckpt")
+    again = fit(tmp_path / "parts", parts, [SafeCheckpoint(every_n_train_steps=1000)], ckpt_path=str(path), **options)
+    assert again.global_step == 15
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+
+
+def test_nothing_is_saved_of_a_run_that_ends_before_it_begins(tmp_path: Path) -> None:
+    class Spent(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            trainer.should_stop = True
+
+    fit(tmp_path, toy_task(), [SafeCheckpoint(every_n_train_steps=2, keep=2)], max_steps=6)
+    files = sorted((tmp_path / "checkpoints").glob("*.ckpt"))
+    saved = SafeCheckpoint(every_n_train_steps=2, keep=2)
+    fit(tmp_path, toy_task(), [saved, Spent()], max_steps=9, min_steps=0, ckpt_path=str(files[-1]))
+    assert sorted((tmp_path / "checkpoints").glob("*.ckpt")) == files
+
+
 def test_an_average_of_every_few_steps_goes_on_in_step(tmp_path: Path) -> None:
     def average(folder: str, *, steps: int, resume: str | None = None) -> tuple[Path, dict[str, Any]]:
         ema, saved = EMA(decay=0.5, update_every=4), SafeCheckpoint(every_n_train_steps=1, keep=1)
