@@ -152,7 +152,8 @@ def _looks(source: ImageSource, count: int) -> dict[str, str]:
     """
     seen = [_original(source, index) for index in sorted({0, count // 2, count - 1})]
     stored = [part for part in walk([source]) if isinstance(part, StoredSource)]
-    settings = {"settings": said} if (said := source.settings()) else {}
+    said = source.settings() or " ".join(found for part in stored if (found := part.settings()))
+    settings = {"settings": said} if said else {}
     if stored:
         content = "".join(part.stamp() for part in stored)
         content = content if len(stored) == 1 else hashlib.sha256(content.encode()).hexdigest()

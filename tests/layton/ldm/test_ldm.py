@@ -18,7 +18,7 @@ from layton.data.folder import ImageFolderSource
 from layton.data.sources import ScenesSource
 from layton.data.transforms import Fit, RandomCrop
 from layton.ldm.autoencoder import Autoencoder, build_autoencoder, standardise_latents
-from layton.ldm.cache import CachedLatents, autoencoder_digest, digest
+from layton.ldm.cache import CachedLatents, autoencoder_digest, digest, name_for
 from layton.ldm.latent_data import LatentDataModule
 from layton.ldm.pipeline import save_pipeline
 from layton.ldm.positions import PlaceTeacher, places
@@ -247,6 +247,16 @@ def test_cached_files_that_changed_are_refused_and_broken_ones_are_named(
     (tmp_path / "images" / "2.txt").write_text("a tan ring")  # as long as before
     with pytest.raises(ValueError, match="content"):
         cache()
+
+
+def test_mirrored_images_have_caches_of_their_own(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "1.png")
+    names = [
+        name_for(ImageFolderSource(str(tmp_path), transform=RandomCrop(64, flip=flip), split=None))
+        for flip in (0.0, 0.5, 1.0)
+    ]
+    assert len(set(names)) == 3
+    assert name_for(ImageFolderSource(str(tmp_path), transform=Fit(64), split=None)) == names[0]  # as before
 
 
 def test_fresh_captions_of_cached_latents_are_the_sources_own_with_each_seed(tmp_path: Path) -> None:
