@@ -54,9 +54,7 @@ class LineProgress(ProgressBar):
         step = trainer.global_step
         told = self._printed_step == step  # in an earlier batch of the same step
         ends = step == trainer.max_steps  # told now, or what follows, an export say, counts as a part of the last step
-        if not told and (
-            step - self._printed_step >= self.every_n_steps or step == 1 == step - self._printed_step or ends
-        ):
+        if not told and (step - self._printed_step >= self.every_n_steps or step == 1 or ends):
             self._print_step(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from layton.data.types import Share
+from layton.errors import UsageError
 from layton.options import require_least
 from layton.progress import progress
 from layton.reports import write_json
@@ -46,8 +47,10 @@ def evaluate_codebook(
     require_least(1, {"batch_size": batch_size, "scenes": scenes, "size": size})
     model = load_tokenizer(tokenizer, decoders=[], device=device, allow=allow)
     stored = [item for item in data if item != SCENES]
-    groups: list[tuple[list[str], int | None]] = [([SCENES], scenes)] if SCENES in data else []
-    groups += [(stored, None)] if stored else []
+    if image_column is not None and not stored:
+        raise UsageError("only tables have columns, and scenes are none")
+    groups: list[tuple[list[str], int | None, str | None]] = [([SCENES], scenes, None)] if SCENES in data else []
+    groups += [(stored, None, image_column)] if stored else []
     opened = [
         open_images(
             names,
@@ -55,9 +58,9 @@ def evaluate_codebook(
             count=count,
             size=size or model.image_size,
             batch_size=batch_size,
-            image_column=image_column if names == (stored or [SCENES]) else None,
+            image_column=column,
         )
-        for names, count in groups
+        for names, count, column in groups
     ]
     statistics = CodebookStatistics(model.vocab_size)
     with progress(sum(len(images.numbers) for images in opened), "encode") as bar:

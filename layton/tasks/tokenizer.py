@@ -29,8 +29,8 @@ _SIZE = "tokenizer_image_size"
 class TokenizerTask(LaytonTask):
     """Pixel + perceptual + codebook losses (VQGAN, arXiv 2012.09841; LlamaGen, arXiv 2406.06525, section 2.1).
 
-    With a discriminator, `AdversarialTokenizerTask` adds its loss after a delayed start. Weights are those that served
-    the embedded tokenizer; the released ones are 1 for squared error and LPIPS each, no absolute error, and 0.5 for the
+    With a discriminator, `AdversarialTokenizerTask` adds its loss after a delayed start. The weights
+    are this library's; LlamaGen has 1 for squared error and LPIPS each, no absolute error, and 0.5 for the
     discriminator after 20,000 steps.
 
     Args:

@@ -68,6 +68,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def make_trainer(root: Path, **options: Any) -> Trainer:
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(accelerator="cpu", default_root_dir=root, num_sanity_val_steps=0, **quiet, **options)
+
+
 def make_task(world: Path, **options: Any) -> ConsistencyDecoderTask:
     return ConsistencyDecoderTask(
         str(world / "ldm"),
@@ -326,18 +336,7 @@ def test_who_saves_after_a_step_finds_the_target_of_that_step(
     assert task.automatic_optimization == (kind == "lcm")
     start = {name: value.detach().clone() for name, value in task.difference.tensors(task._target.module).items()}
     watch, average = AfterStep(), EMA(decay=0.5)
-    trainer = Trainer(
-        max_steps=2,
-        accelerator="cpu",
-        default_root_dir=str(tmp_path),
-        callbacks=[average, watch],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-    )
+    trainer = make_trainer(tmp_path, max_steps=2, callbacks=[average, watch], limit_val_batches=0)
     trainer.fit(task, DataLoader([make_batch() for _ in range(2)], batch_size=None))
     assert any(not torch.equal(watch.student[0][name], start[name]) for name in start)
     before = start
@@ -353,17 +352,7 @@ def test_the_target_follows_steps_and_not_batches(world: Path, tmp_path: Path) -
     method = LCM(guidance_range=(1.0, 1.0), target_decay=0.5)
     task = make_task(world, method=method, adaptation=Adaptation(unet="lora", branch="lora"))
     start = {name: value.detach().clone() for name, value in task.difference.tensors(task._target.module).items()}
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(
-        max_steps=1,
-        accelerator="cpu",
-        default_root_dir=str(tmp_path),
-        accumulate_grad_batches=4,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        log_every_n_steps=1,
-        **options,
-    )
+    trainer = make_trainer(tmp_path, max_steps=1, accumulate_grad_batches=4)
     batches = DataLoader([make_batch() for _ in range(4)], batch_size=None)
     trainer.fit(task, batches, batches)
     learnt, followed = (task.difference.tensors(network) for network in (task.ladd, task._target.module))
@@ -396,17 +385,7 @@ def test_a_critic_learns_in_turn(world: Path, tmp_path: Path, kind: str) -> None
     kept = {value.data_ptr() for value in task.state_dict().values()}
     assert all(parameter.data_ptr() in kept for parameter in method.critic_parameters())  # checkpoints have them
     before = [parameter.detach().clone() for parameter in (*task.trainable_parameters(), *method.critic_parameters())]
-    trainer = Trainer(
-        max_steps=2,  # of the student
-        accelerator="cpu",
-        default_root_dir=str(tmp_path),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        log_every_n_steps=1,
-    )
+    trainer = make_trainer(tmp_path, max_steps=2)  # of the student
     batches = DataLoader([make_batch(), make_batch()], batch_size=None)
     trainer.fit(task, batches, batches)
     after = [*task.trainable_parameters(), *method.critic_parameters()]
