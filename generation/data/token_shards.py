@@ -30,7 +30,7 @@ from torch import Tensor
 
 from layton.data.geometry import FitPolicy, Geometry
 from layton.data.images import DEFAULT_LIMITS
-from layton.data.shards import key_digests
+from layton.data.texts import key_digests
 from layton.folder import told_of_runs, write_atomically
 from layton.tokenizer import EncodedImages
 

@@ -11,7 +11,7 @@ import bisect
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from layton.data.bad import BadImages
 from layton.data.sources import SampleSource
+from layton.data.texts import PackedTexts
 from layton.folder import write_atomically
 from layton.lock import lock_folder
 
@@ -59,10 +60,11 @@ class CachedTensors(SampleSource):
         self._names: list[str] = manifest["tensors"]
         self._paths = [self.folder / part["file"] for part in manifest["parts"]]
         self._ends = list(accumulate(int(part["samples"]) for part in manifest["parts"]))
-        self._texts = [_read_texts(path) for path in self._paths]
-        counts = [len(texts["key"]) for texts in self._texts]
+        texts = [_read_texts(path) for path in self._paths]
+        counts = [len(part["key"]) for part in texts]
         if list(accumulate(counts)) != self._ends:
             raise ValueError(f"{folder}: damaged cache: parts hold {counts} samples, {self._ends} were expected in sum")
+        self._texts = {name: PackedTexts(chain.from_iterable(part[name] for part in texts)) for name in texts[0]}
         self._memory: dict[str, Tensor] | None = None
         if in_memory:
             self._memory = {name: torch.cat([self._read(path, name) for path in self._paths]) for name in self._names}
@@ -185,17 +187,17 @@ class CachedTensors(SampleSource):
         return self._ends[-1]
 
     @property
-    def keys(self) -> list[str]:
+    def keys(self) -> Sequence[str]:
         """Keys of all samples, in order."""
-        return [key for texts in self._texts for key in texts["key"]]
+        return self._texts["key"]
 
     def sample(self, index: int, *, seed: int = 0) -> dict[str, Any]:
         """Tensors and texts of one sample; the seed has no influence. See `SampleSource.sample`."""
-        part = bisect.bisect_right(self._ends, index)
-        row = index - (self._ends[part - 1] if part else 0)
-        sample: dict[str, Any] = {name: values[row] for name, values in self._texts[part].items()}
+        sample: dict[str, Any] = {name: texts[index] for name, texts in self._texts.items()}
         if self._memory is not None:
             return sample | {name: tensor[index] for name, tensor in self._memory.items()}
+        part = bisect.bisect_right(self._ends, index)
+        row = index - (self._ends[part - 1] if part else 0)
         with safe_open(self._paths[part], framework="pt") as file:
             return sample | {name: file.get_slice(name)[row : row + 1][0] for name in self._names}
 
@@ -327,10 +329,11 @@ def require_same(folder: Path, stored: Fingerprint, wanted: Fingerprint) -> None
         raise CacheMismatchError(f"{folder}: what lies there was made by something else ({changes})")
 
 
-def _read_texts(path: Path) -> dict[str, list[str]]:
+def _read_texts(path: Path) -> dict[str, PackedTexts]:
+    """Keys and captions of a part."""
     try:
         with safe_open(path, framework="pt") as file:
-            texts: dict[str, list[str]] = json.loads((file.metadata() or {})["texts"])
+            texts = json.loads((file.metadata() or {})["texts"])
+        return {name: PackedTexts(texts[name]) for name in ("key", "caption")}
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path}: damaged cache ({error})") from error
-    return texts

@@ -8,9 +8,12 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from layton.data.images import DEFAULT_LIMITS, ImageError, ImageLimits, load_image
 from layton.data.shards import caption_of
 from layton.data.sources import StoredImage, StoredSource
+from layton.data.texts import LazyTexts, PackedTexts, Places, repeated
 from layton.data.transforms import SampleTransform
 from layton.data.types import Split, check_split, split_of_key, told_split
 
@@ -56,14 +59,17 @@ class ImageFolderSource(StoredSource):
             raise ValueError(f"{folder}: not a folder")
         self.split = check_split(split)
         self.limits = limits or DEFAULT_LIMITS
-        files = _find_images(self.folder)
-        self._captions = _class_names(self.folder, files) if classes else _read_captions(self.folder)
-        for name in sorted(set(self._captions) - {path.as_posix() for path in files}):
+        self.classes = classes
+        self._files = PackedTexts(_images(self.folder))
+        if classes:
+            _require_classes(self.folder, self._files)
+        self._listed = None if classes else _read_captions(self.folder, self._files)
+        for name in sorted(self._listed.orphans) if self._listed else ():
             self.bad.record(f"{name}: a caption without an image")
-        self._files = [path for path in files if self.split is None or split_of_key(path.stem) == self.split]
-        self._keys = _unique_keys(self.folder.resolve().name, self._files)
-        if not self._files:
+        self._keys = _FileKeys(self.folder.resolve().name, self._files, self.split)
+        if not len(self._keys):
             raise ValueError(f"{told_split(split)}{folder} holds no images")
+        _require_unique(self._keys)
 
     @property
     def keys(self) -> Sequence[str]:
@@ -71,13 +77,16 @@ class ImageFolderSource(StoredSource):
         return self._keys
 
     def stamp(self) -> str:
-        """See `StoredSource.stamp`; of every file the size, and of some how they begin."""
-        found = hashlib.sha256(json.dumps(self._captions, sort_keys=True).encode())
-        looked_into = max(1, len(self._files) // _STAMPED)
-        for index, (key, path) in enumerate(zip(self._keys, self._files, strict=True)):
-            image = self.folder / path
-            for file in (image, image.with_suffix(".txt")):
-                found.update(f"\n{key} {_size(file)}".encode("utf-8", "replace"))
+        """See `StoredSource.stamp`; of every file the size and a listed caption, and of some how they begin."""
+        found = hashlib.sha256(b"classes" if self.classes else b"")
+        looked_into = max(1, len(self._keys) // _STAMPED)
+        for index, key in enumerate(self._keys):
+            row = self._keys.row(index)
+            listed = self._listed.at(row) if self._listed else None
+            found.update(f"\n{key} {json.dumps(listed)}".encode("utf-8", "replace"))
+            image = self.folder / self._files.at(row)
+            for file in (image, _beside(image)):
+                found.update(f" {_size(file)}".encode())
                 if index % looked_into == 0 and file.is_file():
                     with file.open("rb") as content:
                         found.update(content.read(_STAMP_BYTES))
@@ -85,30 +94,27 @@ class ImageFolderSource(StoredSource):
 
     def load(self, index: int) -> StoredImage:
         """Read and decode one image; see `StoredSource.load`."""
-        path = self._files[index]
-        image = load_image(self.folder / path, limits=self.limits)
-        return StoredImage(image, self._caption(path), self._keys[index])
+        row = self._keys.row(index)
+        image = load_image(self.folder / self._files.at(row), limits=self.limits)
+        return StoredImage(image, self._caption(row), self._keys.at(index))
 
-    def _caption(self, path: Path) -> str:
-        listed = self._captions.get(path.as_posix())
+    def _caption(self, row: int) -> str:
+        name = self._files.at(row)
+        if self.classes:
+            return name.split("/", 1)[0]
+        listed = self._listed.at(row) if self._listed else None
         if listed is not None:
             return listed
-        text = (self.folder / path).with_suffix(".txt")
+        image = self.folder / name
+        text = _beside(image)
         try:
             if text.stat().st_size > _MAX_CAPTION_BYTES:
-                raise ImageError(f"{self.folder / path}: caption of more than {_MAX_CAPTION_BYTES} bytes")
+                raise ImageError(f"{image}: caption of more than {_MAX_CAPTION_BYTES} bytes")
             return text.read_text(encoding="utf-8").strip()
         except FileNotFoundError:
             return ""
         except (OSError, UnicodeDecodeError) as error:
-            raise ImageError(f"{self.folder / path}: unreadable caption ({error})") from error
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except OSError:
-        return -1
+            raise ImageError(f"{image}: unreadable caption ({error})") from error
 
 
 def holds_images(folder: Path) -> bool:
@@ -116,39 +122,102 @@ def holds_images(folder: Path) -> bool:
     return next(_images(folder), None) is not None
 
 
-def _find_images(folder: Path) -> list[Path]:
-    return sorted(path.relative_to(folder) for path in _images(folder))
+def _images(folder: Path) -> Iterator[str]:
+    """Image files below a folder, by paths relative to it, sorted part by part; links to folders are not followed."""
+    inside = [iter(_entries(folder, ""))]
+    while inside:
+        path = next(inside[-1], None)
+        if path is None:
+            inside.pop()
+        elif path.endswith("/"):
+            inside.append(iter(_entries(folder, path)))
+        else:
+            yield path
 
 
-def _images(folder: Path) -> Iterator[Path]:
-    for parent, _, names in os.walk(folder):
-        yield from (Path(parent) / name for name in names if Path(name).suffix.lower() in _SUFFIXES)
+def _entries(folder: Path, inside: str) -> list[str]:
+    """Sorted image files, and folders ("name/"), directly in one of the folders; none of an unreadable one."""
+    found = []
+    try:
+        with os.scandir(folder / inside) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    if not entry.is_symlink():
+                        found.append(f"{inside}{entry.name}/")
+                elif os.path.splitext(entry.name)[1].lower() in _SUFFIXES:
+                    found.append(inside + entry.name)
+    except OSError:
+        return []
+    return sorted(found, key=lambda path: path.removesuffix("/"))
 
 
-def _class_names(folder: Path, files: list[Path]) -> dict[str, str]:
-    """File name to class."""
-    alone = [path for path in files if len(path.parts) == 1]
-    if alone:
-        raise ValueError(f"{folder / alone[0]}: lies in no class's folder")
-    return {path.as_posix(): path.parts[0] for path in files}
+class _FileKeys(LazyTexts):
+    """Keys of the files of a split, put together when they are asked for: a row number is all that each takes."""
+
+    def __init__(self, folder_name: str, files: PackedTexts, split: Split | None) -> None:
+        self._folder_name, self._files = folder_name, files
+        wanted = (row for row, path in enumerate(files) if split is None or split_of_key(Path(path).stem) == split)
+        self._rows = np.fromiter(wanted, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def at(self, place: int) -> str:
+        return f"{self._folder_name}/{os.path.splitext(self.file(place))[0]}"
+
+    def row(self, place: int) -> int:
+        """The place among all files."""
+        return int(self._rows[place])
+
+    def file(self, place: int) -> str:
+        """The path relative to the folder."""
+        return self._files.at(self.row(place))
 
 
-def _unique_keys(folder_name: str, files: list[Path]) -> list[str]:
-    owner: dict[str, Path] = {}
-    for path in files:
-        key = f"{folder_name}/{path.with_suffix('').as_posix()}"
+def _require_unique(keys: _FileKeys) -> None:
+    owner: dict[str, str] = {}
+    for place in repeated(keys):
+        key = keys.at(place)
         if key in owner:
-            raise ValueError(f"{owner[key]} and {path} would share the key {key!r}")
-        owner[key] = path
-    return list(owner)
+            raise ValueError(f"{owner[key]} and {keys.file(place)} would share the key {key!r}")
+        owner[key] = keys.file(place)
 
 
-def _read_captions(folder: Path) -> dict[str, str]:
-    """File name to caption; the names are only looked up among files found, never opened."""
-    captions: dict[str, str] = {}
-    for source in (folder / name for name in _CAPTION_FILES):
-        if not source.is_file():
-            continue
+def _require_classes(folder: Path, files: Sequence[str]) -> None:
+    for path in files:
+        if "/" not in path:
+            raise ValueError(f"{folder / path}: lies in no class's folder")
+
+
+class _Listed:
+    """Captions of some of the files, by their rows: their bytes and 16 more for every file."""
+
+    def __init__(self, files: PackedTexts) -> None:
+        self.orphans: dict[str, None] = {}
+        self._content = bytearray()
+        self._spans = np.full((len(files), 2), -1, dtype=np.int64)
+
+    def add(self, row: int, caption: str) -> bool:
+        """Whether the row had none before."""
+        if self._spans[row, 0] >= 0:
+            return False
+        start = len(self._content)
+        self._content += caption.encode("utf-8", "surrogatepass")
+        self._spans[row] = start, len(self._content)
+        return True
+
+    def at(self, row: int) -> str | None:
+        start, end = self._spans[row].tolist()
+        return None if start < 0 else self._content[start:end].decode("utf-8", "surrogatepass")
+
+
+def _read_captions(folder: Path, files: PackedTexts) -> _Listed | None:
+    """Captions of the files; the names in the list are only looked up among these, never opened."""
+    sources = [source for name in _CAPTION_FILES if (source := folder / name).is_file()]
+    if not sources:
+        return None
+    found, places = _Listed(files), Places(files)
+    for source in sources:
         with source.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
@@ -158,7 +227,21 @@ def _read_captions(folder: Path) -> dict[str, str]:
                     name = entry["file_name"]
                 except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise ValueError(f'{source}:{number}: not a JSON object with "file_name" ({error})') from error
-                if not isinstance(name, str) or name in captions:
+                row = places.find(name) if isinstance(name, str) else None
+                new = found.add(row, caption_of(entry)) if row is not None else name not in found.orphans
+                if not isinstance(name, str) or not new:
                     raise ValueError(f"{source}:{number}: file_name {name!r} is repeated or not a string")
-                captions[name] = caption_of(entry)
-    return captions
+                if row is None:
+                    found.orphans[name] = None
+    return found
+
+
+def _beside(image: Path) -> Path:
+    return image.with_suffix(".txt")
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return -1

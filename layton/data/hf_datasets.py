@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from layton.data.images import DEFAULT_LIMITS, ImageError, ImageLimits, load_image
-from layton.data.shards import expand_shards, key_digests, sampled_bytes
+from layton.data.shards import expand_shards, sampled_bytes
 from layton.data.sources import StoredImage, StoredSource
-from layton.data.texts import LazyTexts, PackedTexts
+from layton.data.texts import LazyTexts, PackedTexts, key_digests
 from layton.data.transforms import SampleTransform
 from layton.data.types import NUM_FOLDS, Split, check_split, split_of_key, told_split
 

@@ -18,14 +18,13 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from webdataset.shardlists import expand_urls
 
 from layton.data.images import DEFAULT_LIMITS, ImageError, ImageLimits, load_image
 from layton.data.shard_indexes import index_shards
 from layton.data.sources import StoredImage, StoredSource
 from layton.data.tar import Captions, ShardError, ShardIndex, Span
-from layton.data.texts import LazyTexts
+from layton.data.texts import LazyTexts, key_digests
 from layton.data.transforms import SampleTransform
 from layton.data.types import Split, check_split, split_of_key, told_split
 
@@ -244,11 +243,6 @@ def _check_unique(indexes: list[ShardIndex]) -> None:
                 told = f"key {key!r} is in both {owner[key]} and {index.path}"
                 raise ShardError(f"{told} (repeated_keys, or --repeated-keys, accepts that)")
             owner[key] = index.path
-
-
-def key_digests(keys: Sequence[str]) -> NDArray[np.int64]:
-    """8 bytes of each key (n,), to find keys that are alike within one process."""
-    return np.fromiter((hash(key) for key in keys), dtype=np.int64, count=len(keys))
 
 
 class _OpenFile:

@@ -79,3 +79,39 @@ class PackedTexts(LazyTexts):
         """See `LazyTexts.at`."""
         start = int(self._ends[place - 1]) if place else 0
         return self._content[start : int(self._ends[place])].tobytes().decode("utf-8", "surrogatepass")
+
+
+def key_digests(keys: Sequence[str]) -> NDArray[np.int64]:
+    """8 bytes of each key (n,), to find keys that are alike within one process."""
+    return np.fromiter((hash(key) for key in keys), dtype=np.int64, count=len(keys))
+
+
+def repeated(texts: Sequence[str]) -> list[int]:
+    """Places, rising, of texts that occur more than once; those of other texts with an equal digest may be among them.
+
+    Args:
+        texts: Looked at once.
+    """
+    digests = key_digests(texts)
+    alike, counts = np.unique(digests, return_counts=True)
+    found: list[int] = np.flatnonzero(np.isin(digests, alike[counts > 1])).tolist()
+    return found
+
+
+class Places:
+    """Where texts stand in a list of different ones, found in 16 bytes for each.
+
+    Args:
+        texts: The list.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        digests = key_digests(texts)
+        self._texts, self._order = texts, np.argsort(digests)
+        self._digests = digests[self._order]
+
+    def find(self, text: str) -> int | None:
+        """The place of a text in the list; None if it is not there."""
+        digest = hash(text)
+        first, end = (int(np.searchsorted(self._digests, digest, side)) for side in ("left", "right"))
+        return next((int(place) for place in self._order[first:end] if self._texts[place] == text), None)

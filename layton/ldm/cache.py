@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -99,7 +99,7 @@ class CachedLatents(SampleSource):
         return len(self._cache)
 
     @property
-    def keys(self) -> list[str]:
+    def keys(self) -> Sequence[str]:
         """Keys of all samples, in order."""
         return self._cache.keys
 

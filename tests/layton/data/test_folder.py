@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from layton.data.folder import ImageFolderSource
@@ -24,15 +26,15 @@ def make(folder, **options):
 
 def test_images_are_found_sorted_with_captions_beside_them(folder):
     data = make(folder)
-    assert data.keys == [*(f"pets/{i}" for i in range(5)), "pets/sub/cat"]
+    assert data.keys[:] == [*(f"pets/{i}" for i in range(5)), "pets/sub/cat"]
     assert [data[i]["caption"] for i in range(3)] == ["", "one", ""]
     assert data[5]["image"].shape == (3, 8, 8)
 
 
 def test_integer_names_split_modulo_five_and_others_by_hash(folder):
-    assert make(folder, split="validation").keys == ["pets/1"]
-    assert make(folder, split="test").keys == ["pets/0"]
-    assert make(folder, split="train").keys == ["pets/2", "pets/3", "pets/4", "pets/sub/cat"]
+    assert make(folder, split="validation").keys[:] == ["pets/1"]
+    assert make(folder, split="test").keys[:] == ["pets/0"]
+    assert make(folder, split="train").keys[:] == ["pets/2", "pets/3", "pets/4", "pets/sub/cat"]
 
 
 def test_folders_at_the_top_are_classes_where_that_is_said(folder):
@@ -43,7 +45,7 @@ def test_folders_at_the_top_are_classes_where_that_is_said(folder):
         (folder / f"{number}.jpg").rename(folder / "dog" / "big" / f"{number}.jpg")
     data, plain = make(folder, classes=True), make(folder)
     assert [data[i]["caption"] for i in range(6)] == ["dog"] * 5 + ["sub"]
-    assert data.stamp() != plain.stamp() and data.keys == plain.keys
+    assert data.stamp() != plain.stamp() and data.keys[:] == plain.keys[:]
 
 
 def test_a_captions_file_wins_and_its_orphans_are_named(folder):
@@ -73,6 +75,51 @@ def test_broken_images_are_named_and_replaced(folder):
     (folder / "2.jpg").write_bytes(b"<html>")
     data = make(folder)
     assert data[2]["key"] != "pets/2" and data.bad.names == [str(folder / "2.jpg")]
+
+
+def test_files_stand_in_the_order_of_their_paths_and_take_little_memory(tmp_path):
+    root = tmp_path / "pets"
+    names = [
+        "a/x.jpg",
+        "a.jpg",
+        "a-b/y.jpg",
+        "a-b.jpg",
+        "a/b/c/z.webp",
+        "a/b.jpeg",
+        "Z.jpg",
+        "é\udcff.jpg",
+        "a/b.txt",
+        "0",
+    ]
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    (root / "link").symlink_to(root / "a")
+    data = make(root)
+    wanted = sorted(
+        path.relative_to(root) for path in root.rglob("*.*") if path.suffix != ".txt" and "link" not in path.parts
+    )
+    assert [f"pets/{path.with_suffix('').as_posix()}" for path in wanted] == data.keys[:] and len(data) == 8
+    (root / "captions.jsonl").write_text(
+        "".join(f'{{"file_name": "{n}", "text": "{i}"}}\n' for i, n in enumerate(names[:6]))
+    )
+    listed = make(root)
+    assert [listed._caption(listed._keys.row(place)) for place in range(8)] == ["", *"450231", ""]
+    kept = (
+        listed._files._content,
+        listed._files._ends,
+        listed._listed._content,
+        listed._listed._spans,
+        listed._keys._rows,
+    )
+    assert sum(memoryview(part).nbytes for part in kept) == sum(len(os.fsencode(n)) for n in names[:8]) + 2 + 6 + 8 * 32
+
+
+def test_a_key_is_one_images_also_where_others_stand_between(kit, folder):
+    for name in ("1.jpg.png", "1.png"):
+        (folder / name).write_bytes(kit.encode(kit.smooth_image(), "PNG"))
+    with pytest.raises(ValueError, match=r"1\.jpg and 1\.png would share the key 'pets/1'"):
+        make(folder)
 
 
 def test_a_missing_or_empty_folder_is_refused(tmp_path):
