@@ -12,8 +12,8 @@ from torch import Tensor
 
 from generation.judge import Judge
 from generation.text.encoders import TextEncoder, text_encoder
-from layton.folder import CONFIG_NAME, class_name, load_config, save_config
-from layton.tokenizer import LDM_FOLDER, LaytonTokenizer, resolve_class
+from layton.folder import CONFIG_NAME, class_name, load_config, resolve_class, save_config
+from layton.tokenizer import LDM_FOLDER, LaytonTokenizer
 
 CLASS_NAME = "generation.caption_judge.CaptionJudge"
 PART = "judge"

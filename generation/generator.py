@@ -22,9 +22,9 @@ from generation.planner import LayoutPlanner
 from generation.sampling.codes import SamplingOptions
 from generation.text.encoders import TextEncoder
 from layton import assets
-from layton.folder import CONFIG_NAME, JsonValue, class_name, load_config, read_class, save_config
+from layton.folder import CONFIG_NAME, JsonValue, class_name, load_config, read_class, resolve_class, save_config
 from layton.tokenizer import CLASS_NAME as TOKENIZER_CLASS
-from layton.tokenizer import LaytonTokenizer, resolve_class
+from layton.tokenizer import LaytonTokenizer
 
 CLASS_NAME = "generation.pipeline.LaytonGenPipeline"
 PART = "laytongen"

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib
 import json
 import os
 import shutil
+import sys
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+ALLOWED_PREFIXES = ("layton.", "generation.")
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SAMPLED = 1024
@@ -240,6 +243,36 @@ def read_class(folder: Path | str) -> str:
 def class_name(cls: type) -> str:
     """Dotted name of a class, as `save_pretrained` writes it."""
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def resolve_class(name: str, base: type, allow: Sequence[str] = ()) -> Any:
+    """The class that a file names, if its name is allowed; nothing is imported before the name is checked.
+
+    Allowed are classes of this library, and such as are there already: a program, or a run file with ``--allow``, that
+    works with classes of its own has imported them.
+
+    Args:
+        name: Dotted name.
+        base: What it must derive from.
+        allow: More prefixes that are allowed.
+
+    Raises:
+        ValueError: If the name is not allowed, or is no such class.
+    """
+    module, _, attribute = name.rpartition(".")
+    there = getattr(sys.modules.get(module), attribute, None)
+    if isinstance(there, type) and issubclass(there, base):
+        return there
+    if not name.startswith((*ALLOWED_PREFIXES, *allow)):
+        known = ", ".join((*ALLOWED_PREFIXES, *allow))
+        raise ValueError(f"class {name!r} is not allowed; allowed are {known}, and what was imported before")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"there is no class {name!r}") from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(f"{name!r} is no {base.__name__}")
+    return found
 
 
 def save_pretrained(

@@ -10,9 +10,9 @@ Legend: B batch, C latent channels, h w latent grid, d code dimension, L text le
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -252,11 +252,21 @@ class LADD(Denoiser):
         if self.reader is None:
             return codes
         last = None if torch.is_grad_enabled() else self._read
-        if last is not None and last[0] is codes:  # the next step of the same pictures
-            return last[1]
+        if last is not None and last[0].device == codes.device and torch.equal(last[0], codes):
+            return last[1]  # the next step of the same pictures
         told = torch.cat([codes, self.reader(codes.to(self.unet.dtype)).to(codes)], dim=1)
-        self._read = None if torch.is_grad_enabled() else (codes, told)
+        self._read = None if torch.is_grad_enabled() else (codes.clone(), told)
         return told
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move it; what the reader has read in another number format is forgotten."""
+        self._read = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        """Load it, the reader maybe, too."""
+        self._read = None
+        super()._load_from_state_dict(*args, **options)
 
     def _text(self, x_t: Tensor, condition: Condition) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Null caption (B, L, D) and, for SDXL-shaped UNets, zero pooled text and the size in pixels."""

@@ -13,6 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from layton.precision import exact_float32
+
 Metric = Literal["cosine", "euclidean"]
 
 _CPU_BYTES = 2 * 2**20  # the block of scores stays in the second-level cache; larger blocks are slower, measured
@@ -53,7 +55,7 @@ def nearest_codes(
     features = features.detach().float()
     if check and not bool(torch.isfinite(features).all()):
         raise ValueError(f"{_count_bad(features)} of {len(features)} features are NaN or infinite")
-    with torch.autocast(device_type=features.device.type, enabled=False):
+    with torch.autocast(device_type=features.device.type, enabled=False), exact_float32():
         return _search(features, codebook.detach().float(), metric=metric, chunk=chunk)
 
 

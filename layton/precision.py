@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -21,12 +22,17 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
 
 
-def exact_convolutions() -> AbstractContextManager[object]:
-    """Within it cuDNN multiplies float32 as that, not as TF32, by which other codes would come out than elsewhere."""
-    cudnn = torch.backends.cudnn
-    return cudnn.flags(
-        enabled=bool(cudnn.enabled),
-        benchmark=bool(cudnn.benchmark),
-        deterministic=bool(cudnn.deterministic),
-        allow_tf32=False,
-    )
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Within it GPUs multiply float32 as that, and not as TF32, by which other codes would come out than elsewhere.
+
+    cuDNN's convolutions take TF32 by default, and matrix products in training with mixed precision.
+    """
+    cudnn, allowed = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    enabled, benchmark, deterministic = bool(cudnn.enabled), bool(cudnn.benchmark), bool(cudnn.deterministic)
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with cudnn.flags(enabled=enabled, benchmark=benchmark, deterministic=deterministic, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)

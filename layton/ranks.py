@@ -78,6 +78,16 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """Mean over the ranks of a tensor of any one shape, with gradients into all of them."""
+    if not has_ranks():
+        return tensor
+    from torch.distributed.nn.functional import all_reduce  # here: it brings remote calls with it
+
+    total: Tensor = all_reduce(_where_it_works(tensor))
+    return total.to(tensor.device) / num_ranks()
+
+
 def all_reduce_counts(counts: Mapping[str, float]) -> dict[str, float]:
     """Sums over the ranks of what each has counted, by name; names need not be the same everywhere."""
     parts: list[Mapping[str, float]] = [counts]

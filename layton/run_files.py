@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +45,18 @@ def allow_modules(names: Iterable[str] = ()) -> tuple[str, ...]:
     Everything else is refused before it is imported, also on the command line and in checkpoints.
 
     Args:
-        names: more modules or dotted names to allow, from the caller.
+        names: more modules or dotted names to allow, from the caller; they are imported, so that saved parts may name
+            their classes, too (`layton.folder.resolve_class`).
 
     Returns:
         All that is allowed.
     """
     from jsonargparse import set_parsing_settings
 
+    names = tuple(names)
+    for name in names:
+        with suppress(ImportError, ValueError):  # it may be a class, or the beginning of a name
+            importlib.import_module(name)
     allowed = (*ALLOWED_MODULES, *names)
     set_parsing_settings(
         config_read_mode_fsspec_enabled=False,  # run files are local files

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import torch
 from PIL import Image
@@ -18,13 +17,12 @@ from layton import assets
 from layton.data.geometry import FitPolicy, Geometry, fit_image
 from layton.data.images import plain_rgb, to_image, to_tensor
 from layton.encoder import ImageEncoder
-from layton.folder import JsonValue, class_name, load_config, save_config
+from layton.folder import JsonValue, class_name, load_config, resolve_class, save_config
 from layton.interface import CodeDecoder, Generators, ImageTokenizer
-from layton.precision import dtype_of, exact_convolutions
+from layton.precision import dtype_of, exact_float32
 from layton.quantizers import Quantizer
 
 CLASS_NAME = "layton.tokenizer.LaytonTokenizer"
-ALLOWED_PREFIXES = ("layton.", "generation.")
 LDM_FOLDER = "ldm"
 STAGE_0_DECODER = "light"
 PREFERRED_DECODERS = ("consistency", "diffusion", "light")
@@ -86,7 +84,7 @@ class LaytonTokenizer(ImageTokenizer):
         if image_size % encoder.downsample_factor:
             raise ValueError(f"image_size {image_size} is not a multiple of {encoder.downsample_factor}")
         self.encoder = encoder
-        self.quantizer = quantizer.freeze()
+        self.quantizer = quantizer
         self.decoders = nn.ModuleDict(decoders)
         self.default_decoder = default_decoder if default_decoder is not None else best_decoder(decoders)
         if decoders or default_decoder is not None:
@@ -144,7 +142,7 @@ class LaytonTokenizer(ImageTokenizer):
             plan = Geometry.plan((images.shape[2], images.shape[3]), self.image_size, policy=policy)
             images = plan.apply(images.float())  # no type of two bytes is resized on every device
         images = images.to(self.device, dtype_of(self.encoder))
-        with exact_convolutions():
+        with exact_float32():
             features = self.encoder(images)
         return self.quantizer.encode(features.float())
 
@@ -298,23 +296,26 @@ class LaytonTokenizer(ImageTokenizer):
         save_config(root, config)
 
     @staticmethod
-    def index_stage_0(folder: Path, encoder: ImageEncoder, quantizer: Quantizer, *, image_size: int) -> None:
-        """Write the ``config.json`` by which an export of stage 0 is a tokenizer: its decoder is ``light``.
+    def write_index(
+        folder: Path, encoder: ImageEncoder, quantizer: Quantizer, *, image_size: int, light: bool = True
+    ) -> None:
+        """Write the ``config.json`` by which the export of a training run is a tokenizer.
 
         Args:
-            folder: With ``encoder/``, ``quantizer/`` and ``decoder/``, a `layton.pixel_decoder.PixelDecoder`.
+            folder: With ``encoder/``, ``quantizer/`` and maybe ``decoder/``.
             encoder: Of which class is noted.
             quantizer: Likewise.
             image_size: Side of the squares that it was trained on.
+            light: ``decoder/`` is stage 0's `layton.pixel_decoder.PixelDecoder`; otherwise the tokenizer only encodes.
         """
         config: dict[str, JsonValue] = {
             "class": CLASS_NAME,
             "image_size": image_size,
             "encoder": class_name(type(encoder)),
             "quantizer": class_name(type(quantizer)),
-            "decoders": {STAGE_0_DECODER: "layton.decoders.LightDecoder"},
-            "folders": {STAGE_0_DECODER: "decoder"},
-            "default_decoder": STAGE_0_DECODER,
+            "decoders": {STAGE_0_DECODER: "layton.decoders.LightDecoder"} if light else {},
+            "folders": {STAGE_0_DECODER: "decoder"} if light else {},
+            "default_decoder": STAGE_0_DECODER if light else "",
         }
         save_config(folder, config)
 
@@ -356,7 +357,7 @@ class LaytonTokenizer(ImageTokenizer):
         default = str(config["default_decoder"])
         tokenizer = cls(
             resolve_class(str(config["encoder"]), ImageEncoder, allow).from_pretrained(root / "encoder"),
-            resolve_class(str(config["quantizer"]), Quantizer, allow).from_pretrained(root / "quantizer"),
+            resolve_class(str(config["quantizer"]), Quantizer, allow).from_pretrained(root / "quantizer").freeze(),
             loaded,
             image_size=int(cast(int, config["image_size"])),
             default_decoder=default if default in loaded else None,
@@ -374,26 +375,3 @@ def _is_of_bytes(images: Tensor) -> bool:
 def best_decoder(names: Collection[str]) -> str:
     """The decoder to take when none is asked for; the empty name if there is none."""
     return next((name for name in PREFERRED_DECODERS if name in names), next(iter(names), ""))
-
-
-def resolve_class(name: str, base: type, allow: Sequence[str] = ()) -> Any:
-    """The class that a file names, if its name is allowed; nothing is imported before the name is checked.
-
-    Args:
-        name: Dotted name.
-        base: What it must derive from.
-        allow: More prefixes that are allowed.
-
-    Raises:
-        ValueError: If the name is not allowed, or is no such class.
-    """
-    if not name.startswith((*ALLOWED_PREFIXES, *allow)):
-        raise ValueError(f"class {name!r} is not allowed; allowed are {', '.join((*ALLOWED_PREFIXES, *allow))}")
-    module, _, attribute = name.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"there is no class {name!r}") from error
-    if not (isinstance(found, type) and issubclass(found, base)):
-        raise ValueError(f"{name!r} is no {base.__name__}")
-    return found

@@ -18,7 +18,16 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
 
 from layton.encoder import ImageEncoder
-from layton.folder import WEIGHTS_NAME, JsonValue, load_config, load_into, load_tensors, save_config, save_tensors
+from layton.folder import (
+    WEIGHTS_NAME,
+    JsonValue,
+    class_name,
+    load_config,
+    load_into,
+    load_tensors,
+    save_config,
+    save_tensors,
+)
 
 VQ16_MULTIPLIERS = (1, 1, 2, 2, 4)
 VQ8_MULTIPLIERS = (1, 2, 2, 4)
@@ -97,7 +106,7 @@ class VQGANEncoder(ImageEncoder):
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write ``config.json`` and ``model.safetensors``, floating-point tensors as ``dtype`` if given."""
         save_tensors(Path(folder) / WEIGHTS_NAME, self.state_dict(), dtype=dtype)
-        save_config(Path(folder), {"class": "layton.vqgan.VQGANEncoder", **self.config})
+        save_config(Path(folder), {"class": class_name(type(self)), **self.config})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -107,7 +116,7 @@ class VQGANEncoder(ImageEncoder):
             ValueError: Files are missing or the weights do not fit.
         """
         root = Path(folder)
-        config = load_config(root, expected_class="layton.vqgan.VQGANEncoder")
+        config = load_config(root, expected_class=class_name(cls))
         encoder = cls(
             code_dim=cast(int, config["code_dim"]),
             channels=cast(int, config["channels"]),

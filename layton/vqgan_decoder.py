@@ -11,6 +11,7 @@ from torch import Tensor
 
 from layton.folder import JsonValue, load_pretrained, save_pretrained
 from layton.interface import CodeDecoder, Generators
+from layton.precision import dtype_of
 from layton.vqgan import VQ16_MULTIPLIERS, VQGANDecoder
 
 
@@ -77,7 +78,7 @@ class VQGANCodeDecoder(CodeDecoder):
         self.check_steps(num_steps)
         if conditioning_scale is not None:
             raise ValueError(f"the vqgan decoder has no conditioning scale, got {conditioning_scale}")
-        return self.network(embeddings).float().clamp(-1, 1)
+        return self.network(embeddings.to(dtype_of(self.network))).float().clamp(-1, 1)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write config and weights."""

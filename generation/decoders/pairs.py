@@ -16,12 +16,11 @@ from layton.decoders.consistency import ConsistencyDecoder
 from layton.decoders.latent import read_network
 from layton.devices import choose_device
 from layton.distillation.pairs import PairPlan, PairSource, captions_digest, generate_pairs, made_once
-from layton.folder import read_class
+from layton.folder import read_class, resolve_class
 from layton.ladd import CLASS_NAME as STAGE_1
 from layton.ladd import LADD
 from layton.ldm.cache import digest, load_code_parts
 from layton.ldm.unet import use_fast_attention
-from layton.tokenizer import resolve_class
 
 
 class DecoderPairs(SampleSource):

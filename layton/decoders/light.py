@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from layton.folder import read_class, resolve_class
 from layton.interface import CodeDecoder, Generators
 from layton.pixel_decoder import PixelDecoder
 from layton.precision import dtype_of
@@ -53,4 +54,4 @@ class LightDecoder(CodeDecoder):
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, ldm: str | Path | None = None) -> Self:
         """Read it; ``ldm`` is not needed."""
-        return cls(PixelDecoder.from_pretrained(folder))
+        return cls(resolve_class(read_class(folder), PixelDecoder).from_pretrained(folder))

@@ -21,9 +21,9 @@ from layton.data.loader import collate
 from layton.data.randomness import mix
 from layton.data.sources import ImageSource, SampleSource, StoredSource, walk
 from layton.devices import choose_device
-from layton.folder import CONFIG_NAME
+from layton.folder import CONFIG_NAME, read_class, resolve_class
 from layton.ldm.autoencoder import Autoencoder
-from layton.precision import exact_convolutions, quick_dtype
+from layton.precision import exact_float32, quick_dtype
 
 Images = Literal["none", "read", "stored"]
 _CAPTIONS = 64  # of so many a cache's fingerprint knows the captions
@@ -214,7 +214,7 @@ class _Encode:
             tensors = {"latent": autoencoder.encode(images.to(memory_format=torch.channels_last)).half().contiguous()}
         if codes_of is not None:
             encoder, quantizer = codes_of
-            with exact_convolutions():  # as `LaytonTokenizer.encode`: rounded ones give other codes
+            with exact_float32():  # as `LaytonTokenizer.encode`: rounded ones give other codes
                 features = encoder(at_code_size(images, self.code_size))
             codes = quantizer.encode(features.float())
             tensors["codes"] = codes.to(torch.int16 if quantizer.vocab_size <= 2**15 else torch.int32)
@@ -258,9 +258,7 @@ def load_code_parts(folder: str | Path, *, frozen: bool = True) -> tuple[Any, An
         ValueError: If a part is missing or names a class that is not allowed.
     """
     from layton.encoder import ImageEncoder
-    from layton.folder import read_class
     from layton.quantizers import Quantizer
-    from layton.tokenizer import resolve_class
 
     root = resolve(folder)
     encoder = resolve_class(read_class(root / "encoder"), ImageEncoder).from_pretrained(root / "encoder")

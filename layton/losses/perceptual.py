@@ -8,6 +8,7 @@ how strongly, and what the image shows: its features react to the damage that de
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
@@ -73,7 +74,21 @@ class PerceptualNet(nn.Module):
         return net
 
 
-class PerceptualLoss(nn.Module):
+class PictureDistance(nn.Module, ABC):
+    """How unlike pictures look: what training tasks take as their perceptual loss."""
+
+    @abstractmethod
+    def forward(self, images: Tensor, targets: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Mean distance () between two batches (B, 3, H, W) in [-1, 1]; gradients flow into the first.
+
+        Args:
+            images: What is judged.
+            targets: What it should look like.
+            generator: Of choices, where a distance makes any; tasks give it in training.
+        """
+
+
+class PerceptualLoss(PictureDistance):
     """Mean squared distance between unit-normalised features at all stages (the form of LPIPS, arXiv 1801.03924 eq. 1).
 
     The network is frozen and is not part of the owner's ``state_dict``.

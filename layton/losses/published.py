@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from distill.held import Held
-from layton.losses.perceptual import PerceptualLoss
+from layton.losses.perceptual import PerceptualLoss, PictureDistance
 from layton.metrics.external import AbsentError, ExternalSources, LpipsNet, dists_network, lpips_network
 
 Measure = Literal["dists", "lpips"]
 
 
-class PublishedPerceptualLoss(nn.Module):
+class PublishedPerceptualLoss(PictureDistance):
     """DISTS (arXiv 2004.07728) or LPIPS (arXiv 1801.03924) through torchmetrics, else the network of our own.
 
     The network is frozen and is not part of the owner's ``state_dict``. Which one was taken is in ``measure``.
@@ -63,8 +63,8 @@ class PublishedPerceptualLoss(nn.Module):
             net = PerceptualLoss(otherwise)
         self._net = Held(net, frozen=True)
 
-    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Mean distance () between two batches (B, 3, H, W) in [-1, 1]; gradients flow into the first."""
+    def forward(self, images: Tensor, targets: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """See `PictureDistance.forward`; the whole pictures are compared."""
         net = self._net.on(images.device)
         # in float32: DISTS takes differences of nearly equal means
         with torch.autocast(images.device.type, enabled=False):

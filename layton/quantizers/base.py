@@ -204,7 +204,9 @@ class Quantizer(nn.Module, ABC):
     @torch.no_grad()
     def fingerprint(self) -> str:
         """16 hex digits that differ when any code has another meaning: a hash of kind, sizes and weights."""
-        facts = [type(self).__name__, self.vocab_size, self.code_dim, self.config().get("levels")]
+        settings = self.config()
+        facts = [type(self).__name__, self.vocab_size, self.code_dim, settings.get("levels")]
+        facts += ["spherical"] if settings.get("spherical") else []
         digest = hashlib.sha256(json.dumps(facts).encode())
         for name, tensor in sorted(self._weights().items()):
             digest.update(name.encode())
@@ -238,7 +240,7 @@ class Quantizer(nn.Module, ABC):
         from layton.quantizers import QUANTIZERS  # the list of all subclasses cannot be known up here
 
         own = {} if inspect.isabstract(cls) else {cls.__name__: cls}  # of a user, who asks for it by its class
-        quantizer = load_quantizer(folder, {**QUANTIZERS, **own})
+        quantizer = load_quantizer(folder, {**QUANTIZERS, **own}, Quantizer)
         if not isinstance(quantizer, cls):
             raise ValueError(f"{os.fspath(folder)} holds a {type(quantizer).__name__}, not a {cls.__name__}")
         return quantizer

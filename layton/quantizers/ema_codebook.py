@@ -79,8 +79,12 @@ class EMACodebook(Codebook):
 
     @torch.no_grad()
     def reset_to(self, codes: Tensor, counts: Tensor | None = None) -> None:
-        """Sets all codes (V, d) and their average counts (V,), by default one each, and ends the collecting."""
-        counts = torch.ones(len(codes), device=codes.device) if counts is None else counts
+        """Sets all codes (V, d) and their average counts (V,), and ends the collecting.
+
+        Without counts all codes are taken to be used alike: each has the mean count of the first batch that comes. What
+        that is nobody knows before, and from counts far below it codes would be dead at once.
+        """
+        counts = torch.zeros(len(codes), device=codes.device) if counts is None else counts
         self.embed.data[0].copy_(codes)
         self.cluster_size[0].copy_(counts)
         self.embed_avg[0].copy_(codes * counts[:, None])
@@ -141,12 +145,20 @@ class EMACodebook(Codebook):
         counts = torch.zeros_like(self.cluster_size[0]).index_add_(0, codes, finite.to(features.dtype))
         sums = torch.zeros_like(self.embed_avg[0]).index_add_(0, codes, features)  # zero where not finite
         counts, sums = all_reduce_sum(counts), all_reduce_sum(sums)
+        self._count_from(counts)
         self.cluster_size[0].lerp_(counts, 1.0 - self.decay)
         self.embed_avg[0].lerp_(sums, 1.0 - self.decay)
         if self.ema_update:
             self.update_ema()
         if self.dead_share > 0:
             self._revive(features[finite], mean_count=counts.sum() / len(counts))
+
+    def _count_from(self, counts: Tensor) -> None:
+        """Begins the averages of codes that came without counts, by those of the first batch (V,)."""
+        mean = counts.sum() / len(counts)
+        missing = torch.where((self.cluster_size[0].sum() == 0) & (mean > 0), mean, torch.zeros_like(mean))
+        self.cluster_size[0] += missing
+        self.embed_avg[0] += missing * self.embed[0]
 
     @property
     def changes_in_forward(self) -> list[nn.Parameter]:

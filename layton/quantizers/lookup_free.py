@@ -13,6 +13,9 @@ from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
 from layton.nearest import nearest_codes
 from layton.quantizers.base import ConfigValue, Quantizer, QuantizerOutput, off_meta
+from layton.ranks import mean_over_ranks
+
+_SHARPNESS = 100.0  # the package's inverse temperature of how sure LFQ's features are of their codes
 
 
 def _finite_tokens(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,13 +220,14 @@ class LFQQuantizer(Quantizer):
             "seed": seed,
         }
         self.entropy_share, self.seed = entropy_share, seed
+        self.diversity_weight = entropy_weight * diversity
         with off_meta():
             self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
             self.vq = LFQ(
                 dim=self.code_dim,
                 codebook_size=vocab_size,
                 entropy_loss_weight=entropy_weight,
-                diversity_gamma=diversity,
+                diversity_gamma=0.0,  # see `_diversity`
                 commitment_loss_weight=commitment_weight,
                 frac_per_sample_entropy=entropy_share,
                 spherical=spherical,
@@ -257,6 +261,24 @@ class LFQQuantizer(Quantizer):
         self.vq.frac_per_sample_entropy = min(1.0, max(self.entropy_share, 1.5 / (tokens.shape[0] * tokens.shape[1])))
         self.steps += 1
         with torch.random.fork_rng(devices=[]):  # the package draws on the CPU, from the global generator
-            torch.default_generator.manual_seed(self.seed * 1_000_003 + int(self.steps))
+            torch.default_generator.manual_seed(self._draws())
             quantized, codes, loss = self.vq(tokens)
+        if self.vq.training and self.diversity_weight:
+            loss = loss - self.diversity_weight * self._diversity(tokens)
         return _output(quantized, codes, loss, finite, height=features.shape[2])
+
+    def _draws(self) -> int:
+        return self.seed * 1_000_003 + int(self.steps)
+
+    def _diversity(self, tokens: Tensor) -> Tensor:
+        """Entropy of how all codes are used by a share of the tokens (B, N, d), of all ranks together, ().
+
+        The package has the term, but loses the sum over the ranks, and so divides it by their number (1.32).
+        """
+        features = rearrange(self.vq.maybe_l2norm(self.vq.project_in(tokens)), "b n d -> (b n) d")
+        count = int(self.vq.frac_per_sample_entropy * len(features))
+        generator = torch.Generator().manual_seed(self._draws())  # the same tokens as the package's
+        chosen = (torch.randn(len(features), generator=generator, device="cpu").argsort() < count).to(features.device)
+        codes = self.vq.maybe_l2norm(self.vq.codebook)
+        used = mean_over_ranks((2.0 * _SHARPNESS * features[chosen] @ codes.t()).softmax(dim=1).mean(dim=0))
+        return -(used * used.clamp(min=1e-5).log()).sum()

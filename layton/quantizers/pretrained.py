@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from layton.folder import CONFIG_NAME, WEIGHTS_NAME, write_atomically
+from layton.folder import CONFIG_NAME, WEIGHTS_NAME, class_name, resolve_class, write_atomically
 
 if TYPE_CHECKING:
     from layton.quantizers.base import Quantizer
@@ -25,14 +25,22 @@ def save_quantizer(quantizer: Quantizer, folder: str | os.PathLike[str]) -> None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in quantizer._weights().items()}
-    config = {"class": type(quantizer).__name__, **quantizer.config(), "fingerprint": quantizer.fingerprint()}
+    kind = type(quantizer)
+    name = kind.__name__ if kind.__module__.startswith(f"{__package__}.") else class_name(kind)
+    config = {"class": name, **quantizer.config(), "fingerprint": quantizer.fingerprint()}
     write_atomically(folder / WEIGHTS_NAME, lambda path: save_file(weights, path, metadata={"format": "pt"}))
     text = json.dumps(config, indent=2) + "\n"
     write_atomically(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def load_quantizer(folder: str | os.PathLike[str], classes: Mapping[str, type[Quantizer]]) -> Quantizer:
-    """Rebuilds a quantizer from its folder; see `Quantizer.from_pretrained`."""
+def load_quantizer(folder: str | os.PathLike[str], classes: Mapping[str, type[Quantizer]], base: type) -> Quantizer:
+    """Rebuilds a quantizer from its folder; see `Quantizer.from_pretrained`.
+
+    Args:
+        folder: Its own.
+        classes: The library's, by the names that files give them.
+        base: What a class of another name, a dotted one, must derive from.
+    """
     folder = Path(folder)
     try:
         config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
@@ -40,10 +48,10 @@ def load_quantizer(folder: str | os.PathLike[str], classes: Mapping[str, type[Qu
         raise ValueError(f"no quantizer in {folder}: {CONFIG_NAME} is missing") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder / CONFIG_NAME} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("class") not in classes:
-        name = config.get("class") if isinstance(config, dict) else config
+    name = config.pop("class", None) if isinstance(config, dict) else config
+    if not isinstance(name, str) or (name not in classes and "." not in name):
         raise ValueError(f"{folder / CONFIG_NAME} names the quantizer {name!r}; known here: {', '.join(classes)}")
-    quantizer = _build(classes[config.pop("class")], config, folder)
+    quantizer = _build(classes[name] if name in classes else resolve_class(name, base), config, folder)
     _load_weights(quantizer, folder / WEIGHTS_NAME)
     expected = config.get("fingerprint")
     if expected is not None and expected != quantizer.fingerprint():

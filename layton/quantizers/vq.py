@@ -41,6 +41,8 @@ class _LearnedCodebookVQ(Quantizer):
             )
         if points < vocab_size and points != 0:
             raise ValueError(f"start_points must be 0 or at least vocab_size = {vocab_size}, got {points}")
+        if points == 0 and warmup_steps:
+            raise ValueError(f"codes that start at once (start_points 0) have no warm-up, got {warmup_steps} steps")
         self._settings: dict[str, ConfigValue] = {
             "vocab_size": vocab_size,
             "code_dim": code_dim,
@@ -96,7 +98,7 @@ class _LearnedCodebookVQ(Quantizer):
 
     @torch.no_grad()
     def set_codebook(self, codes: Tensor) -> None:
-        """Takes codes (V, d) as they are, with equal counts, and ends the collecting.
+        """Takes codes (V, d) as they are, all to be used alike, and ends the collecting.
 
         Raises:
             ValueError: On another shape or on values that are not finite.
@@ -175,7 +177,7 @@ class CosineVQ(_LearnedCodebookVQ):
             commitment_weight: Weight of the loss, >= 0.
             dead_share: A code whose average count is below this share of the mean is revived; 0 never revives.
             start_points: Features for the k-means start, at least V; None is 2 V, 0 starts at once from random codes.
-            warmup_steps: Training steps that pass features on unquantized, at the least.
+            warmup_steps: Training steps that pass features on unquantized, at the least; a loaded codebook has none.
             rotation_trick: Send gradients by the rotation trick (arXiv 2410.06424) and not straight through.
             seed: Of all random choices.
 

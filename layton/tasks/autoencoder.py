@@ -9,7 +9,7 @@ from torch import Tensor
 
 from layton.data.types import ImageBatch
 from layton.ldm.autoencoder import Autoencoder, standardise_latents
-from layton.losses.perceptual import PerceptualLoss
+from layton.losses.perceptual import PictureDistance
 from layton.losses.reconstruction import psnr
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable
 
@@ -26,7 +26,7 @@ class AutoencoderTask(LaytonTask):
         autoencoder: The model.
         optimizer: Makes the optimizer.
         lr_scheduler: Makes the learning-rate schedule.
-        perceptual: Perceptual loss; None trains on pixels alone.
+        perceptual: Perceptual loss, the own one or LPIPS or DISTS (`layton.losses`); None trains on pixels alone.
         l1_weight: Weight of the mean absolute error.
         l2_weight: Weight of the mean squared error.
         perceptual_weight: Weight of the perceptual term.
@@ -43,7 +43,7 @@ class AutoencoderTask(LaytonTask):
         *,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None = None,
-        perceptual: PerceptualLoss | None = None,
+        perceptual: PictureDistance | None = None,
         l1_weight: float = 1.0,
         l2_weight: float = 1.0,
         perceptual_weight: float = 0.1,
@@ -88,7 +88,8 @@ class AutoencoderTask(LaytonTask):
         error = decoded - images
         terms = {"l1": error.abs().mean(), "l2": error.square().mean(), "kl": kl}
         if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(decoded, images)
+            generator = self.step_generator("perceptual") if self.stage == "train" else None
+            terms["perceptual"] = self.perceptual(decoded, images, generator=generator)
         self.log_measure("psnr", psnr(decoded.detach(), images), prog_bar=True)
         return self.log_losses(terms, weights=self.weights, batch_size=len(images))
 

@@ -80,6 +80,10 @@ class LaytonTask(LightningModule, ABC):
         """Parameters that the EMA follows: the trainable ones. Override to leave a discriminator out."""
         return self.trainable_parameters()
 
+    def frozen_parts(self) -> Sequence[nn.Module]:
+        """Modules whose frozen parameters come from folders that the run file names: checkpoints do without these."""
+        return ()
+
     def picture_grid(self, batch: Any) -> dict[str, Tensor] | None:
         """Pictures that show progress, for the `PictureGrid` callback; called with the averaged weights, no gradients.
 
@@ -279,6 +283,8 @@ class LaytonTask(LightningModule, ABC):
         """Record whose run this is, and the perceptual measures."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[_TASK], checkpoint[_MEASURES] = class_name(type(self)), self.measures()
+        for name in self._frozen():
+            checkpoint.get("state_dict", {}).pop(name, None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on with a run of another task, or with another loss than the run began with.
@@ -292,9 +298,15 @@ class LaytonTask(LightningModule, ABC):
             raise ValueError(
                 f"the checkpoint is of another run, of {task}, this one is of {own}: take another --run_dir"
             )
+        checkpoint["state_dict"] = self._frozen() | checkpoint.get("state_dict", {})
         before = checkpoint.get(_MEASURES, self.measures())
         if before != self.measures():
             raise ValueError(f"the run learnt by the perceptual measures {before}, here are {self.measures()}")
+
+    def _frozen(self) -> dict[str, Tensor]:
+        """What checkpoints do without, by name."""
+        parts = {id(p) for part in self.frozen_parts() for p in part.parameters() if not p.requires_grad}
+        return {name: p.detach() for name, p in self.named_parameters(remove_duplicate=False) if id(p) in parts}
 
     def configure_callbacks(self) -> list[Callback]:
         """The two callbacks that no run goes without: `StepGuard` and `Randomness`.

@@ -288,7 +288,13 @@ class ConsistencyDecoderTask(ManualTask):
             return PixelExample(x_0, condition)
         if self._light is not None:
             images = self._light.module(condition.spatial).float().clamp(-1, 1)
-            return PixelExample(self._autoencoder.module.encode(images).float(), condition, images)
+            latents = self._autoencoder.module.encode(images).float()
+            if latents.shape != x_0.shape:
+                raise ValueError(
+                    f"pixel_targets 'light': pictures of {images.shape[-1]} pixels, as the light decoder draws, have "
+                    f"latents {tuple(latents.shape[-2:])}, and the data's are {tuple(x_0.shape[-2:])}"
+                )
+            return PixelExample(latents, condition, images)
         if "image" not in batch:
             raise ValueError("pixel_targets 'image' needs batches with images: set `images: read` in CachedLatents")
         return PixelExample(x_0, condition, batch["image"].float())
@@ -327,6 +333,10 @@ class ConsistencyDecoderTask(ManualTask):
             name = f"{steps} step{'s' * (steps > 1)}"
             rows[name] = decoder.decode(cast(Tensor, condition.spatial), num_steps=steps)
         return rows
+
+    def frozen_parts(self) -> list[nn.Module]:
+        """What the student has of stage 1."""
+        return [self.ladd]
 
     def export(self, folder: Path) -> None:
         """Write ``decoder/``: what differs from stage 1's."""

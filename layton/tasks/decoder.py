@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.denoiser import Condition
 from distill.held import Held
@@ -24,6 +24,7 @@ from layton.pixel_decoder import CodeReader
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable, required
 from layton.tasks.text_to_image import draw
 from layton.tasks.tokenizer import tell_health
+from layton.tokenizer import LaytonTokenizer
 
 
 class DecoderTask(LaytonTask):
@@ -79,6 +80,8 @@ class DecoderTask(LaytonTask):
         ldm = str(resolve(ldm, part=LDM))
         self.encoder, self.quantizer = load_code_parts(tokenizer, frozen=not train_tokenizer)
         self.train_tokenizer, self.code_size = train_tokenizer, code_size(tokenizer)
+        if train_tokenizer and self.code_size is None:
+            raise ValueError(f"{tokenizer} does not say of what size its images are: take what stage 0 exports, whole")
         self.ladd = LADD.from_pipeline(
             ldm,
             code_dim=self.quantizer.code_dim,
@@ -159,8 +162,13 @@ class DecoderTask(LaytonTask):
             logger.log_metrics({"preview/psnr": float(value)}, step=self.global_step)
 
     def export(self, folder: Path) -> None:
-        """Write ``decoder/``, and ``encoder/`` and ``quantizer/`` if they were trained."""
+        """Write ``decoder/``; if they were trained, ``encoder/`` and ``quantizer/`` as a tokenizer that encodes."""
         self.ladd.save_pretrained(folder / "decoder")
-        if self.train_tokenizer:
+        if self.train_tokenizer and self.code_size is not None:
             self.encoder.save_pretrained(folder / "encoder")
             self.quantizer.save_pretrained(folder / "quantizer")
+            LaytonTokenizer.write_index(folder, self.encoder, self.quantizer, image_size=self.code_size, light=False)
+
+    def frozen_parts(self) -> list[nn.Module]:
+        """The latent diffusion model's UNet and the reader."""
+        return [self.ladd]

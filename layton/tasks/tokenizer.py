@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from layton.data.types import ImageBatch
 from layton.encoder import ImageEncoder
 from layton.losses.adversarial import PatchDiscriminator, hinge_discriminator_loss, hinge_generator_loss
-from layton.losses.perceptual import PerceptualLoss
+from layton.losses.perceptual import PictureDistance
 from layton.losses.reconstruction import psnr
 from layton.pixel_decoder import PixelDecoder
 from layton.quantizers import Quantizer
@@ -39,7 +39,7 @@ class TokenizerTask(LaytonTask):
         decoder: Code embeddings to pixels.
         optimizer: Makes the optimizer.
         lr_scheduler: Makes the learning-rate schedule.
-        perceptual: Perceptual loss; None trains on pixels alone.
+        perceptual: Perceptual loss, the own one or LPIPS or DISTS (`layton.losses`); None trains on pixels alone.
         l1_weight: Weight of the mean absolute error.
         l2_weight: Weight of the mean squared error.
         perceptual_weight: Weight of the perceptual term.
@@ -56,7 +56,7 @@ class TokenizerTask(LaytonTask):
         *,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None = None,
-        perceptual: PerceptualLoss | None = None,
+        perceptual: PictureDistance | None = None,
         l1_weight: float = 1.0,
         l2_weight: float = 1.0,
         perceptual_weight: float = 0.1,
@@ -75,6 +75,7 @@ class TokenizerTask(LaytonTask):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | None:
         """Loss of one batch, ()."""
+        self.image_size = batch["image"].shape[-1]
         output = self.quantizer(self.encoder(batch["image"]).float())
         decoded = self.decoder(output.embeddings).float()
         tell_health(self, self.quantizer)
@@ -103,7 +104,7 @@ class TokenizerTask(LaytonTask):
         self.encoder.save_pretrained(folder / "encoder")
         self.quantizer.save_pretrained(folder / "quantizer")
         self.decoder.save_pretrained(folder / "decoder")
-        LaytonTokenizer.index_stage_0(folder, self.encoder, self.quantizer, image_size=self.image_size)
+        LaytonTokenizer.write_index(folder, self.encoder, self.quantizer, image_size=self.image_size)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the size of the images, which what is exported is used with."""
@@ -116,7 +117,6 @@ class TokenizerTask(LaytonTask):
         self.image_size = checkpoint.get(_SIZE, DEFAULT_SIZE)
 
     def _losses(self, images: Tensor, decoded: Tensor, codebook_loss: Tensor) -> Tensor:
-        self.image_size = images.shape[-1]
         error = decoded - images
         terms = {"l1": error.abs().mean(), "l2": error.square().mean(), "codebook": codebook_loss}
         if self.perceptual is not None:
@@ -161,7 +161,7 @@ class AdversarialTokenizerTask(TokenizerTask, ManualTask):
         optimizer: OptimizerCallable,
         discriminator_optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None = None,
-        perceptual: PerceptualLoss | None = None,
+        perceptual: PictureDistance | None = None,
         l1_weight: float = 1.0,
         l2_weight: float = 1.0,
         perceptual_weight: float = 0.1,
@@ -201,6 +201,7 @@ class AdversarialTokenizerTask(TokenizerTask, ManualTask):
         """One step of either optimizer that is due."""
         generator_optimizer, judge_optimizer = self.all_optimizers()
         images, step = batch["image"], self.global_step
+        self.image_size = images.shape[-1]
         output = self.quantizer(self.encoder(images).float())
         decoded = self.decoder(output.embeddings).float()
         tell_health(self, self.quantizer)

@@ -15,13 +15,13 @@ from layton.control import load_unet
 from layton.decoders import ConsistencyDecoder, DiffusionDecoder, LightDecoder, diffusion
 from layton.decoders.consistency import HYPER_TIMES, LAYTON_TIMES, sampling_at, time_table
 from layton.decoders.difference import Adaptation, adapt, fingerprints, fold_adapters
-from layton.folder import class_name, load_tensors
+from layton.folder import class_name, load_tensors, resolve_class
 from layton.interface import CodeDecoder
 from layton.ladd import LADD
 from layton.ldm.autoencoder import Autoencoder, build_autoencoder
 from layton.ldm.unet import build_unet
 from layton.pixel_decoder import CodeReader, PixelDecoder
-from layton.tokenizer import best_decoder, resolve_class
+from layton.tokenizer import best_decoder
 
 CODE_DIM = 4
 
@@ -353,6 +353,13 @@ def test_codes_are_read_once_for_all_steps_of_a_picture(ldm: Path) -> None:
         slow = [decoder.decode(each[row][None].clone(), num_steps=3, generator=seeds(row)) for row in range(3)]
         torch.testing.assert_close(torch.cat(slow), decoder.decode(each, num_steps=3, generator=seeds(0, 1, 2)))
         assert torch.equal(decoder.decode(each, num_steps=3), wanted)
+    reused = one.clone()
+    decoder.decode(reused, num_steps=3)
+    assert torch.equal(decoder.decode(reused.copy_(other), num_steps=3), quick[1])  # other codes in the same place
+    decoder.network.load_state_dict(
+        {n: v * 1.5 if n.startswith("reader") else v for n, v in decoder.network.state_dict().items()}
+    )
+    assert not torch.equal(decoder.decode(reused, num_steps=3), quick[1])
     with torch.enable_grad():
         decoder.network(torch.randn(3, 4, 4, 4), torch.tensor(9.0), Condition(spatial=other))
         before = len(calls)

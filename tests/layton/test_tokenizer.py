@@ -18,9 +18,13 @@ from layton import assets
 from layton.data.images import load_image, to_tensor
 from layton.decoders import LightDecoder
 from layton.encoder import ViTEncoder
+from layton.folder import resolve_class
+from layton.ldm.cache import load_code_parts
 from layton.pixel_decoder import PixelDecoder
 from layton.quantizers import CosineVQ
-from layton.tokenizer import EncodedImages, LaytonTokenizer, resolve_class
+from layton.tasks.tokenizer import TokenizerTask
+from layton.tokenizer import EncodedImages, LaytonTokenizer
+from layton.vqgan import VQGANEncoder
 
 
 def tiny(code_dim: int = 4, **decoders: LightDecoder) -> LaytonTokenizer:
@@ -188,6 +192,44 @@ class OwnVQ(CosineVQ):
     """A user's."""
 
 
+class OwnEncoder(ViTEncoder):
+    """Likewise."""
+
+
+class OwnVQGAN(VQGANEncoder):
+    """Likewise."""
+
+
+class OwnDecoder(PixelDecoder):
+    """Likewise."""
+
+
+@pytest.mark.parametrize("kind", ["vit", "vqgan"])
+def test_what_a_run_of_own_classes_exports_is_a_tokenizer_for_later_stages(kind: str, tmp_path: Path) -> None:
+    vit = {"width": 32, "depth": 1, "num_heads": 2, "patch_size": 8, "stem_width": 8}
+    vqgan = {"channels": 8, "multipliers": [1, 1, 1, 1], "num_res_blocks": 1, "z_channels": 8, "norm_groups": 4}
+    encoder = OwnEncoder(code_dim=4, **vit) if kind == "vit" else OwnVQGAN(code_dim=4, **vqgan)
+    task = TokenizerTask(
+        encoder,
+        OwnVQ(vocab_size=64, code_dim=4, start_points=0),
+        OwnDecoder(4, 32, 1, 2, fine_width=8, num_fine_blocks=1, patch_size=8),
+        optimizer=torch.optim.AdamW,
+    )
+    task.image_size = 32
+    task.export(tmp_path)
+    again = LaytonTokenizer.from_pretrained(tmp_path)
+    assert type(again.decoders["light"].network) is OwnDecoder and type(again.encoder) is type(encoder)
+    assert [type(part) for part in load_code_parts(tmp_path)] == [type(encoder), OwnVQ]
+    assert task.quantizer.train()(torch.randn(1, 4, 4, 4)).codes.shape == (1, 16)
+
+
+def test_a_tokenizer_of_parts_in_training_leaves_them_learning() -> None:
+    model = tiny()
+    quantizer, before = model.quantizer.train(), model.quantizer.codebook.clone()
+    quantizer(torch.randn(1, 4, 8, 8))
+    assert not torch.equal(quantizer.codebook, before)
+
+
 def test_an_own_quantizer_comes_back_where_it_is_allowed(tmp_path: Path) -> None:
     model = tiny()
     own = OwnVQ(vocab_size=64, code_dim=4, start_points=0)
@@ -195,6 +237,8 @@ def test_an_own_quantizer_comes_back_where_it_is_allowed(tmp_path: Path) -> None
     LaytonTokenizer(model.encoder, own, {}, image_size=32).save_pretrained(tmp_path)
     again = LaytonTokenizer.from_pretrained(tmp_path, allow=[f"{__name__}."])
     assert type(again.quantizer) is OwnVQ and again.fingerprint() == own.fingerprint()
+    config = tmp_path / "config.json"  # as it would be read where nobody has imported the class
+    config.write_text(config.read_text().replace(__name__, "somewhere.else"))
     with pytest.raises(ValueError, match="not allowed"):
         LaytonTokenizer.from_pretrained(tmp_path)
 

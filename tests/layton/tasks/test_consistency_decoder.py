@@ -199,6 +199,8 @@ def test_the_light_decoders_pictures_stand_for_the_originals(world: Path) -> Non
     )
     assert loss is not None and other is not None and torch.equal(loss, other)
     assert not any(name.startswith("_light") for name in task.state_dict())
+    with pytest.raises(ValueError, match=r"have latents \(4, 4\), and the data's are \(8, 8\)"):
+        task._example(batch, torch.zeros(2, 4, 8, 8), condition)
     with pytest.raises(ValueError, match="give its folder as reader"):
         make_task(world, pixels=pixels, pixel_targets="light")
 
@@ -470,7 +472,7 @@ def test_codes_are_cached_as_the_tokenizer_makes_them(
         exact.pop()
 
     real = ViTEncoder.forward
-    monkeypatch.setattr("layton.ldm.cache.exact_convolutions", exactly)
+    monkeypatch.setattr("layton.ldm.cache.exact_float32", exactly)
     monkeypatch.setattr(ViTEncoder, "forward", lambda *given: (encoded.append(bool(exact)), real(*given))[1])
     places = {"autoencoder": str(world / "ldm/vae"), "tokenizer": str(world / "tok"), "folder": str(tmp_path)}
     CachedLatents(ScenesSource(split="train", length=2, size=SIZE), **places)

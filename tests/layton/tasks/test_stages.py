@@ -90,9 +90,12 @@ def save_tiny_autoencoder(folder: Path) -> None:
 
 def save_tiny_tokenizer(folder: Path) -> None:
     torch.manual_seed(0)
-    ViTEncoder(code_dim=4, width=16, depth=1, num_heads=2, stem_width=8).save_pretrained(folder / "tok/export/encoder")
-    CosineVQ(vocab_size=32, code_dim=4, start_points=0).save_pretrained(folder / "tok/export/quantizer")
+    encoder = ViTEncoder(code_dim=4, width=16, depth=1, num_heads=2, stem_width=8)
+    quantizer = CosineVQ(vocab_size=32, code_dim=4, start_points=0)
+    encoder.save_pretrained(folder / "tok/export/encoder")
+    quantizer.save_pretrained(folder / "tok/export/quantizer")
     PixelDecoder(4, 16, 1, 2, fine_width=8, num_fine_blocks=1).save_pretrained(folder / "tok/export/decoder")
+    LaytonTokenizer.write_index(folder / "tok/export", encoder, quantizer, image_size=SIZE)
 
 
 def test_autoencoder_run_exports_a_diffusers_autoencoder(tmp_path: Path) -> None:
@@ -189,6 +192,7 @@ def tune(tmp_path: Path, *, frozen: bool) -> Path:
             "encoder": part("encoder", "vit_encoder", frozen=frozen),
             "quantizer": part("quantizer", "quantizer", frozen=frozen),
             "decoder": part("decoder", "pixel_decoder", frozen=False),
+            "perceptual": {"class_path": "layton.losses.published.PublishedPerceptualLoss"},
         },
     }
     return fit(tmp_path, "tuned", run_file(model, source("train", 8), source("validation", 4)))
@@ -341,11 +345,26 @@ def test_text_to_image_run_then_stage_1_on_its_export(tmp_path: Path) -> None:
     assert LADD.from_pretrained(told, unet=load_unet(ldm / "unet"), reader="tok/export/decoder").reader is not None
     del decoder["init_args"]["reader"], decoder["init_args"]["start"]
     decoder["init_args"]["train_tokenizer"] = True
+    with pytest.raises(ValueError, match=r"does not say of what size"):
+        DecoderTask(str(ldm), "tok/other", optimizer=torch.optim.AdamW, train_tokenizer=True)
+    decoder["init_args"]["tokenizer"] = "tok/export"
     export = fit(tmp_path, "joint", run_file(decoder, source("train", 8), source("validation", 4)))
     learnt = (("encoder", "model.safetensors"), ("quantizer", "model.safetensors"))
     for part in learnt:  # jointly: the diffusion loss reaches the encoder, and the codebook follows its features
         before, after = (load_file(folder.joinpath(*part)) for folder in (tmp_path / "tok/export", export))
         assert any(not torch.equal(before[name], after[name]) for name in before), part
+    whole = LaytonTokenizer.from_pretrained(export)  # it encodes, images of any size as those that were trained on
+    assert whole.num_tokens == 16 and whole.encode(torch.zeros(1, 3, 2 * SIZE, SIZE)).shape == (1, 16)
+    for name in ("stage1", "joint"):  # what the LDM's folder has is not in checkpoints, and yet there when they load
+        newest = max((tmp_path / name / "checkpoints").glob("*.ckpt"))
+        kept = {key for key in torch.load(newest, weights_only=True)["state_dict"] if key.startswith("ladd.")}
+        task = load_task(newest)
+        assert isinstance(task, DecoderTask)
+        assert {f"ladd.{name}" for name, _ in task.ladd.named_parameters()} - kept == {
+            f"ladd.{name}" for name, p in task.ladd.named_parameters() if not p.requires_grad
+        }
+        saved = load_file(tmp_path / name / "export" / "decoder" / "model.safetensors")
+        assert all(torch.equal(value, saved[key]) for key, value in task.ladd.branch_state_dict().items())
 
 
 def test_times_are_stratified_and_a_shift_draws_noisier_ones() -> None:
