@@ -18,6 +18,7 @@ from generation.model.weight_types import Weights
 from generation.pipeline import LaytonGenPipeline
 from generation.sampling.choice import SamplingChoice
 from generation.text.encoders import TextCut
+from layton.ldm.text import remark_on
 from layton.modules import weights_digest
 
 Layout = Sequence[PlacedObject]
@@ -145,6 +146,17 @@ class LaytonGenDrawer:
         )
         images = [np.round(image * 255).astype(np.uint8) for image in np.asarray(result.images)]
         return Drawn(images, result.codes, result.layouts, result.cut)
+
+    def remarks(self, prompts: Sequence[str], cut: Sequence[TextCut]) -> list[str]:
+        """What was not read of each prompt, in words; empty if all was.
+
+        Args:
+            prompts: What was to be drawn.
+            cut: See `Drawn`.
+        """
+        lengths = {each.index: {"kept": each.kept, "total": each.total} for each in cut}
+        encoder = self.pipeline.text_encoder
+        return [remark_on(p, encoder.unread([p]), **lengths.get(place, {})) for place, p in enumerate(prompts)]
 
     @property
     def _is_told(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 import warnings
 from importlib.util import find_spec
@@ -13,7 +12,6 @@ from layton.errors import UsageError
 from layton.options import require_least
 
 _SAMPLING = SamplingChoice()
-_SECONDS_TO_END = 5  # in which requests that are nearly done may end
 
 
 def serve(
@@ -34,8 +32,9 @@ def serve(
 ) -> None:
     """Serve a model over HTTP: POST /v1/images/generations draws, /v1/encode and /v1/decode are the tokenizer.
 
-    Requests that come at the same time are done together; a picture does not depend on its neighbours. There is no
-    encryption and no login: what the world may reach needs a reverse proxy before it.
+    Requests that come at the same time are done together; the tokens of a picture do not depend on its neighbours, and
+    its pixels by no more than rounding. There is no encryption and no login: what the world may reach needs a reverse
+    proxy before it.
 
     Args:
         model: embedded model, or folder of a tokenizer; the LaytonGen beside it draws, if there is one.
@@ -60,13 +59,13 @@ def serve(
     if not timeout > 0:
         raise UsageError(f"--timeout must be above 0, got {timeout}")
     require_sampling(sampling)
-    import uvicorn
-
     from generation.pipeline import PromptCutWarning
     from generation.serving.engine import load_engine
     from generation.serving.http import ServerLimits, build_app
+    from generation.serving.server import run
+    from layton.sockets import listening
 
-    with _listening(host, port) as listener:  # before the model is loaded: a port that is taken is told at once
+    with listening(host, port) as listener:  # before the model is loaded: a port that is taken is told at once
         engine = load_engine(
             model,
             decoder=decoder,
@@ -78,27 +77,6 @@ def serve(
         )
         warnings.filterwarnings("ignore", category=PromptCutWarning)  # remarks tell it, to whom it concerns
         app = build_app(engine, ServerLimits(batch_size, queue, timeout, max_megabytes))
-        config = uvicorn.Config(
-            app, log_level="warning", limit_concurrency=queue + 16, timeout_graceful_shutdown=_SECONDS_TO_END
-        )
         where = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         sys.stderr.write(f"layton: {model} on {where}, what it takes in /openapi.json; Ctrl-C ends it\n")
-        try:
-            uvicorn.Server(config).run(sockets=[listener])
-        finally:
-            app.state.worker.close()
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    """A socket at an address.
-
-    Raises:
-        OSError: It is taken, or none of this machine's.
-    """
-    try:
-        return socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
-        )
-    except OSError as error:
-        reason = str(error.strerror or error).partition(" (while")[0]
-        raise OSError(f"cannot serve on {host}:{port} ({reason})") from error
+        run(app, listener)

@@ -1,16 +1,44 @@
-"""Bodies of requests that are too large, or come too slowly, are refused while they come."""
+"""Requests that are too many at once, and bodies that are too large or come too slowly, are refused while they come."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from fastapi import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _CLOSE = {"Connection": "close"}  # what is left of the body is not read
+
+
+class RequestLimit:
+    """ASGI middleware.
+
+    Args:
+        app: What it stands before.
+        most: Requests that are answered at once: 429.
+        free: Paths that are answered whatever comes.
+    """
+
+    def __init__(self, app: ASGIApp, *, most: int, free: Collection[str] = ()) -> None:
+        self._app, self._most, self._free, self._now = app, most, frozenset(free), 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse what is too much."""
+        if scope["type"] != "http" or scope["path"] in self._free:
+            await self._app(scope, receive, send)
+            return
+        if self._now >= self._most:
+            told = {"error": {"message": f"{self._now} requests are under way: try again later"}}
+            await JSONResponse(told, 429, {**_CLOSE, "Retry-After": "5"})(scope, receive, send)
+            return
+        self._now += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._now -= 1
 
 
 class BodyLimit:

@@ -100,12 +100,11 @@ class Engine:
                 raise Unwanted
 
         generators = [torch.Generator().manual_seed(order.seed) for order in orders]
-        drawn = self.drawer.draw([order.prompt for order in orders], generators, callback=look)
-        remarks = [self._unread(order.prompt) for order in orders]
-        for cut in drawn.cut:
-            remarks[cut.index].append(f"{cut.kept} of its {cut.total} tokens are read")
+        prompts = [order.prompt for order in orders]
+        drawn = self.drawer.draw(prompts, generators, callback=look)
+        remarks = self.drawer.remarks(prompts, drawn.cut)
         return [
-            Picture(Image.fromarray(image), codes, "; ".join(remark))
+            Picture(Image.fromarray(image), codes, remark)
             for image, codes, remark in zip(drawn.images, drawn.codes, remarks, strict=True)
         ]
 
@@ -122,10 +121,6 @@ class Engine:
             generator=[torch.Generator().manual_seed(order.seed) for order in orders],
         )
         return list(squares.cpu())
-
-    def _unread(self, prompt: str) -> list[str]:
-        words = () if self.drawer is None else self.drawer.pipeline.text_encoder.unread([prompt])
-        return [f"not in its vocabulary: {', '.join(words)}"] if words else []
 
 
 def load_engine(

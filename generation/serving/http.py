@@ -25,7 +25,7 @@ from starlette.exceptions import HTTPException as StarletteError
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
-from generation.serving.body import BodyLimit
+from generation.serving.body import BodyLimit, RequestLimit
 from generation.serving.engine import CodesOrder, Engine, Picture, TextOrder
 from generation.serving.worker import ClosedError, QueueFullError, Worker
 from layton.data.geometry import FitPolicy, Geometry, fit_image
@@ -33,7 +33,8 @@ from layton.data.images import ImageError, ImageLimits, load_image, to_image
 
 DRAW, ENCODE, DECODE = "/v1/images/generations", "/v1/encode", "/v1/decode"
 MAX_PROMPT = 4_000
-MAX_SEED = 2**62
+MAX_SEED = 2**32  # torch's generator on a CPU takes no more of a seed
+_MORE_THAN_WAIT = 16  # requests beyond those in the queue, such as whose pictures are being written
 _JSON_BYTES = 2**18  # a quarter of a megabyte is parsed in a fifth of a second, in which nobody else is served
 _IMAGES = ImageLimits(max_pixels=24_000_000)
 _IMAGES_AT_ONCE = 2  # one of the largest takes half a gigabyte
@@ -66,15 +67,23 @@ class _Strict(BaseModel):
 
 
 class Generation(_Strict):
-    """Body of ``POST /v1/images/generations``; ``model`` and ``user`` are for clients that send them."""
+    """Body of ``POST /v1/images/generations``; the fields after ``response_format`` are for clients that send them."""
 
     prompt: str = Field(min_length=1, max_length=MAX_PROMPT)
     n: int | None = Field(default=1, ge=1)
-    seed: int = Field(default=0, ge=0, lt=MAX_SEED, description="of the first picture; the others count up from it")
+    seed: int | None = Field(
+        default=0, ge=0, lt=MAX_SEED, description="of the first picture; the others count up from it"
+    )
     response_format: Literal["b64_json"] | None = "b64_json"
     model: str | None = None
     size: str | None = None
     user: str | None = None
+    quality: str | None = None
+    style: str | None = None
+    moderation: str | None = None
+    background: Literal["auto", "opaque"] | None = None
+    output_format: Literal["png"] | None = None
+    stream: Literal[False] | None = None
 
 
 class Decoding(_Strict):
@@ -105,6 +114,7 @@ def build_app(engine: Engine, limits: ServerLimits | None = None) -> FastAPI:
     app = FastAPI(title="layton", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.worker = worker
     larger = {ENCODE: limits.max_megabytes * 2**20}
+    app.add_middleware(RequestLimit, most=limits.queue + _MORE_THAN_WAIT, free=("/health",))
     app.add_middleware(BodyLimit, max_bytes=_JSON_BYTES, seconds=limits.timeout, larger=larger)
     _tell_errors(app)
     desk = _Desk(engine, worker, limits)
@@ -127,7 +137,8 @@ class _Desk:
         return {"status": "ok", "model": self.engine.name, "size": self._size, "waiting": self.worker.waiting}
 
     async def generations(self, request: Request, asked: Generation) -> dict[str, Any]:
-        """Pictures of a prompt, with their tokens; the same prompt and seed give the same picture."""
+        """Pictures of a prompt, with their tokens; the same prompt and seed give the same tokens."""
+        end = self._end
         if self.engine.drawer is None:
             raise _bad(f"{self.engine.name} has no generator beside it: it draws nothing from text")
         if not asked.prompt.strip():
@@ -137,9 +148,10 @@ class _Desk:
         count = asked.n or 1
         if count > self.limits.queue:
             raise _bad(f"n must be at most {self.limits.queue}, got {count}")
-        orders = [TextOrder(asked.prompt, asked.seed + number) for number in range(count)]
-        pictures = await self._made(request, "draw", orders, self._end)
-        data = await self._apart(self._end, _as_data, pictures, asked.seed)
+        seeds = [((asked.seed or 0) + number) % MAX_SEED for number in range(count)]
+        orders = [TextOrder(asked.prompt, seed) for seed in seeds]
+        pictures = await self._made(request, "draw", orders, end)
+        data = await run_in_threadpool(_as_data, pictures, seeds)
         return {"created": int(time.time()), "data": data, "remarks": sorted({each.remark for each in pictures} - {""})}
 
     async def encode(self, request: Request, policy: FitPolicy = "crop") -> dict[str, Any]:
@@ -225,9 +237,10 @@ class _Desk:
                 if await request.is_disconnected():
                     raise HTTPException(_CLIENT_GONE, "nobody waits for this any more")
             raise self._late()
-        except BaseException:
+        except asyncio.CancelledError as error:  # by a server that ends at once
+            raise ClosedError("the server is going down") from error
+        finally:
             self.worker.abandon(jobs)
-            raise
 
     def _late(self) -> HTTPException:
         return HTTPException(504, f"not done after {self.limits.timeout:g} seconds")
@@ -237,14 +250,14 @@ def _bad(message: str) -> HTTPException:
     return HTTPException(400, message)
 
 
-def _as_data(pictures: Sequence[Picture], seed: int) -> list[dict[str, Any]]:
+def _as_data(pictures: Sequence[Picture], seeds: Sequence[int]) -> list[dict[str, Any]]:
     return [
         {
             "b64_json": base64.b64encode(_png(picture.image)).decode(),
-            "seed": seed + number,
+            "seed": seed,
             "codes": picture.codes.tolist(),
         }
-        for number, picture in enumerate(pictures)
+        for picture, seed in zip(pictures, seeds, strict=True)
     ]
 
 

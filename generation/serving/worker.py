@@ -1,6 +1,7 @@
 """One thread that owns a model, and a bounded queue before it: what waits together is done together.
 
-A picture does not depend on its neighbours in a batch, so that whoever asks at the same time may share one.
+A picture does not depend on its neighbours in a batch, so that whoever asks at the same time may share one. Who asks
+for many holds up nobody for long: kinds of work take turns, and half of a batch is for the others.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ class Job:
     Attributes:
         kind: Which work it is for.
         item: What that is given.
+        request: Those that were submitted together have one number.
         future: The result.
         unwanted: Nobody waits for it any more.
     """
 
     kind: str
     item: Any
+    request: int
     future: Future[Any] = field(default_factory=Future)
     unwanted: bool = False
 
@@ -59,6 +62,8 @@ class Worker:
         self._batch_size, self._queue_size = batch_size, queue_size
         self._waiting: deque[Job] = deque()
         self._begun: list[Job] = []
+        self._requests = 0
+        self._last_kind = ""
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="layton-serve", daemon=True)
@@ -76,9 +81,10 @@ class Worker:
             QueueFullError: There is no room for all of them.
             ClosedError: The worker is going down.
         """
-        jobs = [Job(kind, item) for item in items]
         with self._changed:
-            self.require_room(len(jobs))
+            self.require_room(len(items))
+            self._requests += 1
+            jobs = [Job(kind, item, self._requests) for item in items]
             self._waiting.extend(jobs)
             self._changed.notify()
         return jobs
@@ -119,19 +125,28 @@ class Worker:
             self._do(batch)
 
     def _next_batch(self) -> list[Job]:
-        """The oldest job and others of its kind; empty when all is over."""
+        """Jobs of one kind, such as were not done last if there are any; empty when all is over."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if self._closed:
                 return []
-            kind = self._waiting[0].kind
-            batch = [job for job in self._waiting if job.kind == kind][: self._batch_size]
+            others = (job.kind for job in self._waiting if job.kind != self._last_kind)
+            self._last_kind = next(others, self._waiting[0].kind)
+            batch = self._chosen([job for job in self._waiting if job.kind == self._last_kind])
             taken = {id(job) for job in batch}
             self._waiting = deque(job for job in self._waiting if id(job) not in taken)
             for job in batch:
                 job.future.set_running_or_notify_cancel()
             self._begun = batch
             return batch
+
+    def _chosen(self, jobs: list[Job]) -> list[Job]:
+        """As many as are done together: the oldest, and the first of each later request for half of the places."""
+        oldest = -(-self._batch_size // 2)
+        firsts = {job.request: job for job in reversed(jobs)}
+        early = [job for job in jobs[oldest:] if job is firsts[job.request]]
+        rest = [job for job in jobs[oldest:] if job is not firsts[job.request]]
+        return [*jobs[:oldest], *early, *rest][: self._batch_size]
 
     def _do(self, batch: list[Job]) -> None:
         failed: BaseException | None = None

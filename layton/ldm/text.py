@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -134,6 +134,23 @@ def unread_words(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[str]:
     words = re.findall(r"[\u3400-\u9fff]|[^\W\d_\u3400-\u9fff]+", re.sub(r"<\w+>", " ", prompt.lower()))
     known = _FILLING_WORDS.union(vocabulary())
     return [word for word in dict.fromkeys(words) if word not in known]
+
+
+def remark_on(prompt: str, unread: Sequence[str], *, kept: int = 0, total: int = 0) -> str:
+    """What was not read of a prompt, in words; empty if all was.
+
+    Args:
+        prompt: The prompt.
+        unread: Words that are not in the vocabulary, see `unread_words`.
+        kept: Tokens that were read.
+        total: Tokens that it has.
+    """
+    told = [f"not in its vocabulary: {', '.join(unread)}"] if unread else []
+    if not any(character.isalnum() for character in prompt):
+        told.append("there is no word in it")
+    if kept < total:
+        told.append(f"{kept} of its {total} tokens are read")
+    return "; ".join(told)
 
 
 def hears_places(pipeline: Path) -> bool:

@@ -20,14 +20,16 @@ import httpx
 import numpy as np
 import pytest
 import torch
-import uvicorn
 from laytongen_parts import CODES, SIZE, TOKENS, tiny_tokenizer, write_model
 from PIL import Image
 
 from generation.pipeline import LaytonGenPipeline
+from generation.serving import server as serving
 from generation.serving.engine import Engine, load_engine
 from generation.serving.http import ServerLimits, build_app
+from generation.serving.server import Server
 from layton.cli import main
+from layton.sockets import listening
 from layton.tokenizer import LaytonTokenizer
 
 DRAW, ENCODE, DECODE = "/v1/images/generations", "/v1/encode", "/v1/decode"
@@ -36,8 +38,7 @@ DRAW, ENCODE, DECODE = "/v1/images/generations", "/v1/encode", "/v1/decode"
 @contextmanager
 def served(engine: Any, limits: ServerLimits | None = None) -> Iterator[int]:
     """A server on a free port of this machine; yields the port."""
-    config = uvicorn.Config(build_app(engine, limits), port=0, log_level="critical", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
+    server = Server(build_app(engine, limits), log_level="critical")
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -131,7 +132,8 @@ def test_pictures_become_tokens_and_come_back(client: httpx.Client, folder: Path
         (DRAW, {"prompt": "a star", "n": 65}, "n must be at most 64"),
         (DRAW, {"prompt": "a star", "n": 10**400}, "n must be at most 64"),
         (DRAW, {"prompt": "a star", "seed": -1}, "seed"),
-        (DRAW, {"prompt": "a star", "seed": 2**62}, "seed"),
+        (DRAW, {"prompt": "a star", "seed": 2**32}, "seed"),
+        (DRAW, {"prompt": "a star", "stream": True}, "stream"),
         (DRAW, {"prompt": "a star", "size": "1024x1024"}, "size must be 32x32"),
         (DRAW, {"prompt": "a star", "response_format": "url"}, "response_format"),
         (DRAW, {"prompt": "a star", "steps": 4}, "steps"),
@@ -175,6 +177,7 @@ def test_what_a_client_does_wrong_is_told_in_a_sentence(client: httpx.Client, pa
 
 def test_what_clients_send_as_nothing_is_the_default(client: httpx.Client) -> None:
     bare, told = {"prompt": "a star"}, {"n": None, "response_format": None, "model": None, "size": None, "user": None}
+    told |= {"seed": None, "quality": "auto", "output_format": "png", "background": "auto", "stream": False}
     assert client.post(DRAW, json=bare | told).json()["data"] == client.post(DRAW, json=bare).json()["data"]
 
 
@@ -297,8 +300,9 @@ def test_a_slow_client_is_let_go_and_hinders_nobody(engine: Engine) -> None:
         assert answer(send(port, image))[0] == 200
 
 
-def test_a_server_that_ends_lets_nobody_wait(engine: Engine) -> None:
-    slow, answers = Slow(engine), []
+def test_a_server_that_ends_lets_nobody_wait(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "_SECONDS_TO_END", 0.5)
+    slow = Slow(engine)
     image = png(Image.new("RGB", (SIZE, SIZE), "red"))
     with served(slow, ServerLimits(batch_size=1)) as port:
         waiting = [send(port, image) for _ in range(3)]
@@ -309,10 +313,44 @@ def test_a_server_that_ends_lets_nobody_wait(engine: Engine) -> None:
         threading.Timer(2.0, slow.go.set).start()
         began = time.monotonic()
     assert time.monotonic() - began < 10
-    for connection in waiting:
-        answers.append(connection.recv(20))
-        connection.close()
-    assert not any(b" 200 " in each for each in answers[1:])
+    answers = sorted(answer(connection) for connection in waiting)
+    assert [status for status, _ in answers] == [200, 503, 503]  # what had begun was done
+    assert b"the server is going down" in answers[1][1]
+
+
+def test_who_says_nothing_is_let_go(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "_SECONDS_TO_ASK", 0.5)
+    with served(engine) as port:
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as silent:
+            assert silent.recv(1) == b""
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+            client.get("/health")
+            time.sleep(1.0)
+            assert client.get("/health").status_code == 200
+
+
+def test_too_many_at_once_are_told_so_and_health_is_answered(engine: Engine) -> None:
+    slow = Slow(engine)
+    image = png(Image.new("RGB", (SIZE, SIZE), "red"))
+    with served(slow, ServerLimits(batch_size=1, queue=1)) as port:
+        many = [send(port, image[:10], length=len(image)) for _ in range(17)]
+        time.sleep(0.5)
+        found = httpx.post(f"http://127.0.0.1:{port}{ENCODE}", content=image)
+        assert found.status_code == 429 and found.headers["retry-after"] == "5"
+        assert found.json()["error"]["message"].startswith("17 requests are under way")
+        assert health(port)["status"] == "ok"
+        for connection in many:
+            connection.close()
+        slow.go.set()
+
+
+def test_answers_do_not_wait_for_acknowledgements() -> None:
+    with listening("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        accepted.close()
+    with pytest.raises(ValueError, match="no host to serve on"):
+        listening("", 0)
 
 
 def test_an_address_that_is_taken_is_told_before_the_model_is_loaded(

@@ -167,3 +167,14 @@ def test_single_retries_do_not_keep_what_the_batch_had() -> None:
     assert [job.future.result(SECONDS) for job in jobs] == [1, 2, 3]
     assert alive == [False] * 3
     worker.close()
+
+
+def test_kinds_take_turns_and_half_a_batch_is_for_others(bench: Bench) -> None:
+    worker = Worker({"hold": bench.hold, "double": bench.double, "also": bench.double}, batch_size=4, queue_size=20)
+    held(worker, bench)
+    jobs = worker.submit("double", [1, 2, 3, 4, 5, 6, 7]) + worker.submit("double", [10, 11])
+    jobs += worker.submit("double", [20]) + worker.submit("also", [30])
+    bench.go.set()
+    assert [job.future.result(SECONDS) for job in jobs] == [2, 4, 6, 8, 10, 12, 14, 20, 22, 40, 60]
+    assert bench.batches == [[1, 2, 10, 20], [30], [3, 4, 11, 5], [6, 7]]
+    worker.close()

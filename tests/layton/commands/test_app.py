@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -39,10 +40,29 @@ def test_text_is_drawn_by_what_lies_beside_the_tokenizer(both: Path, tokenizer: 
         alone.draw("a red star", DIFFUSION)
 
 
-def test_a_cut_prompt_is_told_on_the_page(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore::generation.pipeline.PromptCutWarning")
+def test_what_is_not_read_of_a_prompt_is_told_on_the_page(tmp_path: Path) -> None:
     studio = Studio.load(str(write_model(tmp_path)))
     _, remarks = studio.draw("a red star " * 99, LAYTONGEN)
-    assert remarks.startswith("prompt 0 was cut: ")
+    assert re.fullmatch(r"\d+ of its \d+ tokens are read", remarks)
+    _, remarks = studio.draw("a red zebra", LAYTONGEN, 2**32 - 1)
+    assert remarks == "not in its vocabulary: zebra"
+    _, remarks = studio.draw("\N{FIRE}", LAYTONGEN)
+    assert remarks == "there is no word in it"
+    for prompt, seed, told in ((" ", 0, "what to draw"), ("a star", 2**32, "a seed lies in"), ("a star", -1, "a seed")):
+        with pytest.raises(ValueError, match=told):
+            studio.draw(prompt, LAYTONGEN, seed)
+
+
+def test_pictures_come_to_it_as_they_are(both: Path, tmp_path: Path) -> None:
+    studio = Studio.load(str(both))
+    Image.new("RGBA", (32, 32), (200, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("RGB", (32, 32), "white").save(tmp_path / "white.png")
+    pictures = [studio.reconstruct(str(tmp_path / f"{name}.png"), "light") for name in ("clear", "white")]
+    assert pictures[0][0].tobytes() == pictures[1][0].tobytes() and pictures[0][1] == pictures[1][1]
+    (tmp_path / "a.gif").write_bytes(b"GIF89a" + b"x" * 50)
+    with pytest.raises(ValueError, match=r"^the picture: not a JPEG, PNG or WebP file$"):
+        studio.reconstruct(str(tmp_path / "a.gif"), "light")
 
 
 def test_the_page_has_a_tab_for_each(both: Path, tokenizer: Path) -> None:
