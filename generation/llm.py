@@ -7,6 +7,7 @@ and what the model writes is taken apart again. `WholeImages` keeps it from writ
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
@@ -19,6 +20,7 @@ from layton.interface import ImageTokenizer
 
 BEGIN, END = "<image>", "</image>"
 Part = str | Tensor
+_LEARNT = "image_vocabulary"  # what a model's config says of the images that it has rows for
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +75,22 @@ class ImageVocabulary:
         return max(self.begin, self.end, self.offset + self.vocab_size - 1) + 1
 
     def ids(self, codes: Tensor) -> Tensor:
-        """Codes (B, N) of any integers -> ids (B, N + 2) int64, marks included.
+        """Codes (B, N), integers of any width -> ids (B, N + 2) int64, marks included.
 
         Raises:
             ValueError: They are no images' codes.
         """
         if codes.ndim != 2 or codes.shape[1] != self.num_tokens:
             raise ValueError(f"codes must be (B, {self.num_tokens}), got {tuple(codes.shape)}")
+        if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+            raise ValueError(f"codes must be integers, got {codes.dtype}")
         codes = codes.long()
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.vocab_size:
             raise ValueError(f"codes must lie in [0, {self.vocab_size}), got {int(codes.min())}..{int(codes.max())}")
         marks = codes.new_tensor([self.begin, self.end]).expand(len(codes), 2)
         return torch.cat([marks[:, :1], codes + self.offset, marks[:, 1:]], dim=1)
 
-    def join(self, parts: Sequence[Part], words: PreTrainedTokenizerBase) -> list[int]:
+    def join(self, parts: Sequence[Part], words: PreTrainedTokenizerBase, *, special: bool = False) -> list[int]:
         """Ids of texts and images in their order, with nothing between them.
 
         A text that reads like an image's token stays text, so that nobody can write an image into it.
@@ -94,6 +98,8 @@ class ImageVocabulary:
         Args:
             parts: Texts, and codes (N,) of images.
             words: The text tokenizer.
+            special: Whether texts may hold special tokens of the language model's own, such as its end of text or the
+                marks of a chat; otherwise they stay text, too. For texts of yours, not of users.
 
         Raises:
             ValueError: A part is neither, or codes are no image's.
@@ -105,7 +111,15 @@ class ImageVocabulary:
             if not isinstance(part, str):
                 found += self.ids(torch.as_tensor(part)[None])[0].tolist()
             else:
-                found += words(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+                found += self._said_in(part, words, special=special)
+        return found
+
+    def _said_in(self, text: str, words: PreTrainedTokenizerBase, *, special: bool) -> list[int]:
+        marks = [re.escape(str(words.convert_ids_to_tokens(each))) for each in (self.begin, self.end)]
+        found: list[int] = []
+        for number, piece in enumerate(re.split(f"({'|'.join(marks)}|<code_[0-9]+>)", text) if special else [text]):
+            spelt = number % 2 == 1 or not special  # it reads like an image's
+            found += words(piece, add_special_tokens=False, split_special_tokens=spelt)["input_ids"] if piece else []
         return found
 
     def split(self, ids: Sequence[int] | Tensor, words: PreTrainedTokenizerBase) -> list[Part]:
@@ -149,11 +163,16 @@ class ImageVocabulary:
 
 
 def make_room(
-    model: PreTrainedModel, vocabulary: ImageVocabulary, *, generator: torch.Generator, codebook: Tensor | None = None
+    model: PreTrainedModel,
+    vocabulary: ImageVocabulary,
+    *,
+    generator: torch.Generator,
+    codebook: Tensor | None = None,
+    learnt: bool | None = None,
 ) -> None:
-    """Give a language model rows for an image's ids, in place.
+    """Give a language model rows for an image's ids, in place; a model that has them already is left as it is.
 
-    Rows of ids that the tokenizer had before, or that a model has learnt, are left as they are.
+    What it has is noted in ``model.config.image_vocabulary``, which its ``save_pretrained`` keeps.
 
     New rows are drawn with the mean and the spread of the model's own, in its embedding and its head. With a codebook
     the rows of codes are a random projection of it instead, so that codes that look alike begin alike.
@@ -163,32 +182,50 @@ def make_room(
         vocabulary: Of its tokenizer.
         generator: On the CPU, the only randomness.
         codebook: (V, d), for instance a quantizer's `Quantizer.codes_to_embeddings` of all codes.
+        learnt: Whether the model has learnt images before; by default what its config says.
 
     Raises:
-        ValueError: A codebook of another size.
+        ValueError: A codebook of another size, or nobody says whether images were learnt: the tokenizer has had these
+            ids before, the model has rows for them, and its config says nothing.
     """
     if codebook is not None and (codebook.ndim != 2 or len(codebook) != vocabulary.vocab_size):
         raise ValueError(f"the codebook must be ({vocabulary.vocab_size}, d), got {tuple(codebook.shape)}")
-    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
-    known = min(vocabulary.known, tables[0].weight.shape[0])
-    if tables[0].weight.shape[0] < vocabulary.size:  # some models have spare rows
-        known = min(known, vocabulary.offset)  # it cannot have learnt images
+    note = [vocabulary.begin, vocabulary.end, vocabulary.offset, vocabulary.vocab_size]
+    if learnt is None:
+        learnt = _has_learnt(model, vocabulary, note)
+    if learnt:
+        return
+    if len(model.get_input_embeddings().weight) < vocabulary.size:  # some models have spare rows
         model.resize_token_embeddings(vocabulary.size, mean_resizing=False)
-        tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     weights = {id(table.weight): table.weight for table in tables if table is not None}
     for weight in weights.values():
-        _fill(weight, known, vocabulary, codebook, generator)
+        _fill(weight, vocabulary, codebook, generator)
+    setattr(model.config, _LEARNT, note)
+
+
+def _has_learnt(model: PreTrainedModel, vocabulary: ImageVocabulary, note: list[int]) -> bool:
+    noted = getattr(model.config, _LEARNT, None)
+    if noted is not None and list(noted) != note:
+        raise ValueError(f"the model has rows for images of other ids ({list(noted)}, and not {note})")
+    new = vocabulary.known <= vocabulary.offset or len(model.get_input_embeddings().weight) < vocabulary.size
+    if noted is None and not new:
+        raise ValueError(
+            "the tokenizer has had images' ids before, and the model may have learnt them: say learnt=True to leave "
+            "its rows as they are, or learnt=False to make them anew"
+        )
+    return noted is not None
 
 
 @torch.no_grad()
-def _fill(
-    weight: Tensor, known: int, vocabulary: ImageVocabulary, codebook: Tensor | None, generator: torch.Generator
-) -> None:
-    own = weight[:known].float()
+def _fill(weight: Tensor, vocabulary: ImageVocabulary, codebook: Tensor | None, generator: torch.Generator) -> None:
+    own = weight[: min(vocabulary.begin, vocabulary.end, vocabulary.offset)].float()  # of words
     ids = torch.tensor(
         [vocabulary.begin, vocabulary.end, *range(vocabulary.offset, vocabulary.offset + vocabulary.vocab_size)]
     )
     rows = torch.randn(len(ids), weight.shape[1], generator=generator)
+    # A mark that a vision-language model had is its own; of a tokenizer that was saved only places tell.
+    known = vocabulary.known if vocabulary.known <= vocabulary.offset else vocabulary.offset - 2
     if codebook is not None:
         table = codebook.detach().float().cpu()
         table = (table - table.mean(0)) / table.std(0).clamp(min=1e-6)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -159,6 +160,7 @@ class LaytonGenPipeline:
         if self.transformer.config.get("int8") and dtype not in (None, torch.float32):
             raise ValueError(f"an int8 transformer is saved as it is: give no dtype, got {dtype}")
         self.tokenizer.save_pretrained(root, dtype=dtype)
+        shutil.rmtree(root / JUDGE_PART, ignore_errors=True)  # of another that lay here
         if self.judge is not None:
             self.judge.save_pretrained(root / JUDGE_PART, dtype=dtype)
         parts = Generator(self.transformer, self.text_encoder, self.card, self.planner)
@@ -363,6 +365,7 @@ class LaytonGenPipeline:
     @torch.no_grad()
     def _encode(self, prompts: Sequence[str]) -> TextFeatures:
         """Text features as in training, where an empty caption is the transformer's own "none"."""
+        prompts = [prompt.strip() for prompt in prompts]  # a blank one is none
         text = self.text_encoder.encode(prompts)
         untold = torch.tensor([not prompt for prompt in prompts], device=text.mask.device)
         return replace(text, features=self.transformer.drop_condition(text.features, untold))

@@ -54,7 +54,8 @@ class CodeDecoder(nn.Module, ABC):
     Attributes:
         steps: Step counts that can be asked for; None means any.
         default_steps: What is used when none is asked for.
-        needs_ldm: Whether it decodes through a latent diffusion model, of which each decoder has its own copy: with a
+        needs_ldm: Whether it decodes through a latent diffusion model, of which every decoder holds a copy: load those
+            that you need (``decoders=[...]``).
         needs: Names of the decoders beside it whose files it builds on; none when its own files are all it needs.
     """
 

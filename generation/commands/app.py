@@ -185,6 +185,10 @@ def _by_diffusion(name: str, folder: Path, *, device: str | None, allow: list[st
     return paint
 
 
+def _path_of(upload: Any) -> str | None:
+    return None if upload is None else str(upload.path)
+
+
 def build_page(studio: Studio) -> Any:
     """The page: one tab for each thing that the studio can do."""
     import gradio
@@ -200,20 +204,13 @@ def build_page(studio: Studio) -> Any:
 
         return call
 
-    class Picture(gradio.Image):
-        """gradio's own would decode it, with no limits, and save it anew without alpha, depth and profile."""
-
-        is_template = True  # the page shows it as what it derives from
-
-        def preprocess(self, payload: Any) -> Any:
-            return None if payload is None else payload.path
-
     decoders = sorted(studio.tokenizer.decoders)
     with gradio.Blocks(title="layton", analytics_enabled=False, delete_cache=(_KEPT_FOR, _KEPT_FOR)) as page:
         gradio.Markdown(f"# layton\n`{studio.name}`: a picture is {studio.tokenizer.num_tokens} tokens.")
         with gradio.Tab("Reconstruct"):
             with gradio.Row():
-                given = Picture(type="filepath", sources=["upload", "clipboard"], label="picture")
+                given = gradio.Image(type="filepath", sources=["upload", "clipboard"], label="picture")
+                given.preprocess = _path_of  # gradio's would decode it, with no limits, and lose alpha and depth
                 made = gradio.Image(type="pil", format="png", label="from its tokens")
             decoder = gradio.Dropdown(decoders, value=studio.tokenizer.default_decoder, label="decoder")
             steps = gradio.Slider(0, 50, value=0, step=1, label="steps (0: the decoder's own number)")

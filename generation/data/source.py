@@ -70,7 +70,7 @@ class TokenShards(SampleSource):
         in_memory: Keep the codes in memory, in every process; otherwise they are read from disk one by one, and memory
             holds keys, captions and some 24 bytes a sample.
         verify: Compare the shards' digests with the manifest's first, which reads all of them, cached text included;
-            once, as long as their sizes and times of change stay the same.
+            once, as long as their sizes and times of change stay the same, and by one of several processes.
 
     Raises:
         ValueError: If the folder is no finished token dataset, is damaged, or holds nothing of the split.
@@ -288,6 +288,8 @@ def _read_all(paths: Sequence[Path], wanted: Callable[[str], bool], length: int 
     headers: list[TokenHeader] = []
     count = 0
     for number, path in enumerate(paths):
+        if length is not None and count == length:
+            break
         header, shard = read_shard(path, with_text=False)
         headers.append(header)
         if header != headers[0]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,12 +32,15 @@ from layton.data.geometry import FitPolicy, Geometry
 from layton.data.images import DEFAULT_LIMITS
 from layton.data.texts import key_digests
 from layton.folder import told_of_runs, write_atomically
+from layton.lock import FolderInUseError, lock_folder
 from layton.tokenizer import EncodedImages
 
 FORMAT = "layton tokens 1"
 DRAWN_RIGHT, DRAWN_WRONG = "drawn, right", "drawn, wrong"  # policies of images that a generator drew
 PLAN_NAME, MANIFEST_NAME = "plan.json", "manifest.json"
 WHOLE_NAME = ".whole.json"  # what shards looked like when they were found to be what was written
+_SEAL = "sha256"  # in a manifest, of all else in it
+_COUNTS = {"inputs", "samples", "skipped"}
 _UINT16_CODES = 2**16
 Precision = Literal["fp32", "bf16"]
 
@@ -217,6 +220,16 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
+def write_manifest(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write ``manifest.json``, the last file of a dataset, which with it is finished; it says its own digest."""
+    write_json(folder / MANIFEST_NAME, {**values, _SEAL: _seal(values)})
+
+
+def _seal(values: Mapping[str, Any]) -> str:
+    own = {name: value for name, value in values.items() if name != _SEAL}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of this format.
 
@@ -260,7 +273,12 @@ def _manifest(folder: Path) -> dict[str, Any]:
         begun = (folder / PLAN_NAME).is_file()
         told = "an unfinished token dataset: run it again" if begun else f"no tokens{told_of_runs(folder)}"
         raise ValueError(f"{folder} holds {told}")
-    return read_json(folder / MANIFEST_NAME)
+    values = read_json(folder / MANIFEST_NAME)
+    counts = values.get("counts")
+    whole = isinstance(counts, dict) and set(counts) >= _COUNTS  # of older ones nobody has said the digest
+    if not whole or values.get(_SEAL, _seal(values)) != _seal(values):
+        raise ValueError(f"{folder / MANIFEST_NAME} is damaged: it is not what was written")
+    return values
 
 
 def _listed(manifest: Mapping[str, Any], folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
@@ -287,14 +305,24 @@ def require_whole(folder: Path) -> None:
     listed = _listed(_manifest(folder), folder)
     seen = {name: [(folder / name).stat().st_size, (folder / name).stat().st_mtime_ns] for name, _ in listed}
     stamp = {"format": FORMAT, "manifest": sha256_of(folder / MANIFEST_NAME), "seen": seen}
-    with suppress(ValueError):
-        if (folder / WHOLE_NAME).is_file() and read_json(folder / WHOLE_NAME) == stamp:
+    if _found_whole(folder, stamp):
+        return
+    with ExitStack() as stack:
+        with suppress(OSError, FolderInUseError):  # of several processes one reads, where the folder can be written to
+            stack.enter_context(lock_folder(folder, wait=True))
+        if _found_whole(folder, stamp):
             return
-    for name, entry in listed:
-        if sha256_of(folder / name) != entry["sha256"]:
-            raise ValueError(f"{folder / name} is not what was written (sha256): `layton data verify {folder}`")
-    with suppress(OSError):  # a folder that may only be read is read again
-        write_json(folder / WHOLE_NAME, stamp)
+        for name, entry in listed:
+            if sha256_of(folder / name) != entry["sha256"]:
+                raise ValueError(f"{folder / name} is not what was written (sha256): `layton data verify {folder}`")
+        with suppress(OSError):
+            write_json(folder / WHOLE_NAME, stamp)
+
+
+def _found_whole(folder: Path, stamp: Mapping[str, Any]) -> bool:
+    with suppress(ValueError):
+        return (folder / WHOLE_NAME).is_file() and read_json(folder / WHOLE_NAME) == stamp
+    return False
 
 
 def verify(folder: Path) -> list[str]:

@@ -25,6 +25,7 @@ from generation.data.token_shards import (
     sha256_of,
     shard_name,
     write_json,
+    write_manifest,
     write_shard,
 )
 from generation.text.encoders import TextEncoder
@@ -196,13 +197,16 @@ class ShardWriter:
         start = number * job.shard_size
         indices = range(start, min(start + job.shard_size, len(job.source)))
         path = self.out / shard_name(number)
-        shard = _finished(path, self.header, len(indices), sha256=self._written.get(path.name))
+        digest = sha256_of(path) if path.is_file() else ""
+        whole = digest and self._written.get(path.name, digest) == digest
+        shard = _finished(path, self.header, len(indices)) if whole else None
         reused, cut = shard is not None, 0
         if shard is None:
             shard, cut = _make(job, indices, _Loader(job, on_begin, passed_over or {}), on_progress)
             write_shard(path, self.header, shard)
+            digest = sha256_of(path)
         bare = sum(not caption for caption in shard.captions)
-        return ShardResult(number, len(shard), tuple(shard.skipped), sha256_of(path), reused, cut, bare)
+        return ShardResult(number, len(shard), tuple(shard.skipped), digest, reused, cut, bare)
 
     def try_alone(self, index: int | None) -> None:
         """Read and encode one input, or a blank image, and keep nothing of it: to find the one that fails."""
@@ -270,7 +274,7 @@ def _finish(out: Path, plan: dict[str, Any], found: Sequence[ShardResult], missi
     ]
     samples = sum(result.samples for result in found)
     counts = {"inputs": samples + len(skipped), "samples": samples, "skipped": len(skipped)}
-    write_json(out / MANIFEST_NAME, {**plan, "shards": entries, "counts": counts, "skipped": skipped})
+    write_manifest(out, {**plan, "shards": entries, "counts": counts, "skipped": skipped})
     return TokenizeReport(
         counts["inputs"],
         samples,
@@ -320,12 +324,10 @@ def _hashes(out: Path) -> dict[str, str]:
         return {}
 
 
-def _finished(path: Path, header: TokenHeader, inputs: int, *, sha256: str | None) -> TokenShard | None:
-    """A shard that is there and whole; a damaged one is made again, also if only its hash tells."""
-    if not path.is_file() or sha256 not in (None, sha256_of(path)):
-        return None
+def _finished(path: Path, header: TokenHeader, inputs: int) -> TokenShard | None:
+    """A shard that is there, without its text features; a damaged one is made again."""
     try:
-        found, shard = read_shard(path)
+        found, shard = read_shard(path, with_text=False)
     except ValueError:
         return None
     return shard if found == header and len(shard) + len(shard.skipped) == inputs else None
@@ -399,7 +401,13 @@ def _encode_captions(encoder: TextEncoder, captions: Sequence[str], batch_size: 
     cut = 0
     for batch in batched(captions, batch_size):
         result = encoder.encode(batch)
-        rows.append(result.features[result.mask].half().cpu())
+        half = result.features[result.mask].half().cpu()
+        if not bool(torch.isfinite(half).all()):
+            raise ValueError(
+                f"the text encoder {encoder.name} gives features that are not finite in half precision, in which "
+                f"shards keep them, of captions such as {batch[0][:60]!r}: leave text_encoder out here"
+            )
+        rows.append(half)
         lengths.append(result.mask.sum(1).cpu())
         cut += len(result.cut)
     return torch.cat(rows), torch.cat(lengths).cumsum(0), cut

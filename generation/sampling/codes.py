@@ -163,7 +163,7 @@ def plain_where_sure(logits: Tensor, plain: Tensor, options: SamplingOptions) ->
     if options.min_entropy == 0.0 or options.greedy:
         return logits
     sure = entropy(plain.float()) < options.min_entropy
-    return torch.where(sure[:, None], plain * options.temperature, logits)
+    return torch.where(sure[:, None], plain * max(options.temperature, _COLDEST), logits)
 
 
 def uniform_noise(generators: Sequence[torch.Generator], count: int) -> Tensor:

@@ -120,6 +120,7 @@ def _checked_known(known: Tensor, model: LaytonGenTransformer, *, batch: int) ->
         raise ValueError(f"known codes must be ({batch}, {model.num_tokens}), got {tuple(known.shape)}")
     if known.is_floating_point() or known.dtype == torch.bool:
         raise ValueError(f"known codes must be integers, got {known.dtype}")
+    known = known.long()  # torch finds no extremes of uint16, in which shards hold codes
     if known.numel() and (int(known.min()) < FREE or int(known.max()) >= vocab_size):
         raise ValueError(
             f"known codes must be {FREE} or in [0, {vocab_size}), got {int(known.min())}..{int(known.max())}"

@@ -16,12 +16,11 @@ from generation.data.token_shards import (
     DRAWN_RIGHT,
     DRAWN_WRONG,
     FORMAT,
-    MANIFEST_NAME,
     TokenHeader,
     TokenShard,
     sha256_of,
     shard_name,
-    write_json,
+    write_manifest,
     write_shard,
 )
 from generation.pipeline import LaytonGenPipeline
@@ -128,4 +127,4 @@ def _write(
     entry = {"file": path.name, "samples": len(shard), "skipped": 0, "sha256": sha256_of(path)}
     counts = {"inputs": len(shard), "samples": len(shard), "skipped": 0}
     about = {"format": FORMAT, "header": asdict(header), "source": header.policy, "made_by": dict(made_by)}
-    write_json(folder / MANIFEST_NAME, {**about, "shards": [entry], "counts": counts, "skipped": []})
+    write_manifest(folder, {**about, "shards": [entry], "counts": counts, "skipped": []})

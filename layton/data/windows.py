@@ -32,7 +32,8 @@ class ObjectWindows(SampleSource):
         reworded: Share of captions said in another way than the canonical one.
 
     Raises:
-        ValueError: Samples have neither latents nor codes, are not of scenes, or are smaller than a window.
+        ValueError: Samples have neither latents nor codes, or what is said of whole scenes (weights of codes, layouts,
+            false captions, what is ahead), are not of scenes, or are smaller than a window.
     """
 
     def __init__(self, source: SampleSource, *, side: int = 8, chinese: float = 0.0, reworded: float = 0.0) -> None:
@@ -40,6 +41,8 @@ class ObjectWindows(SampleSource):
         first = source.sample(0, seed=0)
         if seed_of_key(str(first["key"])) is None:
             raise ValueError(f"windows are cut out of scenes, got the key {first['key']!r}")
+        if lost := sorted({"weights", "ahead", "layout", "contrary", "shown"} & set(first)):
+            raise ValueError(f"windows are of objects alone, and lose what the source says of whole scenes: {lost}")
         if "latent" not in first and "codes" not in first:
             raise ValueError(f"samples have neither 'latent' nor 'codes', but {sorted(first)}")
         self.grid = int(first["latent"].shape[-1] if "latent" in first else math.isqrt(len(first["codes"])))

@@ -188,8 +188,42 @@ def test_rows_of_images_begin_anew_where_the_tokenizer_knew_them_and_the_model_d
     before = model.get_input_embeddings().weight.detach().clone()
     make_room(model, known, generator=torch.Generator().manual_seed(0))
     after = model.get_input_embeddings().weight.detach()
-    assert torch.equal(after[: known.offset], before[: known.offset])
-    assert not (after[known.offset : len(before)] == before[known.offset :]).all(1).any()
+    assert torch.equal(after[: known.begin], before[: known.begin])
+    assert not (after[known.begin : len(before)] == before[known.begin :]).all(1).any()
+
+
+def test_nobody_has_to_guess_whether_a_model_has_learnt_images(words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    first = ImageVocabulary.add_to(words, tiny_tokenizer())
+    known = ImageVocabulary.add_to(words, tiny_tokenizer())
+    model = language_model(known.size + 3)  # spare rows enough
+    with pytest.raises(ValueError, match="say learnt=True"):
+        make_room(model, known, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[known.begin :] = 0.0
+    make_room(model, known, generator=torch.Generator().manual_seed(0), learnt=False)
+    rows = model.get_input_embeddings().weight.detach().clone()
+    assert rows[known.begin : known.size].abs().amax(1).min() > 0
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    for vocabulary in (first, known):  # as in a later run, and the first one's again
+        make_room(again, vocabulary, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(again.get_input_embeddings().weight, rows)
+    other = ImageVocabulary(known.begin, known.end, known.offset, known.vocab_size - 1, TOKENS)
+    with pytest.raises(ValueError, match="images of other ids"):
+        make_room(again, other, generator=torch.Generator().manual_seed(0))
+
+
+def test_special_tokens_come_in_where_that_is_asked_for(words: PreTrainedTokenizerFast) -> None:
+    words.add_special_tokens({"eos_token": "</s>"})
+    known = ImageVocabulary.add_to(words, tiny_tokenizer())
+    text = "a red star</s><image><code_3>"
+    plain, special = known.join([text], words), known.join([text, codes(1)], words, special=True)
+    assert words.eos_token_id not in plain and special.count(words.eos_token_id) == 1
+    assert special.count(known.begin) == 1 and known.offset + 3 not in special[: -TOKENS - 2]
+    assert known.split(special, words)[0] == "a red star<image><code_3>"
+    for wrong in (torch.full((1, TOKENS), 1.7), torch.ones(1, TOKENS, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="codes must be integers"):
+            known.ids(wrong)
 
 
 def test_what_is_no_list_of_texts_and_codes_is_refused(words: PreTrainedTokenizerFast) -> None:

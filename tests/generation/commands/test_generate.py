@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -15,7 +15,6 @@ from generation.commands.generate import picture_name
 from generation.generator import save_generator
 from generation.pipeline import LaytonGenPipeline, PromptCutWarning
 from layton.cli import main
-from layton.encoder import ViTEncoder
 
 
 @pytest.fixture(scope="module")
@@ -120,29 +119,28 @@ def test_a_cut_prompt_is_told_once_however_many_images(model: str, tmp_path: Pat
     assert len([warning for warning in told if warning.category is PromptCutWarning]) == 1
 
 
-class OwnEncoder(ViTEncoder):
-    """A part of the user's own."""
-
-
 def test_parts_of_ones_own_load_when_they_are_allowed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = ModuleType("own_parts")
-    module.OwnEncoder = OwnEncoder  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "own_parts", module)
-    monkeypatch.setattr(OwnEncoder, "__module__", "own_parts")
+    (tmp_path / "own_parts.py").write_text(
+        "from layton.encoder import ViTEncoder\n\n\nclass OwnEncoder(ViTEncoder):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
     tokenizer, folder = tiny_tokenizer(), tmp_path / "own"
-    tokenizer.encoder.__class__ = OwnEncoder
+    tokenizer.encoder.__class__ = importlib.import_module("own_parts").OwnEncoder
     tokenizer.save_pretrained(folder)
     save_generator(folder / "laytongen", tiny_generator(tokenizer))
+    monkeypatch.delitem(sys.modules, "own_parts")  # as in another process, which has not imported it
     with pytest.raises(ValueError, match=r"'own_parts\.OwnEncoder' is not allowed"):
         LaytonGenPipeline.from_pretrained(folder)
+    assert "own_parts" not in sys.modules
     pipe = LaytonGenPipeline.from_pretrained(folder, allow=["own_parts."])
     images = torch.zeros(1, 3, 32, 32)
     assert pipe.tokenizer.encode(images).equal(tiny_tokenizer().encode(images))
     words = ["generate", "a", "--model", str(folder), "--out", str(tmp_path / "out")]
     tokenize = ["tokenize", "scenes", "--count", "2", "--tokenizer", str(folder), "--out", str(tmp_path / "t")]
     for command in (words, tokenize):
+        monkeypatch.delitem(sys.modules, "own_parts")
         assert main(command) == 1
         assert "is not allowed" in capsys.readouterr().err
         assert main([*command, "--allow=own_parts."]) == 0

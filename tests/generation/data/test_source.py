@@ -172,6 +172,17 @@ def test_scenes_are_kept_by_their_backgrounds(folder: str) -> None:
     assert list(TokenShards(folder, textures=["checks", "noise"], length=1).keys) == rough[:1]
     with pytest.raises(ValueError, match="holds no samples"):
         TokenShards(folder, textures=["plain"])
+
+
+def test_no_shard_is_read_that_is_not_needed(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(
+        "generation.data.source.read_shard", lambda path, **options: (read.append(path), read_shard(path, **options))[1]
+    )
+    assert len(TokenShards(folder, length=1)) == 1 and len(read) == 1
+
+
+def test_backgrounds_that_there_are_not_are_refused(folder: str) -> None:
     with pytest.raises(ValueError, match="textures"):
         TokenShards(folder, textures=[])
 

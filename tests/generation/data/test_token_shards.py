@@ -20,13 +20,16 @@ from generation.data.token_shards import (
     TokenShard,
     read_json,
     read_shard,
+    sha256_of,
     shard_files,
     shard_name,
     verify,
     write_json,
+    write_manifest,
     write_shard,
 )
 from generation.data.tokenizing import ShardResult, ShardWriter, TokenizeJob, tokenize_dataset
+from generation.text.encoders import TransformersTextEncoder
 from layton.data.folder import ImageFolderSource
 from layton.data.geometry import Geometry
 from layton.data.shards import ShardSource
@@ -209,11 +212,50 @@ def test_all_faults_are_listed_repeated_keys_beside_damage(tokenizer: LaytonToke
     entries = values["shards"]
     third.write_bytes(first.read_bytes())
     entries[2] = {**entries[2], **{name: entries[0][name] for name in ("sha256", "samples", "skipped")}}
-    write_json(tmp_path / MANIFEST_NAME, values)
+    write_manifest(tmp_path, values)
     second.write_bytes(second.read_bytes()[:-9])
     faults = verify(tmp_path)
     assert sum(f"is in {first.name} too" in fault for fault in faults) == entries[0]["samples"]
     assert any(fault.startswith(f"{second.name}: its bytes are not") for fault in faults)
+
+
+def test_no_byte_of_the_manifest_can_change_unseen(tokenizer: LaytonTokenizer, tmp_path: Path) -> None:
+    tokenize_dataset(scenes_job(tokenizer, count=4), tmp_path)
+    path = tmp_path / MANIFEST_NAME
+    content, name = path.read_bytes(), b'\n "sha256": "'
+    seal = content.index(name)  # whose own name says that there is one; older manifests have none
+    assert verify(tmp_path) == []
+    for place in range(len(content)):
+        if not seal <= place < seal + len(name) and content[place : place + 1].strip():
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            with pytest.raises(ValueError, match=r"manifest\.json"):
+                verify(tmp_path)
+
+
+def test_features_too_large_for_half_precision_are_refused(
+    tokenizer: LaytonTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = scenes_job(tokenizer, count=4, text=True)
+    small = TransformersTextEncoder._features
+    monkeypatch.setattr(TransformersTextEncoder, "_features", lambda *given: small(*given) * 1e6)
+    with pytest.raises(ValueError, match="not finite in half precision"):
+        tokenize_dataset(job, tmp_path)
+
+
+def test_a_resume_reads_no_text_features_and_each_file_once(
+    tokenizer: LaytonTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, read = scenes_job(tokenizer, text=True), []
+    tokenize_dataset(job, tmp_path)
+    monkeypatch.setattr(
+        "generation.data.tokenizing.sha256_of", lambda path: (read.append(path.name), sha256_of(path))[1]
+    )
+    monkeypatch.setattr(
+        "generation.data.tokenizing.read_shard",
+        lambda path, *, with_text: (read.append(with_text), read_shard(path, with_text=with_text))[1],
+    )
+    assert tokenize_dataset(job, tmp_path).reused == 3
+    assert read == [part for number in range(3) for part in (shard_name(number), False)]
 
 
 def test_broken_images_are_passed_over_and_named(tokenizer: LaytonTokenizer, tmp_path: Path) -> None:
@@ -263,6 +305,7 @@ def test_datasets_that_name_no_precision_are_of_fp32(tokenizer: LaytonTokenizer,
     for name in (PLAN_NAME, MANIFEST_NAME):
         values = read_json(tmp_path / name)
         del values["header"]["precision"]
+        values.pop("sha256", None)  # nor do they say a digest
         write_json(tmp_path / name, values)
     assert verify(tmp_path) == []
     assert tokenize_dataset(scenes_job(tokenizer, count=4), tmp_path).reused == 1

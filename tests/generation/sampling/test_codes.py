@@ -13,6 +13,7 @@ from generation.sampling.codes import (
     GREEDY,
     NoiseAhead,
     SamplingOptions,
+    _candidates,
     plain_where_sure,
     sample_codes,
     seeded_generators,
@@ -205,6 +206,15 @@ def test_known_codes_stay_and_the_rest_follows_them() -> None:
     third = generate_codes(model, features, sampling=GREEDY, known=other)
     assert torch.equal(third[:, 4], other[:, 4])
     assert torch.equal(generate_codes(model, features, known=first), first)  # nothing is free
+    assert torch.equal(generate_codes(model, features, known=first.to(torch.uint16)), first)  # as shards hold codes
+
+
+def test_the_surest_codes_stay_sure_at_the_coldest_temperatures() -> None:
+    logits = torch.tensor([[50.0, 0.0, 0.0, 0.0]])
+    for temperature in (0.5, 1e-20, 1e-38):
+        options = SamplingOptions(temperature=temperature, min_entropy=1.0)
+        scores, _ = _candidates(plain_where_sure(logits, logits, options), options)
+        assert scores.softmax(-1)[0, 0] > 0.999
 
 
 def test_progress_is_told_and_short_and_empty_requests_work() -> None:

@@ -97,3 +97,12 @@ def test_wrong_latents_are_refused():
         ObjectWindows(Latents(grid=4), side=8)
     with pytest.raises(ValueError, match="photos-0001"):
         ObjectWindows(Latents(key="photos-0001"), side=4)
+
+
+def test_what_is_said_of_whole_scenes_is_not_lost_unseen():
+    class Weighed(Latents):
+        def sample(self, index, *, seed):
+            return {**super().sample(index, seed=seed), "weights": torch.ones(4)}
+
+    with pytest.raises(ValueError, match=r"lose what the source says of whole scenes: \['weights'\]"):
+        ObjectWindows(Weighed(), side=4)
