@@ -100,7 +100,7 @@ class TextEncoder(nn.Module, ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """16 hex digits that differ when any prompt may have other features (weights count as float16)."""
+        """16 hex digits that tell it from other encoders (weights count as float16)."""
 
     @abstractmethod
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -218,7 +218,7 @@ class TransformersTextEncoder(TextEncoder):
         return ids, mask, tuple(cut)
 
     def fingerprint(self) -> str:
-        """See `TextEncoder.fingerprint`."""
+        """See `TextEncoder.fingerprint`; of kind, length, padding, vocabulary, cleaning and weights."""
         vocabulary = sorted(self.tokenizer.get_vocab().items())
         facts = [type(self.model).__name__, self.max_length, self.padding, vocabulary]
         if self.cleaning != "none":
