@@ -78,6 +78,7 @@ def evaluate_generation(
     )
     if images.count < max(2, num_ranks()):
         raise UsageError(f"two sets are compared: at least two images are needed, got {images.count}")
+    require_captions(images)  # before hours of drawing
     loaded = load_drawer(drawer, sampling)
     facts = {"dataset": images.name, "split": split, "preprocessing": images.preprocessing, "size": size}
     with progress(images.count, "draw") as bar:
@@ -95,6 +96,21 @@ def evaluate_generation(
     images.tell_share()
     if json is not None:
         write_json(json, report.to_dict())
+
+
+def require_captions(images: EvaluationImages) -> None:
+    """Refuse stored images of which one has no caption.
+
+    Raises:
+        ValueError: With the first one.
+    """
+    from layton.data.sources import StoredSource
+
+    source = images.source
+    if isinstance(source, StoredSource):
+        bare = next((index for index in range(images.count) if not source.told(index)), None)
+        if bare is not None:
+            raise ValueError(f"{source.keys[bare]} has no caption to draw from")
 
 
 def captioned(images: EvaluationImages) -> Iterator[tuple[Tensor, list[str]]]:

@@ -98,6 +98,10 @@ class ImageFolderSource(StoredSource):
         image = load_image(self.folder / self._files.at(row), limits=self.limits)
         return StoredImage(image, self._caption(row), self._keys.at(index))
 
+    def told(self, index: int) -> str:
+        """See `StoredSource.told`."""
+        return self._caption(self._keys.row(index))
+
     def _caption(self, row: int) -> str:
         name = self._files.at(row)
         if self.classes:

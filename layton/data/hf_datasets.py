@@ -81,6 +81,7 @@ class HFDatasetSource(StoredSource):
         if names is not None and len(np.unique(key_digests(names))) < len(names):
             raise ValueError(f"{places[0]}: the column {ids!r} names some images alike")
         self._table = _undecoded(table.select_columns(wanted), image)
+        self._captions = None if caption is None else table.select_columns([caption])
         self._keys = _RowKeys(name, len(table), names, self.split)
         if not len(self._keys):
             raise ValueError(f"{told_split(split)}{places[0]} holds no images")
@@ -110,6 +111,12 @@ class HFDatasetSource(StoredSource):
             raise ImageError(f"{key}: {len(content)} bytes, more than the {self.limits.max_bytes} allowed")
         caption = "" if self._caption is None else self._said(row[self._caption])
         return StoredImage(load_image(content, name=key, limits=self.limits), caption, key)
+
+    def told(self, index: int) -> str:
+        """See `StoredSource.told`."""
+        if self._captions is None:
+            return ""
+        return self._said(self._captions[self._keys.row(index)][self._caption])
 
     def _said(self, value: Any) -> str:
         if isinstance(value, list):

@@ -108,6 +108,11 @@ class ShardSource(StoredSource):
         image = load_image(self._files.read(shard, span), name=key, limits=self.limits)
         return StoredImage(image, self._caption(shard, row, key), key)
 
+    def told(self, index: int) -> str:
+        """See `StoredSource.told`."""
+        shard, row = self._locate(index)
+        return self._caption(shard, row, self._keys[index])
+
     def read_bytes(self, index: int) -> bytes:
         """The image file of a sample as it is stored.
 

@@ -121,6 +121,17 @@ class StoredSource(ImageSource):
         """
 
     @abstractmethod
+    def told(self, index: int) -> str:
+        """What is said of one image, which itself is not looked at: of a broken one, too.
+
+        Args:
+            index: In [0, len).
+
+        Raises:
+            ImageError: If that cannot be read.
+        """
+
+    @abstractmethod
     def load(self, index: int) -> StoredImage:
         """Read and decode one image.
 

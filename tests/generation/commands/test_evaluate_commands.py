@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from laytongen_parts import write_model
+from PIL import Image
 
 from layton.cli import main
+from layton.scenes import render, sample_scene
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +30,18 @@ def test_sceneval_of_laytongen(model: str, tmp_path: Path, capsys: pytest.Captur
     assert "not comparable with GenEval" in capsys.readouterr().out
     assert main([*words[:4], "--kind", "diffusion", "--top-k", "9"]) == 2  # a diffusion model has no top-k
     assert main([*words[:4], "--kind", "diffusion", "--min_entropy", "1"]) == 2
+
+
+def test_an_image_without_caption_is_found_before_anything_is_drawn(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("generation.commands.evaluate_generation.load_drawer", lambda *_: pytest.fail("it was loaded"))
+    for number in range(3):
+        Image.fromarray(render(sample_scene(number), 32)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("" if number == 2 else "a red star")
+    words = ["evaluate", "generation", "--data", str(tmp_path), "--split", "all", "--size", "32", "--model", model]
+    assert main(words) == 1
+    assert capsys.readouterr().err == f"layton: {tmp_path.name}/2 has no caption to draw from\n"
 
 
 def test_geneval_draws_and_sums_up(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ def make(folder, **options):
 def test_images_are_found_sorted_with_captions_beside_them(folder):
     data = make(folder)
     assert data.keys[:] == [*(f"pets/{i}" for i in range(5)), "pets/sub/cat"]
-    assert [data[i]["caption"] for i in range(3)] == ["", "one", ""]
+    assert [data[i]["caption"] for i in range(3)] == ["", "one", ""] == [data.told(i) for i in range(3)]
     assert data[5]["image"].shape == (3, 8, 8)
 
 
@@ -104,7 +104,7 @@ def test_files_stand_in_the_order_of_their_paths_and_take_little_memory(tmp_path
         "".join(f'{{"file_name": "{n}", "text": "{i}"}}\n' for i, n in enumerate(names[:6]))
     )
     listed = make(root)
-    assert [listed._caption(listed._keys.row(place)) for place in range(8)] == ["", *"450231", ""]
+    assert [listed.told(place) for place in range(8)] == ["", *"450231", ""]
     kept = (
         listed._files._content,
         listed._files._ends,

@@ -50,7 +50,7 @@ def test_saved_and_parquet_tables_are_the_same_images(tmp_path: Path) -> None:
     assert list(saved.keys) == list(copied.keys) == [f"toys/{row:09d}" for row in range(12)]
     for index in (0, 7):
         one, other = saved.load(index), copied.load(index)
-        assert one.caption == other.caption == f"scene {index}"
+        assert one.caption == other.caption == f"scene {index}" == saved.told(index)
         assert one.image.tobytes() == other.image.tobytes() == render(sample_scene(index), 40).tobytes()
     splits = [HFDatasetSource(str(tmp_path / "toys"), split=split) for split in ("train", "validation", "test")]
     assert [len(part) for part in splits] == [6, 3, 3]

@@ -28,7 +28,7 @@ def test_samples_come_with_caption_key_and_the_pixels_of_the_file(kit, shards):
     data = source(shards)
     assert len(data) == 20 and data.keys[13] == "toy-0001/010003"
     sample = data[13]
-    assert sample["key"] == "toy-0001/010003" and sample["caption"] == "a thing 010003"
+    assert sample["key"] == "toy-0001/010003" and sample["caption"] == "a thing 010003" == data.told(13)
     assert torch.equal(sample["image"], Fit(16)(load_image(kit.encode(kit.smooth_image(10003))), seed=0))
     assert data.read_bytes(13) == kit.encode(kit.smooth_image(10003))
     assert to_image(sample["image"]).size == (16, 16)
