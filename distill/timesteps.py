@@ -90,7 +90,10 @@ def uniform_flow_times(schedule: NoiseSchedule, num_steps: int) -> Tensor:
 def timesteps_from_config(
     schedule: NoiseSchedule, num_steps: int, config: Mapping[str, object], *, num_tokens: int | None = None
 ) -> Tensor:
-    """Evaluation times as a diffusers scheduler configuration asks for them.
+    """Evaluation times as a diffusers scheduler configuration asks for them, by the scheduler's ``set_timesteps(N)``.
+
+    Pipelines may hand over sigmas of their own: those of FLUX do, and without dynamic shifting (schnell) these are
+    ``timesteps(schedule, N, "trailing")``.
 
     Args:
         schedule: The schedule made from the same configuration.

@@ -48,6 +48,7 @@ _ALPHA = "--model.init_args.adapter.alpha"
 _RANK, _SHARE = "--model.init_args.adapter.rank", "--model.init_args.adapter_share"
 _PAIRS = "--pairs"
 _ROLES = ("train", "validation")
+_MODELS_PIPELINE = "--model.init_args.pipeline"
 _SHORT = ("--pipeline", "--prompts", "--images", "--pairs", "--max_steps")
 
 
@@ -110,7 +111,7 @@ def check_words(run_file: Path, words: Sequence[str]) -> None:
     """
     _require_known(_take_short(words)[1])
     place = Path(yaml.safe_load(run_file.read_text(encoding="utf-8"))["model"]["init_args"]["pipeline"])
-    named = ("--pipeline", "--model.init_args.pipeline", "--config")  # the last may be laid over it
+    named = ("--pipeline", _MODELS_PIPELINE, "--config")  # the last may be laid over it
     if not place.is_dir() and not any(word.partition("=")[0] in named for word in words):
         raise UsageError(f"no teacher at {place}: name one by --pipeline FOLDER (the embedded one is mini)")
 
@@ -230,12 +231,13 @@ def _unguided(value: Any) -> Any:
 
 
 def _value_of(option: str, words: Sequence[str]) -> str | None:
-    """The value of an option in words that Lightning's command line will read."""
+    """The value of an option in words that Lightning's command line will read, of which the last one counts."""
+    found = None
     for number, word in enumerate(words):
         name, equals, value = word.partition("=")
         if name == option:
-            return value if equals else next(iter(words[number + 1 :]), None)
-    return None
+            found = value if equals else next(iter(words[number + 1 :]), None)
+    return found
 
 
 def _number(option: str, value: str) -> int:
@@ -251,6 +253,7 @@ def _take_short(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     while waiting:
         name, equals, value = waiting[0].partition("=")
         name = name.replace("-", "_").replace("__", "--", 1)  # as other commands, it takes --max-steps as well
+        name = "--pipeline" if name == _MODELS_PIPELINE else name  # what else comes from that folder moves, too
         if name not in _SHORT:
             rest.append(waiting.pop(0))
             continue

@@ -6,6 +6,7 @@ Samples hold "caption" and "key". Order, epochs, mixing and resume are those of 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,13 @@ class PromptFile(SampleSource):
     def __len__(self) -> int:
         """Number of prompts."""
         return len(self._prompts)
+
+    def said(self) -> str:
+        """See `SampleSource.said`."""
+        total = hashlib.sha256()
+        for number, text in self._prompts:
+            total.update(f"{number} {text}\n".encode())
+        return total.hexdigest()[:16]
 
     def sample(self, index: int, *, seed: int) -> Mapping[str, Any]:
         """One prompt; the seed has no influence. See `SampleSource.sample`."""

@@ -43,6 +43,10 @@ class SampleSource(Dataset[Any], ABC):
             seed: Decides augmentation and every other choice; in [0, 2^63).
         """
 
+    def said(self) -> str:
+        """Hex digits over all that it says, of a source that can tell cheaply; empty for others."""
+        return ""
+
     def inner(self) -> Sequence[SampleSource]:
         """The sources that this one is made of; none for most."""
         return ()

@@ -234,8 +234,8 @@ def lora_config(path: Path) -> tuple[str, dict[str, Any]]:
 def student_pipeline(teacher: Path, export: Path, folder: Path) -> Path:
     """A pipeline folder like the teacher's with a student in place of its network: the teacher of a next student.
 
-    A student that became a flow gets a flow scheduler, by which it is known for one. Files that stay the same are
-    hard links where the disk allows it, so that they take no space twice.
+    A student that became a flow gets a flow scheduler, by which it is known for one. Weights that stay the same are
+    hard links where the disk allows it, so that they take no space twice; all else is copied.
 
     Args:
         teacher: Diffusers pipeline folder.
@@ -256,13 +256,19 @@ def student_pipeline(teacher: Path, export: Path, folder: Path) -> Path:
     part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.part")
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        shutil.copytree(teacher, part, ignore=shutil.ignore_patterns(name), copy_function=_link)
+        index = json.loads((teacher / _INDEX).read_text(encoding="utf-8"))
+        part.mkdir()
+        shutil.copyfile(teacher / _INDEX, part / _INDEX)
+        for own in sorted(index.keys() - {name}):
+            if (teacher / own).is_dir():
+                shutil.copytree(teacher / own, part / own, copy_function=_link)
         (part / name).mkdir()
         # diffusers looks for one variant in all parts, or for none
         variant = pipeline_variant(teacher)
         network = NETWORK_NAME if variant is None else NETWORK_NAME.replace(".safetensors", f".{variant}.safetensors")
         for file, target in ((CONFIG_NAME, CONFIG_NAME), (NETWORK_NAME, network)):
             _link(str(export / file), str(part / name / target))
+        shutil.copyfile(export / FEW_STEP_NAME, part / FEW_STEP_NAME)
         if load_sampling(export).prediction == "flow":
             _be_flow(part)
         part.replace(folder)
@@ -286,6 +292,10 @@ def _be_flow(folder: Path) -> None:
 
 
 def _link(source: str, target: str) -> None:
+    """A hard link of weights; whoever edits a small file shall not edit the teacher's."""
+    if not source.endswith(".safetensors"):
+        shutil.copyfile(source, target)
+        return
     try:
         os.link(os.path.realpath(source), target)
     except OSError:

@@ -29,6 +29,7 @@ from distill.noise import Generators, gaussian_like
 from distill.samplers import euler, sample
 from distill.schedules import FlowSchedule
 from distill.timesteps import uniform_flow_times
+from layton.distillation.distilled import FEW_STEP_NAME, load_sampling
 from layton.ldm.teacher import checked_index, load_parts
 
 OutputType = Literal["pil", "pt", "latent"]
@@ -109,11 +110,15 @@ class InstaFlowPipeline:
         """Read a local pipeline folder, and a ControlNet's.
 
         Raises:
-            ValueError: A folder is not there, or names a part of another library.
+            ValueError: A folder is not there, or names a part of another library; or it is a student of `layton
+                distill` that is no flow (``reading: exact`` keeps its teacher's prediction).
         """
         for path in (folder, controlnet):
             if path is not None and not Path(path).is_dir():
                 raise ValueError(f"{path} is not a folder")
+        ours = Path(folder) / FEW_STEP_NAME
+        if ours.is_file() and load_sampling(Path(folder)).prediction != "flow":
+            raise ValueError(f"{folder} is a student that predicts as its teacher does, and no flow: see {ours.name}")
         # not by open_pipeline: the released folders may name a class of their own, which means nothing here
         checked_index(Path(folder))
         unused = {"safety_checker": None, "requires_safety_checker": False}

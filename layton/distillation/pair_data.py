@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Mapping
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ class TeacherPairs(SampleSource):
     ) -> None:
         count = len(prompts) if num_pairs is None else num_pairs
         self.solver, self.negative_prompt = solver, negative_prompt
-        self._source = open_or_make(
+        self.teacher = teacher_told(find_pipeline(pipeline), network_guidance)
+        self._open = partial(
+            open_or_make,
             prompts,
             pipeline,
             folder,
@@ -77,6 +80,17 @@ class TeacherPairs(SampleSource):
             device=device,
             beside=True,
         )
+
+    @cached_property
+    def _source(self) -> PairSource:
+        """Made when they are asked for: a run that does not fit them is refused before."""
+        return self._open()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker gets: the pairs, which by then are there."""
+        return {"_source": self._source, "_open": None} | {
+            name: getattr(self, name) for name in ("solver", "negative_prompt", "teacher")
+        }
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -125,9 +139,7 @@ def open_or_make(
     outline = open_outline(root)  # pairs that are there need no teacher
     shape = latent_shape_of(outline, latent_size)
     plan = plan_of(shape)
-    teacher_id = teacher_digest(root)
-    if takes_guidance(outline) and network_guidance != NETWORK_GUIDANCE:
-        teacher_id += f"-told-{network_guidance:g}"
+    teacher_id = teacher_told(root, network_guidance)
     if negative_prompt is not None and plan.solver.is_guided:
         teacher_id += f"-away-{hashlib.sha256(negative_prompt.encode()).hexdigest()[:8]}"
     wanted = plan.fingerprint(teacher=teacher_id, captions=captions_digest(prompts, plan))
@@ -151,12 +163,26 @@ def open_or_make(
     return made_once(folder, wanted, make)
 
 
+def teacher_told(pipeline: Path, network_guidance: float) -> str:
+    """`teacher_digest`, and what the network is told of its guidance, if it hears any."""
+    told = takes_guidance(open_outline(pipeline)) and network_guidance != NETWORK_GUIDANCE
+    return teacher_digest(pipeline) + (f"-told-{network_guidance:g}" if told else "")
+
+
 def teacher_digest(pipeline: Path) -> str:
     """Hex digits over what decides a pair: the weights of network and text encoders, and the noise schedule.
+
+    Files are read once in a process, as long as they stay as they are.
 
     Raises:
         ValueError: The folder has neither.
     """
+    stamps = (path.stat() for path in sorted(pipeline.rglob("*.safetensors")))
+    return _teacher_digest(pipeline, tuple((each.st_ino, each.st_size, each.st_mtime_ns) for each in stamps))
+
+
+@lru_cache(maxsize=8)
+def _teacher_digest(pipeline: Path, _: tuple[tuple[int, int, int], ...]) -> str:
     parts = [pipeline / name for name in (*_NETWORKS, "text_encoder", "text_encoder_2", "text_encoder_3")]
     found = [digest(part) for part in parts if part.is_dir()]
     if not found:

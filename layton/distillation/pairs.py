@@ -278,8 +278,11 @@ def _numbered(samples: SampleSource, index: int, seed: int) -> dict[str, Any]:
 
 
 def captions_digest(samples: SampleSource, plan: PairPlan) -> str:
-    """16 hex digits over keys and captions of pairs from all over a plan: a changed prompt file is another set."""
-    total = hashlib.sha256()
+    """16 hex digits over keys and captions of pairs from all over a plan: a changed prompt file is another set.
+
+    Of a source that cannot tell cheaply what all of it says, changes between these captions go unseen.
+    """
+    total = hashlib.sha256(samples.said().encode() if plan.num_pairs > _DIGESTED else b"")
     for step in range(min(plan.num_pairs, _DIGESTED)):
         sample = _numbered(samples, step * plan.num_pairs // min(plan.num_pairs, _DIGESTED), plan.seed)
         total.update(f"{sample['key']}\n{sample['caption']}\n".encode())

@@ -115,7 +115,7 @@ def condition_of_batch(batch: dict[str, Any]) -> Condition | None:
 
 def _captions_digest(source: SampleSource, count: int) -> str:
     """16 hex digits over keys and captions from all over a cache: a changed prompts file is another one."""
-    total = hashlib.sha256()
+    total = hashlib.sha256(source.said().encode() if count > _DIGESTED else b"")
     seen = min(count, _DIGESTED)
     for place in (step * count // seen for step in range(seen)):
         sample = source.sample(place % len(source), seed=mix(place))

@@ -56,6 +56,10 @@ def attach_networks(method: DistillationMethod, networks: Networks, settings: Cr
     Raises:
         ValueError: The network has no UNet to make a discriminator of.
     """
+    matching = _distribution_matching(method)
+    # First: a copy of the teacher shall have no adaptors of a discriminator in it.
+    if matching is not None and matching.weight > 0:
+        _attach_fake(matching, networks.teacher, settings.lora or LoraSettings())
     if isinstance(method, _TakesDiscriminator) and method.needs_discriminator:
         method.attach(
             make_discriminator(
@@ -66,9 +70,6 @@ def attach_networks(method: DistillationMethod, networks: Networks, settings: Cr
                 stages=settings.stages or _default_stages(networks.teacher),
             )
         )
-    matching = _distribution_matching(method)
-    if matching is not None and matching.weight > 0:
-        _attach_fake(matching, networks.teacher, settings.lora or LoraSettings())
 
 
 def _default_stages(teacher: Denoiser) -> tuple[Stage, ...]:

@@ -38,7 +38,7 @@ from distill.stacked import StackedUNet2DConditionModel, stack
 from layton.assets import find_pipeline
 from layton.data.sources import SampleSource, walk
 from layton.distillation.distilled import begin_with, network_of, save_distilled, student_pipeline
-from layton.distillation.pair_data import TeacherPairs
+from layton.distillation.pair_data import TeacherPairs, teacher_told
 from layton.distillation.task_pairs import TaskPairs
 from layton.ldm.autoencoder import Autoencoder
 from layton.ldm.cache import CachedLatents, autoencoder_digest
@@ -46,7 +46,7 @@ from layton.ldm.conditions import NETWORK_GUIDANCE, PromptEncoder, latent_shape_
 from layton.ldm.prompt_cache import condition_of_batch
 from layton.ldm.teacher import open_pipeline
 from layton.ldm.unet import use_fast_attention
-from layton.ranks import all_reduce_counts, all_reduce_sum, own_rank
+from layton.ranks import all_reduce_counts, all_reduce_sum, num_ranks, own_rank
 from layton.tasks.base import LRSchedulerCallable, OptimizerCallable
 from layton.tasks.critics import CriticSettings, attach_networks
 from layton.tasks.manual import ManualTask
@@ -142,7 +142,7 @@ class DistillTask(ManualTask):
         if export_pipeline and (stacked or adapter is not None):
             raise ValueError("export_pipeline needs a student of the teacher's shape with all weights: adapter=null")
         self.automatic_optimization = False
-        self._export_half = export_half
+        self._export_half, self._network_guidance = export_half, network_guidance
         self._teacher_folder = find_pipeline(pipeline)
         self._export_pipeline = export_pipeline
         frozen = getattr(torch, frozen_dtype)
@@ -165,7 +165,13 @@ class DistillTask(ManualTask):
         if initial is not None:
             begin_with(networks.student, initial)
             update_target(networks, 0.0)
-        set_recompute(network_of(networks.student), RECOMPUTE[gradient_checkpointing])
+        for network in (networks.student, networks.teacher):  # of which critics are made
+            set_recompute(network_of(network), RECOMPUTE[gradient_checkpointing])
+        if self.prompts.has_guidance and method.needs_null:
+            rank_zero_warn(
+                "the network hears its guidance, and the run file asks for classifier-free guidance on top of it: set "
+                "every guidance_scale and guidance_range of the method, and of its extras, to 1"
+            )
         self._take(networks, method, critic or CriticSettings())
         if adapter is None:
             for part in (self.teacher, *self.prompts.encoders):
@@ -243,12 +249,13 @@ class DistillTask(ManualTask):
     def _require_pairs(self, source: TeacherPairs) -> None:
         solver = getattr(self.method, "solver", None)  # of LCM a rule for one step, which pairs know nothing of
         asked = {
+            "teacher": teacher_told(self._teacher_folder, self._network_guidance),
             "solver": solver if isinstance(solver, TeacherSolver) else source.solver,
             "negative_prompt": self.negative_prompt,
         }
         for name, wanted in asked.items():
             stored = getattr(source, name)
-            guided = name == "solver" or source.solver.is_guided
+            guided = name != "negative_prompt" or source.solver.is_guided
             if guided and stored != wanted:
                 raise ValueError(
                     f"the data are pairs made with {name} {stored}, and the run says {wanted}: what it says of the "
@@ -351,10 +358,21 @@ class DistillTask(ManualTask):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The method's loss at numbers that depend on the batch's position only, and samples for the score."""
         inputs = self.distill_batch(batch)
-        drawn = torch.Generator().manual_seed(batch_idx)
+        place = batch_idx * num_ranks() + own_rank()
+        drawn = torch.Generator().manual_seed(place)
         output = self.method.losses(self.networks, inputs, step=self.global_step, generator=drawn)
-        self.previews.collect(inputs, batch_idx)
+        self.previews.collect(inputs, place)
         return self._log_terms(output, inputs.batch_size)
+
+    def on_test_start(self) -> None:
+        """Test students against what the teacher makes of the test's captions."""
+        super().on_test_start()
+        self.previews.forget()
+
+    def on_test_end(self) -> None:
+        """And validate as before."""
+        super().on_test_end()
+        self.previews.forget()
 
     def on_validation_epoch_end(self) -> None:
         """Log ``score_N`` for N steps and their mean ``score``, smaller is better (`sliced_wasserstein`)."""

@@ -104,6 +104,10 @@ class Previews:
         for count in self.steps:
             self._samples.setdefault(count, []).append(self.generate(batch, count, seeds).cpu())
 
+    def forget(self) -> None:
+        """Other batches come: the teacher's samples are of the last ones."""
+        self._references, self._samples = {}, {}
+
     def scores(self) -> dict[str, float]:
         """``score_N`` for N steps and their mean ``score``, smaller is better; what was collected is let go."""
         samples = {count: torch.cat(parts) for count, parts in self._samples.items()}

@@ -409,8 +409,8 @@ def test_wrong_usage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "no pipeline folder at absent": ["lcm", "--pipeline", "absent"],
         "is no diffusers pipeline folder": ["lcm", "--pipeline=empty"],
         "--pipeline needs a value": ["mlcm", "--pipeline"],
-        "no prompts file at absent.txt": ["mlcm", TEACHER, "--prompts", "absent.txt"],
-        "lcm learns from pictures": ["lcm", TEACHER, "--prompts", "mine.txt"],
+        "no prompts file at absent.txt": ["mlcm", "--pipeline", "mini", "--prompts", "absent.txt"],
+        "lcm learns from pictures": ["lcm", "--model.init_args.pipeline=mini", "--prompts", "mine.txt"],
     }
     for message, words in cases.items():
         assert main(["distill", *words]) == 2

@@ -9,8 +9,9 @@ from torch.testing import assert_close
 from distill.condition import Condition
 from distill.methods.pairs import TeacherSolver
 from distill.models import denoiser_from_pipeline
-from layton.data.prompts import SceneCaptions
+from layton.data.prompts import PromptFile, SceneCaptions
 from layton.distillation.pair_data import TeacherPairs
+from layton.distillation.pairs import PairPlan, captions_digest
 
 
 def test_pairs_of_a_pipeline_follow_its_prompts_and_guidance(tmp_path, monkeypatch):
@@ -60,3 +61,15 @@ def test_pairs_of_a_pipeline_follow_its_prompts_and_guidance(tmp_path, monkeypat
     pipe.save_pretrained(tmp_path / "model")
     assert not torch.equal(pairs().sample(1, seed=0)["latent"], sample["latent"])
     assert len(list(tmp_path.glob("pairs-*"))) == 2
+
+
+def test_any_change_of_a_prompts_file_is_another_set(tmp_path):
+    lines = [f"star {number}" for number in range(700)]
+    plan = PairPlan(700, (4, 8, 8), TeacherSolver("ddim", 3), 0, 64, 8)
+
+    def digest(changed: int | None) -> str:
+        path = tmp_path / "prompts.txt"
+        path.write_text("\n".join(f"{line}!" if number == changed else line for number, line in enumerate(lines)))
+        return captions_digest(PromptFile(str(path)), plan)
+
+    assert len({digest(changed) for changed in (None, *range(0, 700, 7))}) == 101

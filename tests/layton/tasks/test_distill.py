@@ -16,14 +16,20 @@ from lightning.pytorch import Callback, Trainer
 
 from distill.adapters import STUDENT, LoraSettings, adapter_state_dict
 from distill.method import MethodOutput
+from distill.methods.adversarial import Adversarial
+from distill.methods.distribution_matching import DistributionMatching
 from distill.methods.lcm import LCM
 from distill.methods.mlcm import MLCM, Progression
+from distill.methods.one_step import OneStepDistillation
 from distill.methods.scott import SCott
 from distill.moves import SolverSettings
 from layton.callbacks import SafeCheckpoint
 from layton.data.module import ImageDataModule
+from layton.data.prompts import SceneCaptions
 from layton.data.sources import SampleSource, ScenesSource
 from layton.distillation.distilled import LORA_NAME, load_distilled, network_of, pipeline_arguments
+from layton.distillation.instaflow import InstaFlowPipeline
+from layton.distillation.pair_data import TeacherPairs
 from layton.folder import load_tensors
 from layton.ldm.cache import CachedLatents
 from layton.ldm.prompt_cache import CachedPrompts
@@ -50,6 +56,11 @@ class Latents(SampleSource):
     def sample(self, index: int, *, seed: int) -> Mapping[str, Any]:
         latent = torch.randn(4, tiny.SIZE, tiny.SIZE, generator=torch.Generator().manual_seed(index))
         return {"latent": latent, "caption": f"{index} red stars", "key": f"toy/{index}"}
+
+
+class Longer(Latents):
+    def sample(self, index: int, *, seed: int) -> Mapping[str, Any]:
+        return {**super().sample(index, seed=seed), "caption": "a blue ring above a green cross"}
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +234,15 @@ def test_a_student_of_all_weights_becomes_the_next_teacher(folder: Path, tmp_pat
     task = make(folder, LCM(target_decay=None), adapter=None, export_pipeline=True)
     fit(task, 1, tmp_path)
     task.export(tmp_path / "export")
-    assert {path.name for path in (tmp_path / "export" / "pipeline").iterdir()} == {p.name for p in folder.iterdir()}
+    parts = {p.name for p in folder.iterdir()} | {"few_step.json"}
+    assert {path.name for path in (tmp_path / "export" / "pipeline").iterdir()} == parts
+    with pytest.raises(ValueError, match=r"no flow: see few_step\.json"):
+        InstaFlowPipeline.from_pretrained(tmp_path / "export" / "pipeline")
+    config = tmp_path / "export" / "pipeline" / "vae" / "config.json"
+    before = (folder / "vae" / "config.json").read_text()
+    config.write_text("{}")
+    assert (folder / "vae" / "config.json").read_text() == before
+    config.write_text(before)
     following = make(tmp_path / "export" / "pipeline", LCM(target_decay=None))
     own, teacher = task.student.state_dict(), tiny.build("sd").unet.state_dict()
     learnt = {name.removeprefix("unet."): value for name, value in own.items() if name.startswith("unet.")}
@@ -375,6 +394,12 @@ def test_testing_scores_what_validation_scores(folder: Path, tmp_path: Path) -> 
     (found,) = trainer.test(task, data, verbose=False)
     assert {"test/loss", "test/score", "test/score_1", "test/score_2"} <= found.keys()
     assert not task.previews.scores()  # nothing is left for a later validation to mix with
+    other = ImageDataModule(Latents(), test=Longer(), batch_size=2, eval_batch_size=3)
+    (later,) = trainer.test(task, other, verbose=False)
+    fresh = make(folder, MLCM())
+    fit(fresh, 1, tmp_path / "fresh")
+    (alone,) = fresh.trainer.test(fresh, other, verbose=False)
+    assert later["test/score"] == pytest.approx(alone["test/score"], rel=1e-4)  # against its own teacher's samples
 
 
 def test_data_without_captions_are_told_once(
@@ -387,6 +412,39 @@ def test_data_without_captions_are_told_once(
     with pytest.warns(match=r"no image of the first batch has a caption.*captions\.jsonl") as told:
         fit(make(folder, MLCM()), 2, tmp_path)
     assert sum("has a caption" in str(warning.message) for warning in told) == 1
+
+
+def test_critics_of_a_student_of_all_weights_recompute_and_have_nothing_of_each_other(folder: Path) -> None:
+    matching = DistributionMatching(start=0)
+    method = MLCM(extras=[matching, Adversarial(start=0)])
+    task = make(folder, method, adapter=None, gradient_checkpointing=True)
+    assert matching.fake is not None
+    assert not any("lora" in name for name, _ in matching.fake.named_parameters())
+    for network in (network_of(part) for part in (task.student, task.teacher, matching.fake)):
+        assert any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
+
+
+def test_guidance_on_top_of_what_a_network_hears_is_told(tmp_path: Path) -> None:
+    tiny.build("flux").save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="asks for classifier-free guidance on top of it"):
+        method = MLCM(guidance_scale=1.0, extras=[DistributionMatching(start=0)])
+        make(tmp_path, method, adapter=LoraSettings(rank=2, targets=("to_q",)))
+
+
+def test_pairs_of_another_teacher_are_refused_before_they_are_made(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tiny.build("sd")
+    with torch.no_grad():
+        next(other.unet.parameters()).add_(1.0)
+    other.save_pretrained(tmp_path / "other")
+    monkeypatch.setattr("layton.distillation.pair_data.open_pipeline", lambda *_, **__: pytest.fail("it was opened"))
+    task = make(folder, OneStepDistillation())
+    places = {"pipeline": str(tmp_path / "other"), "folder": str(tmp_path / "pairs")}
+    pairs = TeacherPairs(SceneCaptions(length=3), solver=task.method.solver, **places)
+    monkeypatch.setattr(task, "sources", lambda: [pairs])
+    with pytest.raises(ValueError, match="pairs made with teacher"):
+        task.setup("fit")
 
 
 def test_grids_have_a_row_for_each_number_of_steps(folder: Path) -> None:
