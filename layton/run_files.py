@@ -36,6 +36,7 @@ MAX_ALIASES = 64
 _NULLS = ("null", "None")
 _CLASS_KEYS = ("class_path", "_class_path")
 _SUFFIXES = (".yaml", ".yml", ".json")
+_FILE_OPTIONS = ("-c", "--config", "--data", "--model", "--trainer")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -114,7 +115,8 @@ def check_run_files(words: Sequence[str], *, allowed: Iterable[str]) -> list[Pat
     """Check every run file named on a command line, and the files that these name, beside themselves.
 
     Args:
-        words: command line; any word, or value after ``=``, that is an existing YAML or JSON file counts.
+        words: command line; any word, or value after ``=``, that is an existing YAML or JSON file counts, and of any
+            name what stands behind an option that takes a file; text in the place of a file is checked as that.
         allowed: modules and dotted names that ``class_path`` may name, with all below them.
 
     Returns:
@@ -127,27 +129,48 @@ def check_run_files(words: Sequence[str], *, allowed: Iterable[str]) -> list[Pat
     prefixes = tuple(allowed)
     named = [Path(part) for word in words for part in (word, word.partition("=")[2]) if part]
     waiting = [path for each in named if (path := _run_file(each)) is not None]
+    for value in _given_as_files(words):
+        path = _run_file(Path(value), any_name=True)
+        if path is not None:
+            waiting.append(path)
+        else:
+            _check_scalars(_scalars(value, told="the command line"), prefixes, told="the command line")
     seen: list[Path] = []
     while waiting:
         path = waiting.pop()
         if path in seen:
             continue
         seen.append(path)
-        for key, value in _scalars(path):
-            if key in _CLASS_KEYS and "." in value and not _within(value, prefixes):
-                raise UsageError(
-                    f"{path}: class_path {value!r} is not in an allowed module ({', '.join(prefixes)}); "
-                    f"--allow {value.partition('.')[0]} would allow one of your own"
-                )
+        for _, value in _check_scalars(_scalars(_content(path), told=str(path)), prefixes, told=str(path)):
             nested = _run_file(path.parent / value) if value.endswith(_SUFFIXES) else None
             if nested is not None:
                 waiting.append(nested)
     return seen
 
 
-def _run_file(path: Path) -> Path | None:
+def _given_as_files(words: Sequence[str]) -> list[str]:
+    """What stands behind options that take a run file."""
+    pairs = [word.partition("=")[::2] for word in words]
+    following = [*words[1:], ""]
+    return [value or after for (name, value), after in zip(pairs, following, strict=True) if name in _FILE_OPTIONS]
+
+
+def _check_scalars(
+    scalars: Iterable[tuple[str, str]], prefixes: tuple[str, ...], *, told: str
+) -> list[tuple[str, str]]:
+    found = list(scalars)
+    for key, value in found:
+        if key in _CLASS_KEYS and "." in value and not _within(value, prefixes):
+            raise UsageError(
+                f"{told}: class_path {value!r} is not in an allowed module ({', '.join(prefixes)}); "
+                f"--allow {value.partition('.')[0]} would allow one of your own"
+            )
+    return found
+
+
+def _run_file(path: Path, *, any_name: bool = False) -> Path | None:
     try:
-        return path.resolve() if path.suffix in _SUFFIXES and path.is_file() else None
+        return path.resolve() if (any_name or path.suffix in _SUFFIXES) and path.is_file() else None
     except (OSError, ValueError):  # too long, or a NUL inside: no file
         return None
 
@@ -156,25 +179,32 @@ def _within(name: str, prefixes: Iterable[str]) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def _scalars(path: Path) -> Iterator[tuple[str, str]]:
-    """Every scalar of a file with the key it stands under; keys themselves come with an empty key."""
+def _content(path: Path) -> str:
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise UsageError(f"{path} has {size} bytes; a run file has at most {MAX_BYTES}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not YAML: {error}") from error
+
+
+def _scalars(text: str, *, told: str) -> Iterator[tuple[str, str]]:
+    """Every scalar of a text with the key it stands under; keys themselves come with an empty key."""
     aliases = 0
     anchors: list[bool] = []  # per open mapping or sequence whether it has an anchor
     stack: list[str | None] = []  # per open mapping the key that waits for its value; "" in sequences
     mappings: list[bool] = []
     try:
-        for event in yaml.parse(path.read_text(encoding="utf-8"), Loader=_LOADER):
+        for event in yaml.parse(text, Loader=_LOADER):
             tag = getattr(event, "tag", None)
             if tag is not None and (not tag.startswith("tag:yaml.org,2002:") or "python" in tag):
-                raise UsageError(f"{path}: tag {tag!r} is not allowed in a run file")
+                raise UsageError(f"{told}: tag {tag!r} is not allowed in a run file")
             aliases += isinstance(event, yaml.AliasEvent)
             if isinstance(event, yaml.AliasEvent) and any(anchors):
-                raise UsageError(f"{path}: an alias within something that has an anchor itself, as bombs have")
+                raise UsageError(f"{told}: an alias within something that has an anchor itself, as bombs have")
             if len(stack) > MAX_DEPTH or aliases > MAX_ALIASES:
-                raise UsageError(f"{path} is nested deeper than {MAX_DEPTH} or has more than {MAX_ALIASES} aliases")
+                raise UsageError(f"{told} is nested deeper than {MAX_DEPTH} or has more than {MAX_ALIASES} aliases")
             if isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
                 stack.pop()
                 mappings.pop()
@@ -190,8 +220,8 @@ def _scalars(path: Path) -> Iterator[tuple[str, str]]:
                 if isinstance(event, yaml.ScalarEvent):
                     yield (stack[-1] or "") if stack else "", event.value
                 _value_done(stack, mappings)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{told} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def _value_done(stack: list[str | None], mappings: list[bool]) -> None:

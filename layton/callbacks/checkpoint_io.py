@@ -226,12 +226,34 @@ def newest_good_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def leave_behind(folder: Path, chosen: Path) -> list[Path]:
+    """Put aside the checkpoints of a folder that are of later steps than the one that a run goes on from.
+
+    They are of a branch that somebody gave up; the newest good checkpoint shall be one of the new branch.
+
+    Returns:
+        Their new names, which end in ``.left``.
+    """
+    step, moved = _age(chosen)[0], []
+    for path in sorted(folder.glob("*.ckpt")):
+        if _age(path)[0] > step:
+            for part in (path, _note_path(path)):
+                if part.exists():
+                    part.rename(part.with_name(f"{part.name}.left"))
+            moved.append(path.with_name(f"{path.name}.left"))
+    return moved
+
+
 def sweep_orphans(folder: Path) -> list[Path]:
-    """Remove what a killed writer of this machine left behind; returns the files removed."""
-    removed = []
-    for path in sorted(folder.glob(f"{_TEMPORARY_PREFIX}{socket.gethostname()}-*")):
-        pid = path.name.removeprefix(f"{_TEMPORARY_PREFIX}{socket.gethostname()}-").split("-", 1)[0]
-        if pid.isdigit() and not _alive(int(pid)):
+    """Remove what killed writers left behind, on other machines, too: who calls holds the folder's lock.
+
+    Returns:
+        The files removed.
+    """
+    removed, own = [], f"{_TEMPORARY_PREFIX}{socket.gethostname()}-"
+    for path in sorted(folder.glob(f"{_TEMPORARY_PREFIX}*")):
+        pid = path.name.removeprefix(own).split("-", 1)[0]
+        if not (path.name.startswith(own) and pid.isdigit() and _alive(int(pid))):
             path.unlink(missing_ok=True)
             removed.append(path)
     for note in sorted(folder.glob(f"*.ckpt{_NOTE_SUFFIX}")):

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from layton.callbacks.ema import averaged_weights
-from layton.callbacks.stop import GracefulStop
+from layton.callbacks.stop import GracefulStop, TimeLimit
 from layton.tasks.base import LaytonTask
 
 
@@ -22,10 +22,12 @@ class ExportWeights(Callback):
     """
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export, unless the task has nothing to export or a signal ended the run."""
-        stopped = any(isinstance(c, GracefulStop) and c.signal_number for c in trainer.callbacks)  # type: ignore[attr-defined]
+        """Export, unless the task has nothing to export, or a signal or a time limit ended the run."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        stopped = any(isinstance(c, GracefulStop) and c.signal_number for c in callbacks)
         if (
             stopped
+            or (any(isinstance(c, TimeLimit) and c.ended for c in callbacks) and _has_more_to_do(trainer))
             or getattr(trainer, "fast_dev_run", False)
             or not isinstance(pl_module, LaytonTask)
             or not trainer.is_global_zero
@@ -39,6 +41,10 @@ class ExportWeights(Callback):
                 folder = Path(trainer.default_root_dir) / "export"
                 export_atomically(pl_module, folder)
                 sys.stderr.write(f"layton: exported to {folder}\n")
+
+
+def _has_more_to_do(trainer: Trainer) -> bool:
+    return trainer.max_steps == -1 or trainer.global_step < trainer.max_steps
 
 
 def export_atomically(task: LaytonTask, folder: Path) -> None:

@@ -14,6 +14,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from layton.callbacks.checkpoint import SafeCheckpoint
 
+_ONE_SIGNAL = 3.0  # seconds within which one SIGTERM after another is the same
+
 
 class InterruptedRun(SystemExit):
     """A signal ended the run during validation, after a checkpoint; its code is 128 + the signal's number."""
@@ -21,6 +23,8 @@ class InterruptedRun(SystemExit):
 
 class GracefulStop(Callback):
     """SIGTERM and SIGINT end training after the current step, where `SafeCheckpoint` saves; a second one ends at once.
+
+    A second SIGTERM is one that comes seconds later: launchers and managers of jobs may tell the same twice.
 
     No validation follows. During validation the checkpoint is that of the last training step, and the run ends after
     the current validation batch; on several ranks after the validation, as some may have a batch less than others and
@@ -32,6 +36,7 @@ class GracefulStop(Callback):
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
+        self._since = 0.0
         self._process = os.getpid()
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,10 +97,12 @@ class GracefulStop(Callback):
         if os.getpid() != self._process:  # a loader's worker, forked with this handler: its parent tells it when to go
             return
         if self.signal_number is not None:
+            if number == signal.SIGTERM and time.monotonic() - self._since < _ONE_SIGNAL:
+                return  # of a launcher and of a job's manager, which both tell the same
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self.signal_number = number
+        self.signal_number, self._since = number, time.monotonic()
         os.write(2, f"\n{signal.Signals(number).name}: saving after this step; once more to end at once\n".encode())
 
 
@@ -107,6 +114,9 @@ class TimeLimit(Callback):
     Args:
         minutes: wall-clock minutes from the start of fit.
 
+    Attributes:
+        ended: whether it ended the run.
+
     Raises:
         ValueError: minutes not positive.
     """
@@ -115,11 +125,12 @@ class TimeLimit(Callback):
         if not minutes > 0:
             raise ValueError(f"minutes must be positive, got {minutes}")
         self.minutes = minutes
+        self.ended = False
         self._end = float("inf")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        self._end = time.monotonic() + 60.0 * self.minutes
+        self._end, self.ended = time.monotonic() + 60.0 * self.minutes, False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -127,4 +138,4 @@ class TimeLimit(Callback):
         """Stop at the boundary of an optimizer step."""
         over = trainer.strategy.reduce_boolean_decision(time.monotonic() >= self._end, all=False)
         if over and not trainer.fit_loop._should_accumulate():
-            trainer.should_stop = True
+            self.ended = trainer.should_stop = True

@@ -141,7 +141,10 @@ class FittedImages:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder):
+    def fail(error: OSError) -> None:
+        raise ValueError(f"{error.filename} cannot be read ({error.strerror or error})") from error
+
+    for parent, folders, names in os.walk(folder, onerror=fail):
         folders.sort()
         for name in sorted(names):
             if Path(name).suffix.lower() in SUFFIXES:

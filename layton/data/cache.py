@@ -259,7 +259,7 @@ class _PartWriter:
             return
         name = _part_name(len(self.parts))
         tensors = {key: torch.cat(values).contiguous() for key, values in self._tensors.items()}
-        metadata = {"texts": json.dumps(self._texts, ensure_ascii=False)}
+        metadata = {"texts": json.dumps(self._texts)}
         write_atomically(self._folder / name, lambda part: save_file(tensors, part, metadata=metadata))
         self.parts.append({"file": name, "samples": count})
         self._tensors, self._texts = {}, {"key": [], "caption": []}

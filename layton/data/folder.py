@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -77,19 +79,17 @@ class ImageFolderSource(StoredSource):
         return self._keys
 
     def stamp(self) -> str:
-        """See `StoredSource.stamp`; of every file the size and a listed caption, and of some how they begin."""
+        """See `StoredSource.stamp`; all names and listed captions, of some files the size and how they begin."""
         found = hashlib.sha256(b"classes" if self.classes else b"")
         looked_into = max(1, len(self._keys) // _STAMPED)
         for index, key in enumerate(self._keys):
             row = self._keys.row(index)
             listed = self._listed.at(row) if self._listed else None
-            found.update(f"\n{key} {json.dumps(listed)}".encode("utf-8", "replace"))
-            image = self.folder / self._files.at(row)
-            for file in (image, _beside(image)):
-                found.update(f" {_size(file)}".encode())
-                if index % looked_into == 0 and file.is_file():
-                    with file.open("rb") as content:
-                        found.update(content.read(_STAMP_BYTES))
+            found.update(f"\n{key} {json.dumps(listed)}".encode("utf-8", "surrogatepass"))
+            if index % looked_into == 0:
+                image = self.folder / self._files.at(row)
+                for file in (image, _beside(image)):
+                    found.update(_beginning(file))
         return found.hexdigest()
 
     def load(self, index: int) -> StoredImage:
@@ -112,9 +112,12 @@ class ImageFolderSource(StoredSource):
         image = self.folder / name
         text = _beside(image)
         try:
-            if text.stat().st_size > _MAX_CAPTION_BYTES:
+            status = text.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError(f"{text}: no regular file")
+            if status.st_size > _MAX_CAPTION_BYTES:
                 raise ImageError(f"{image}: caption of more than {_MAX_CAPTION_BYTES} bytes")
-            return text.read_text(encoding="utf-8").strip()
+            return text.read_text(encoding="utf-8-sig").strip()
         except FileNotFoundError:
             return ""
         except (OSError, UnicodeDecodeError) as error:
@@ -140,19 +143,35 @@ def _images(folder: Path) -> Iterator[str]:
 
 
 def _entries(folder: Path, inside: str) -> list[str]:
-    """Sorted image files, and folders ("name/"), directly in one of the folders; none of an unreadable one."""
+    """Sorted image files, and folders ("name/"), directly in one of the folders.
+
+    Raises:
+        ValueError: It cannot be read, so that nobody would know what is missing.
+    """
     found = []
     try:
         with os.scandir(folder / inside) as entries:
             for entry in entries:
-                if entry.is_dir():
+                if _is_folder(entry):
                     if not entry.is_symlink():
                         found.append(f"{inside}{entry.name}/")
                 elif os.path.splitext(entry.name)[1].lower() in _SUFFIXES:
                     found.append(inside + entry.name)
-    except OSError:
+    except PermissionError:
+        if not inside:
+            raise
+        warnings.warn(f"{folder / inside} may not be read, and is passed over", stacklevel=2)
         return []
+    except OSError as error:
+        raise ValueError(f"{folder / inside} cannot be read ({error.strerror or error})") from error
     return sorted(found, key=lambda path: path.removesuffix("/"))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 class _FileKeys(LazyTexts):
@@ -222,7 +241,7 @@ def _read_captions(folder: Path, files: PackedTexts) -> _Listed | None:
         return None
     found, places = _Listed(files), Places(files)
     for source in sources:
-        with source.open(encoding="utf-8") as lines:
+        with source.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
@@ -244,8 +263,10 @@ def _beside(image: Path) -> Path:
     return image.with_suffix(".txt")
 
 
-def _size(file: Path) -> int:
+def _beginning(file: Path) -> bytes:
+    """Size and first bytes of a file; of one that is not there, that."""
     try:
-        return file.stat().st_size
-    except OSError:
-        return -1
+        with file.open("rb") as content:
+            return f" {os.fstat(content.fileno()).st_size} ".encode() + content.read(_STAMP_BYTES)
+    except FileNotFoundError:
+        return b" -1"

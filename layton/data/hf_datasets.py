@@ -14,7 +14,7 @@ import numpy as np
 from layton.data.images import DEFAULT_LIMITS, ImageError, ImageLimits, load_image
 from layton.data.shards import expand_shards, sampled_bytes
 from layton.data.sources import StoredImage, StoredSource
-from layton.data.texts import LazyTexts, PackedTexts, key_digests
+from layton.data.texts import LazyTexts, PackedTexts, clean_text, key_digests
 from layton.data.transforms import SampleTransform
 from layton.data.types import NUM_FOLDS, Split, check_split, split_of_key, told_split
 
@@ -123,7 +123,7 @@ class HFDatasetSource(StoredSource):
             value = value[0] if value else None
         if self._classes is not None and isinstance(value, int):
             return self._classes[value] if 0 <= value < len(self._classes) else ""
-        return "" if value is None else str(value).strip()
+        return "" if value is None else clean_text(str(value))
 
 
 class _RowKeys(LazyTexts):

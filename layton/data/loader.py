@@ -37,9 +37,10 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     names = [name for name in samples[0] if name != "bad"]
     batch: dict[str, Any] = {"bad": [reason for sample in samples for reason in sample.get("bad", [])]}
+    for sample in samples:
+        if odd := set(names) ^ (sample.keys() - {"bad"}):
+            raise ValueError(f"some samples have {min(odd)!r} and some have not; mixed sources must agree")
     for name in names:
-        if any(name not in sample for sample in samples):
-            raise ValueError(f"some samples have {name!r} and some have not; mixed sources must agree")
         values = [sample[name] for sample in samples]
         if isinstance(values[0], Tensor):
             shapes = {tuple(value.shape) for value in values}

@@ -24,7 +24,7 @@ from layton.data.images import DEFAULT_LIMITS, ImageError, ImageLimits, load_ima
 from layton.data.shard_indexes import index_shards
 from layton.data.sources import StoredImage, StoredSource
 from layton.data.tar import Captions, ShardError, ShardIndex, Span
-from layton.data.texts import LazyTexts, key_digests
+from layton.data.texts import LazyTexts, clean_text, key_digests
 from layton.data.transforms import SampleTransform
 from layton.data.types import Split, check_split, split_of_key, told_split
 
@@ -137,7 +137,7 @@ class ShardSource(StoredSource):
         if span.size > _MAX_CAPTION_BYTES:
             raise ImageError(f"{key}: caption of {span.size} bytes, more than the {_MAX_CAPTION_BYTES} allowed")
         try:
-            content = self._files.read(shard, span).decode("utf-8")
+            content = self._files.read(shard, span).decode("utf-8-sig")
             return content.strip() if text else caption_of(json.loads(content))
         except (ValueError, RecursionError) as error:
             raise ImageError(f"{key}: unreadable caption ({error})") from error
@@ -152,7 +152,7 @@ def caption_of(metadata: object) -> str:
     if isinstance(metadata, dict):
         for name in ("caption", "text"):
             if isinstance(metadata.get(name), str):
-                return str(metadata[name]).strip()
+                return clean_text(metadata[name])
     return ""
 
 

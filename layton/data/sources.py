@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from layton.data.bad import BadImages
@@ -156,16 +157,22 @@ class StoredSource(ImageSource):
         for chosen in self._candidates(index):
             try:
                 stored = self.load(chosen)
+                image = self._transformed(stored, seed)
             except ImageError as error:
                 broken.append(str(error))
                 self.bad.record(str(error))
                 continue
-            image = self.transform(stored.image, seed=seed)
             sample = ImageSample(image=image, caption=stored.caption, key=stored.key)
             if broken:
                 sample["bad"] = broken
             return sample
         raise ImageError(f"{self.keys[index]}: broken, and so were {len(broken) - 1} replacements: {broken[-1]}")
+
+    def _transformed(self, stored: StoredImage, seed: int) -> Tensor:
+        try:
+            return self.transform(stored.image, seed=seed)
+        except ImageError as error:
+            raise ImageError(f"{stored.key}: {error}") from error
 
     def _candidates(self, index: int) -> Iterator[int]:
         """The sample itself, then others in an order that belongs to it, so that neighbours of a bad one differ."""

@@ -81,6 +81,11 @@ class PackedTexts(LazyTexts):
         return self._content[start : int(self._ends[place])].tobytes().decode("utf-8", "surrogatepass")
 
 
+def clean_text(text: str) -> str:
+    """A text without spaces around it, and with "?" for halves of characters, which nobody could write to a file."""
+    return text.strip().encode("utf-8", "replace").decode("utf-8")
+
+
 def key_digests(keys: Sequence[str]) -> NDArray[np.int64]:
     """8 bytes of each key (n,), to find keys that are alike within one process."""
     return np.fromiter((hash(key) for key in keys), dtype=np.int64, count=len(keys))

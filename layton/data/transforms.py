@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from layton.data.images import FitPolicy, fit_image, to_tensor
+from layton.data.images import DEFAULT_LIMITS, FitPolicy, ImageError, fit_image, to_tensor
 
 _BICUBIC = v2.InterpolationMode.BICUBIC
 
@@ -103,11 +103,16 @@ class RandomCrop(SampleTransform):
         self._transform = v2.Compose([v2.RandomCrop(size), v2.RandomHorizontalFlip(flip)])
 
     def __call__(self, image: Image.Image, *, seed: int) -> Tensor:
-        """Transform one image; see `SampleTransform`."""
+        """Transform one image; see `SampleTransform`.
+
+        Raises:
+            ImageError: It is so narrow that it would have to be enlarged to more than an image may have.
+        """
         shorter = min(image.size)
         target = self.shorter_side or max(shorter, self.size)
         if target != shorter:
             width, height = (max(self.size, round(side * target / shorter)) for side in image.size)
+            _check_enlarged(width, height)
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         return to_tensor(_seeded(self._transform, image, seed))
 
@@ -118,6 +123,14 @@ def _seeded(transform: Any, image: Image.Image, seed: int) -> Image.Image:
         torch.default_generator.manual_seed(seed)
         transformed: Image.Image = transform(image)
     return transformed
+
+
+def _check_enlarged(width: int, height: int) -> None:
+    """A line of pixels would become a bomb."""
+    try:
+        DEFAULT_LIMITS.check_size(width=width, height=height)
+    except ValueError as error:
+        raise ImageError(f"it would have to be enlarged to {error}") from error
 
 
 def _checked(size: int) -> int:

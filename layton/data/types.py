@@ -63,7 +63,7 @@ def split_of_key(key: str) -> Split:
     if name.isascii() and name.isdigit():
         number = int(name)
     else:
-        number = int.from_bytes(hashlib.blake2b(name.encode("utf-8"), digest_size=8).digest(), "big")
+        number = int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
     fold = number % NUM_FOLDS
     return "test" if fold == 0 else "validation" if fold == 1 else "train"
 

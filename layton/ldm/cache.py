@@ -161,10 +161,11 @@ def _looks(source: ImageSource, count: int) -> dict[str, str]:
         some = range(0, count, max(1, count // _CAPTIONS))
         captions = "\n".join(source.caption(index % len(source), seed=mix(index)) for index in some)
         content = hashlib.sha256(captions.encode("utf-8", "replace")).hexdigest()
+    keys = "\n".join(sample["key"] for sample in seen)
     return settings | {
         "content": content[:16],
         "image_shape": " ".join(map(str, seen[0]["image"].shape)),
-        "keys": hashlib.sha256("\n".join(sample["key"] for sample in seen).encode("utf-8")).hexdigest()[:16],
+        "keys": hashlib.sha256(keys.encode("utf-8", "surrogatepass")).hexdigest()[:16],
         # to a hundredth, so that another machine's rounding makes no difference
         "brightness": " ".join(f"{float(sample['image'].mean()):.2f}" for sample in seen),
     }

@@ -147,7 +147,7 @@ def read_prompts(path: Path) -> list[PromptSpec]:
         OSError: if the file cannot be read.
     """
     prompts: list[PromptSpec] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -174,13 +174,16 @@ def run_sceneval(
         The report.
 
     Raises:
-        ValueError: if a count is not positive, there are no prompts, or ``generate`` returns a wrong number of images.
+        ValueError: if a count is not positive, there are no prompts, ``out_dir`` holds other files, or ``generate``
+            returns a wrong number of images.
     """
     if images_per_prompt < 1 or batch_size < 1 or not prompts:
         raise ValueError(
             f"need prompts, images_per_prompt and batch_size of at least 1, "
             f"got {len(prompts)}, {images_per_prompt} and {batch_size}"
         )
+    if out_dir is not None and out_dir.is_dir() and any(out_dir.iterdir()):
+        raise ValueError(f"{out_dir} holds other files, which would be scored with these images")
     total = len(prompts) * images_per_prompt
     verdicts: list[PromptVerdict] = []
     waiting: list[NDArray[np.uint8]] = []

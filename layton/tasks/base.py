@@ -20,14 +20,15 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from distill.held import held_modules
 from layton.data.sources import SampleSource
-from layton.folder import class_name
+from layton.folder import class_name, weights_hashes
 from layton.losses.published import PublishedPerceptualLoss
+from layton.ranks import all_gather_items
 from layton.tasks.guard import StepGuard
 from layton.tasks.seeding import Randomness, derive_seed
 
 __all__ = ["LRSchedulerCallable", "LaytonTask", "OptimizerCallable"]
 
-_TASK, _MEASURES = "task_class", "perceptual_measures"  # keys of checkpoints
+_TASK, _MEASURES, _FROZEN = "task_class", "perceptual_measures", "frozen_weights"  # keys of checkpoints
 
 
 class LaytonTask(LightningModule, ABC):
@@ -265,8 +266,17 @@ class LaytonTask(LightningModule, ABC):
             rank_zero_info(f"perceptual loss: {', '.join(self.measures())}")
 
     def on_train_start(self) -> None:
-        """A resumed run's cycle of the learning rate is as long as its run file says now; another rate is told."""
+        """A resumed run's cycle of the learning rate is as long as its run file says now; another rate is told.
+
+        Raises:
+            ValueError: Several ranks do not go on at one step, or do not see the same data: by a file system that shows
+                one of them an older state, for instance.
+        """
         super().on_train_start()
+        at = {"step": self.trainer.global_step, "samples": [len(source) for source in self.sources()]}
+        others = all_gather_items([at])
+        if any(other != at for other in others):
+            raise ValueError(f"ranks do not agree on where the run is and on what: {others}")
         for cycle, extent in self._cycles:
             vars(cycle).update(extent)
         for optimizer in [] if self._cycles else self.trainer.optimizers:
@@ -283,7 +293,9 @@ class LaytonTask(LightningModule, ABC):
         """Record whose run this is, and the perceptual measures."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[_TASK], checkpoint[_MEASURES] = class_name(type(self)), self.measures()
-        for name in self._frozen():
+        if frozen := self._frozen():
+            checkpoint[_FROZEN] = list(weights_hashes(frozen))
+        for name in frozen:
             checkpoint.get("state_dict", {}).pop(name, None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -298,7 +310,13 @@ class LaytonTask(LightningModule, ABC):
             raise ValueError(
                 f"the checkpoint is of another run, of {task}, this one is of {own}: take another --run_dir"
             )
-        checkpoint["state_dict"] = self._frozen() | checkpoint.get("state_dict", {})
+        frozen = self._frozen()
+        if not set(checkpoint.get(_FROZEN, weights_hashes(frozen))) & set(weights_hashes(frozen)):
+            raise ValueError(
+                "the run began with other frozen weights than the folders that its run file names hold now: what it "
+                "learnt belongs to those"
+            )
+        checkpoint["state_dict"] = frozen | checkpoint.get("state_dict", {})
         before = checkpoint.get(_MEASURES, self.measures())
         if before != self.measures():
             raise ValueError(f"the run learnt by the perceptual measures {before}, here are {self.measures()}")

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from layton.data.folder import ImageFolderSource
+from layton.data.images import ImageError
 from layton.data.transforms import Fit
 
 
@@ -127,3 +128,43 @@ def test_a_missing_or_empty_folder_is_refused(tmp_path):
         make(tmp_path / "none")
     with pytest.raises(ValueError, match="holds no images"):
         make(tmp_path)
+
+
+def test_what_cannot_be_read_is_not_missing_unseen(folder, monkeypatch):
+    whole = make(folder).keys[:]
+    (folder / "sub" / "loop").symlink_to("loop")
+    assert make(folder).keys[:] == whole
+    scandir = os.scandir
+
+    def stale(place):
+        if str(place).endswith("sub/"):
+            raise OSError(116, "Stale file handle")
+        return scandir(place)
+
+    monkeypatch.setattr("layton.data.folder.os.scandir", lambda place: stale(f"{place}/"))
+    with pytest.raises(ValueError, match=r"sub.* cannot be read \(Stale file handle\)"):
+        make(folder)
+
+
+def test_names_and_captions_of_any_bytes(kit, tmp_path):
+    name = os.fsencode(str(tmp_path)) + b"/caf\xe9.png"
+    with open(name, "wb") as file:
+        file.write(kit.encode(kit.smooth_image(), "PNG"))
+    for split in ("train", "validation", "test", None):
+        try:
+            data = make(tmp_path, split=split)
+        except ValueError:
+            continue
+        assert data.sample(0, seed=0)["key"].endswith("caf\udce9") and len(data.stamp()) == 64
+    (tmp_path / "b.png").write_bytes(kit.encode(kit.smooth_image(), "PNG"))
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfa cat\n")
+    (tmp_path / "captions.jsonl").write_bytes(b'\xef\xbb\xbf{"file_name": "caf\\udce9.png", "text": " half \\ud83d"}\n')
+    data = make(tmp_path)
+    assert [data.told(index) for index in range(2)] == ["a cat", "half ?"]
+
+
+def test_a_caption_that_is_no_file_does_not_hold_up(kit, folder):
+    (folder / "2.txt").unlink(missing_ok=True)
+    os.mkfifo(folder / "2.txt")
+    with pytest.raises(ImageError, match="no regular file"):
+        make(folder).told(2)

@@ -189,3 +189,10 @@ def test_batches_that_do_not_fit_together_are_refused():
     with pytest.raises(ValueError, match="some samples have 'image'"):
         collate([{"image": torch.zeros(2)}, {"key": "x"}])
     assert collate([{"a": "x", "bad": ["p: q"]}, {"a": "y"}]) == {"a": ["x", "y"], "bad": ["p: q"]}
+
+
+def test_samples_of_other_fields_are_refused_in_any_order():
+    plain, more = {"key": "a", "x": torch.zeros(1)}, {"key": "b", "x": torch.zeros(1), "weights": torch.ones(1)}
+    for samples in ([plain, more], [more, plain]):
+        with pytest.raises(ValueError, match="some samples have 'weights' and some have not"):
+            collate(samples)

@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from layton.data.folder import ImageFolderSource
+from layton.data.images import ImageError
 from layton.data.transforms import Fit, RandomCrop, RandomResizedCrop
 
 TRANSFORMS = [Fit(24), RandomResizedCrop(24), RandomCrop(24), RandomCrop(24, shorter_side=30), RandomCrop(200)]
@@ -33,6 +35,15 @@ def test_flips_happen_as_often_as_asked(kit):
     flipped = [torch.equal(transform(image, seed=seed), plain.flip(-1)) for seed in range(100)]
     assert 35 <= sum(flipped) <= 65
     assert torch.equal(RandomCrop(24, flip=0.0)(image, seed=0), plain)
+
+
+def test_a_line_of_pixels_is_no_bomb(kit, tmp_path):
+    with pytest.raises(ImageError, match="more than the allowed"):
+        RandomCrop(128)(kit.smooth_image(1, (16384, 1)), seed=0)
+    (tmp_path / "line.png").write_bytes(kit.encode(kit.smooth_image(1, (16384, 1)), "PNG"))
+    (tmp_path / "good.png").write_bytes(kit.encode(kit.smooth_image(2), "PNG"))
+    source = ImageFolderSource(str(tmp_path), split=None, transform=RandomCrop(128))
+    assert source.sample(1, seed=0)["key"].endswith("/good") and source.bad.names == [f"{tmp_path.name}/line"]
 
 
 def test_wrong_sizes_are_refused():

@@ -203,3 +203,6 @@ def test_a_living_writer_is_not_swept(tmp_path: Path) -> None:
     mine = tmp_path / f".writing-{socket.gethostname()}-{os.getpid()}-a.ckpt"
     mine.touch()
     assert sweep_orphans(tmp_path) == [] and mine.exists()
+    others = tmp_path / ".writing-another-host-1-a.ckpt"  # the lock is ours: nobody writes there any more
+    others.touch()
+    assert sweep_orphans(tmp_path) == [others] and not others.exists() and mine.exists()

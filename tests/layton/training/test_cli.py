@@ -19,7 +19,7 @@ from toy import write_run
 
 import layton.cli
 import layton.run_files
-from layton.callbacks import CheckpointError, SafeCheckpointIO
+from layton.callbacks import CheckpointError, SafeCheckpointIO, newest_good_checkpoint
 from layton.cli import _one_line, main
 from layton.folder import load_tensors
 from layton.ldm.conditions import PromptEncoder
@@ -66,6 +66,16 @@ def test_resume_auto_never_and_continue(tmp_path: Path, capsys: pytest.CaptureFi
     assert fit(run, "--resume", "auto", "--trainer.max_steps=4") == 0
     assert torch.load(checkpoints / "step=00000004.ckpt", weights_only=True)["global_step"] == 4
     assert fit(run, "--resume", str(tmp_path / "absent.ckpt")) == 2
+    capsys.readouterr()
+    assert fit(run, "--resume", str(checkpoints / "step=00000002.ckpt"), "--trainer.max_steps=3") == 0  # a new branch
+    assert "goes on from step=00000002.ckpt; 1 later checkpoints are *.left" in capsys.readouterr().err
+    assert [path.name for path in sorted(checkpoints.glob("*.left"))] == [
+        "step=00000004.ckpt.json.left",
+        "step=00000004.ckpt.left",
+    ]
+    found = newest_good_checkpoint(checkpoints)
+    assert found is not None and found.name == "step=00000003.ckpt"
+    assert fit(run, "--resume", "auto", "--trainer.max_steps=4") == 0
     for note in checkpoints.glob("*.ckpt.json"):
         note.rename(note.with_suffix(".away"))
     capsys.readouterr()

@@ -39,15 +39,28 @@ def hostile(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.parametrize("words", [["--config", "TEXT"], ["--model=TEXT"], ["--data", "TEXT"]])
+def test_text_in_the_place_of_a_file_is_looked_at_likewise(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "evil_module.py").write_text(EVIL_MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    for text in ("{class_path: evil_module.Task}", "a0: &a0 [x, x]\na1: &a1 [*a0, *a0]\na2: [*a1, *a1]\n"):
+        assert main(["fit", *(word.replace("TEXT", text) for word in words)], allow=["toy"]) == 2
+        assert "the command line" in capsys.readouterr().err
+    assert "evil_module" not in sys.modules
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".txt"])
 @pytest.mark.parametrize("name", hostile(Path("/tmp")).keys())
 def test_refused_before_any_import(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, suffix: str
 ) -> None:
     (tmp_path / "evil_module.py").write_text(EVIL_MODULE)
     (tmp_path / "torchevil.py").write_text(EVIL_MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    run = tmp_path / "run.yaml"
+    run = tmp_path / f"run{suffix}"
     run.write_text(hostile(tmp_path)[name])
     modules, start = set(sys.modules), time.process_time()
     assert main(["fit", "--config", str(run)], allow=["toy"]) == 2

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from toy import ToyPart, ToyTask, assert_same, toy_data, write_run
 
-from layton.callbacks import EMA, GracefulStop, SafeCheckpoint, TimeLimit, newest_good_checkpoint
+from layton.callbacks import EMA, ExportWeights, GracefulStop, SafeCheckpoint, TimeLimit, newest_good_checkpoint
 from layton.callbacks.stop import InterruptedRun
 from layton.cli import main
 
@@ -99,7 +99,9 @@ def test_a_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number, signal.getsignal(number))))
     try:
         stop._handle(signal.SIGTERM, None)
+        stop._handle(signal.SIGTERM, None)  # the same again, by a job's manager
         assert sent == []
+        monkeypatch.setattr("layton.callbacks.stop._ONE_SIGNAL", 0.0)
         stop._handle(signal.SIGTERM, None)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -135,3 +137,11 @@ def test_time_limits_save_before_they_stop(tmp_path: Path, own: bool) -> None:
     assert 1 <= len(task.losses) < STEPS
     saved = newest_good_checkpoint(tmp_path / "checkpoints")
     assert saved is not None and saved.name == f"step={len(task.losses):08d}.ckpt"
+
+
+def test_a_run_that_ran_out_of_time_is_not_exported(tmp_path: Path) -> None:
+    limit = TimeLimit(minutes=0.1 / 60)
+    train(tmp_path / "short", [Slow(), limit, ExportWeights()])
+    assert limit.ended and not (tmp_path / "short" / "export").exists()
+    train(tmp_path / "whole", [TimeLimit(minutes=10), ExportWeights()])
+    assert (tmp_path / "whole" / "export").is_dir()
