@@ -77,6 +77,8 @@ def test_a_folder_on_disk_scores_the_same(tmp_path: Path) -> None:
     first = tmp_path / "out" / "00000"
     assert json.loads((first / "metadata.jsonl").read_text())["prompt"] == PROMPTS[0].prompt
     assert sorted(f.name for f in (first / "samples").iterdir()) == ["0000.png", "0001.png"]
+    with pytest.raises(ValueError, match="holds other files, which would be scored"):
+        run_sceneval(every_other, PROMPTS[:1], 1, tmp_path / "out")
 
 
 def test_folders_round_trip_and_strangers_are_skipped(tmp_path: Path) -> None:

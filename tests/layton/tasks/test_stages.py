@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from layton.cli import main
 from layton.control import LoraSettings, load_unet
@@ -365,6 +365,10 @@ def test_text_to_image_run_then_stage_1_on_its_export(tmp_path: Path) -> None:
         }
         saved = load_file(tmp_path / name / "export" / "decoder" / "model.safetensors")
         assert all(torch.equal(value, saved[key]) for key, value in task.ladd.branch_state_dict().items())
+    unet = ldm / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({key: value + 0.1 for key, value in load_file(unet).items()}, unet, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="other frozen weights than the folders"):
+        load_task(newest)
 
 
 def test_times_are_stratified_and_a_shift_draws_noisier_ones() -> None:

@@ -145,3 +145,9 @@ def test_a_run_that_ran_out_of_time_is_not_exported(tmp_path: Path) -> None:
     assert limit.ended and not (tmp_path / "short" / "export").exists()
     train(tmp_path / "whole", [TimeLimit(minutes=10), ExportWeights()])
     assert (tmp_path / "whole" / "export").is_dir()
+
+
+def test_ranks_that_do_not_agree_stop_before_they_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layton.tasks.base.all_gather_items", lambda items: [*items, {**items[0], "step": 5}])
+    with pytest.raises(ValueError, match="ranks do not agree on where the run is"):
+        train(tmp_path, [])
