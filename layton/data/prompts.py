@@ -7,6 +7,7 @@ Samples hold "caption" and "key". Order, epochs, mixing and resume are those of 
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from layton.data.sources import SampleSource, say
+from layton.data.texts import PackedTexts
 from layton.data.types import Split, check_split, split_of_key
 from layton.scenes import Scene, objects_placed, sample_scene, scene_key, split_seeds
 from layton.scenes.world import MAX_DIAMETER
@@ -115,28 +117,26 @@ class PromptFile(SampleSource):
     def __init__(self, path: str, *, split: Split | None = None) -> None:
         self.path = Path(path)
         wanted = check_split(split)
-        lines = read_lines(self.path)
-        self._prompts = [
-            (number, text) for number, text in lines if wanted is None or split_of_key(str(number)) == wanted
-        ]
-        if not self._prompts:
+        lines = [line for line in read_lines(self.path) if wanted is None or split_of_key(str(line[0])) == wanted]
+        self._numbers = array("q", (number for number, _ in lines))
+        self._texts = PackedTexts(text for _, text in lines)
+        if not lines:
             raise ValueError(f"{path}: no prompts{f' in split {wanted!r}' if wanted else ''}, one a line is wanted")
 
     def __len__(self) -> int:
         """Number of prompts."""
-        return len(self._prompts)
+        return len(self._numbers)
 
     def said(self) -> str:
         """See `SampleSource.said`."""
         total = hashlib.sha256()
-        for number, text in self._prompts:
+        for number, text in zip(self._numbers, self._texts, strict=True):
             total.update(f"{number} {text}\n".encode())
         return total.hexdigest()[:16]
 
     def sample(self, index: int, *, seed: int) -> Mapping[str, Any]:
         """One prompt; the seed has no influence. See `SampleSource.sample`."""
-        number, text = self._prompts[index]
-        return {"caption": text, "key": f"{self.path.stem}/{number}"}
+        return {"caption": self._texts[index], "key": f"{self.path.stem}/{self._numbers[index]}"}
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
