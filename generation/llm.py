@@ -193,6 +193,7 @@ def make_room(
     note = [vocabulary.begin, vocabulary.end, vocabulary.offset, vocabulary.vocab_size]
     if learnt is None:
         learnt = _has_learnt(model, vocabulary, note)
+    setattr(model.config, _LEARNT, note)
     if learnt:
         return
     if len(model.get_input_embeddings().weight) < vocabulary.size:  # some models have spare rows
@@ -201,7 +202,6 @@ def make_room(
     weights = {id(table.weight): table.weight for table in tables if table is not None}
     for weight in weights.values():
         _fill(weight, vocabulary, codebook, generator)
-    setattr(model.config, _LEARNT, note)
 
 
 def _has_learnt(model: PreTrainedModel, vocabulary: ImageVocabulary, note: list[int]) -> bool:

@@ -208,6 +208,9 @@ def test_nobody_has_to_guess_whether_a_model_has_learnt_images(words: PreTrained
     for vocabulary in (first, known):  # as in a later run, and the first one's again
         make_room(again, vocabulary, generator=torch.Generator().manual_seed(1))
         assert torch.equal(again.get_input_embeddings().weight, rows)
+    bare = language_model(known.size)
+    make_room(bare, known, generator=torch.Generator().manual_seed(0), learnt=True)
+    make_room(bare, known, generator=torch.Generator().manual_seed(0))  # which it has noted
     other = ImageVocabulary(known.begin, known.end, known.offset, known.vocab_size - 1, TOKENS)
     with pytest.raises(ValueError, match="images of other ids"):
         make_room(again, other, generator=torch.Generator().manual_seed(0))
