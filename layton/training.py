@@ -36,7 +36,6 @@ from layton.callbacks import (
     newest_good_checkpoint,
 )
 from layton.callbacks.checkpoint import CHECKPOINT_FOLDER
-from layton.callbacks.checkpoint_io import leave_behind
 from layton.config_folders import found_configs
 from layton.errors import UsageError
 from layton.folder import write_atomically
@@ -167,10 +166,7 @@ class TrainingCLI(LightningCLI):
         arguments = super()._prepare_subcommand_kwargs(subcommand)
         checkpoints = self.run_dir / CHECKPOINT_FOLDER
         if subcommand == "fit":
-            resume = self._get(self.config, "resume")
-            arguments["ckpt_path"] = _resume_path(resume, checkpoints)
-            if resume not in ("auto", "never") and is_main_process():
-                _leave_later_ones(Path(arguments["ckpt_path"]), checkpoints)
+            arguments["ckpt_path"] = _resume_path(self._get(self.config, "resume"), checkpoints)
             return arguments
         kind = "validation" if subcommand == "validate" else "test"
         if getattr(self.datamodule, kind, None) == []:
@@ -350,14 +346,6 @@ def _resume_path(resume: str, checkpoints: Path) -> str | None:
     if not Path(resume).is_file():
         raise UsageError(f"--resume must be 'auto', 'never' or a checkpoint file, got {resume!r}")
     return str(Path(resume).absolute())
-
-
-def _leave_later_ones(chosen: Path, checkpoints: Path) -> None:
-    if chosen.resolve().parent != checkpoints.resolve():
-        return
-    left = leave_behind(checkpoints, chosen)
-    if left:
-        sys.stderr.write(f"layton: the run goes on from {chosen.name}; {len(left)} later checkpoints are *.left now\n")
 
 
 def _several_devices(trainer: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from copy import deepcopy
 from datetime import timedelta
@@ -12,7 +13,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from layton.callbacks.checkpoint_io import BackgroundCheckpointIO, SafeCheckpointIO, sweep_orphans
+from layton.callbacks.checkpoint_io import (
+    BackgroundCheckpointIO,
+    SafeCheckpointIO,
+    leave_behind,
+    sweep_orphans,
+)
 
 CHECKPOINT_FOLDER = "checkpoints"
 
@@ -125,9 +131,14 @@ class SafeCheckpoint(ModelCheckpoint):
             super().on_validation_end(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note where this part of the run begins."""
+        """Note where this part of the run begins, and leave behind what an earlier branch saved of later steps."""
         super().on_train_start(trainer, pl_module)
         self._began, self._loops_at_step = trainer.global_step, None
+        if self.dirpath is not None and trainer.ckpt_path and trainer.is_global_zero:
+            left = leave_behind(Path(self.dirpath), Path(str(trainer.ckpt_path)))
+            if left:
+                told = f"the run goes on from {Path(str(trainer.ckpt_path)).name}"
+                sys.stderr.write(f"layton: {told}; {len(left)} later checkpoints are *.left now\n")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save where nobody knew at the last step that it was the last: after validation that stopped the run."""

@@ -227,13 +227,15 @@ def newest_good_checkpoint(folder: Path) -> Path | None:
 
 
 def leave_behind(folder: Path, chosen: Path) -> list[Path]:
-    """Put aside the checkpoints of a folder that are of later steps than the one that a run goes on from.
+    """Put aside the checkpoints of a folder that are of later steps than the one of it that a run goes on from.
 
     They are of a branch that somebody gave up; the newest good checkpoint shall be one of the new branch.
 
     Returns:
         Their new names, which end in ``.left``.
     """
+    if chosen.resolve().parent != folder.resolve() or not _note_path(chosen).is_file():
+        return []
     step, moved = _age(chosen)[0], []
     for path in sorted(folder.glob("*.ckpt")):
         if _age(path)[0] > step:
