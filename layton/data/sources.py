@@ -122,7 +122,8 @@ class StoredSource(ImageSource):
     def stamp(self) -> str:
         """Hex digits that tell this state of the files from another: by names, sizes and samples of their bytes.
 
-        Files that differ in a few bytes in their middle, and not in size, may have the same.
+        Files that differ in a few bytes in their middle, and not in size, may have the same; so may folders of many
+        images in which some were replaced under their old names, as only some files of them are looked into.
         """
 
     @abstractmethod
