@@ -42,6 +42,7 @@ from layton.folder import write_atomically
 from layton.lock import is_main_process, lock_folder
 from layton.quiet import cut_captions_told_once, no_advertisements
 from layton.run_files import allow_modules, check_run_files, nulls_as_files, refused_class_paths
+from layton.sharding import FullySharded
 from layton.tasks.base import LaytonTask
 from layton.usage import innermost_reason, usage_error
 
@@ -141,6 +142,8 @@ class TrainingCLI(LightningCLI):
         if config.get("strategy") in (None, "auto") and _several_devices(config):
             # what Lightning would take, but for methods with critics and terms that begin later
             config["strategy"] = DDPStrategy(find_unused_parameters=True, gradient_as_bucket_view=True)
+        elif config.get("strategy") == "fsdp":
+            config["strategy"] = FullySharded()
         extra = [self._get(self.config_init, key) for key in self._parser(self.subcommand).callback_keys]
         configured = config.get("callbacks") or []
         configured = list(configured) if isinstance(configured, list) else [configured]

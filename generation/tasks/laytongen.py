@@ -163,6 +163,10 @@ class LaytonGenTask(ReadsText):
                     f"{source.header.text_encoder!r}, wanted {found!r}), or this one learns: pass use_text: false"
                 )
 
+    def why_not_sharded(self) -> str | None:
+        """Only with `contrast`: a batch may have nothing to contrast on one rank alone."""
+        return "contrast is of as many passes as a batch asks for" if self.contrast else None
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch, ()."""
         self.look_at_captions(batch["caption"])

@@ -108,6 +108,10 @@ class LaytonGenRewardTask(LaytonGenTask):
         self.group_size, self.kept = group_size, kept
         self.whole, self.supervised = whole, supervised
 
+    def why_not_sharded(self) -> str | None:
+        """Drawing goes through the blocks a code at a time, and not as modules."""
+        return "pictures are drawn within a step"
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch of prompts, ()."""
         text = self._told(batch)

@@ -19,6 +19,7 @@ from layton.callbacks.checkpoint_io import (
     leave_behind,
     sweep_orphans,
 )
+from layton.dtensors import local
 
 CHECKPOINT_FOLDER = "checkpoints"
 
@@ -151,7 +152,7 @@ class SafeCheckpoint(ModelCheckpoint):
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
         """Nothing of weights that are not finite, for which an older file would have to go."""
         module = trainer.lightning_module
-        finite = all(bool(torch.isfinite(p).all()) for p in module.parameters() if p.requires_grad)
+        finite = all(bool(torch.isfinite(local(p)).all()) for p in module.parameters() if p.requires_grad)
         if trainer.strategy.reduce_boolean_decision(finite, all=True):
             super()._save_topk_checkpoint(trainer, monitor_candidates)
         else:

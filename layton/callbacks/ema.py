@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 
+from layton.dtensors import gathered, is_parted, joined, local, parted_like
+from layton.ranks import own_rank
+from layton.sharding import whole_weights
 from layton.tasks.base import LaytonTask
 from layton.tasks.guard import StepGuard
 
@@ -32,8 +35,10 @@ class EMA(Callback):
         update_after_step: averagings at the beginning, one every ``update_every`` steps, that just follow the weights.
         update_every: average after every so many optimizer steps.
 
+    Of parameters that are shared out among ranks (`layton.sharding`) each rank averages its own part.
+
     Raises:
-        ValueError: decay outside [0, 1), update_every below 1, or a strategy that shards parameters.
+        ValueError: decay outside [0, 1) or update_every below 1.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class EMA(Callback):
         self.swapped = False
         self._average: EMAModel | None = None
         self._names: list[str] = []
+        self._parameters: list[nn.Parameter] = []
         self._pending: dict[str, Any] | None = None
         self._last_step: int | None = None  # at which the average was last brought up to date
 
@@ -88,7 +94,7 @@ class EMA(Callback):
             self._last_step = trainer.global_step
         elif stepped >= self.update_every:
             self._last_step = trainer.global_step
-            self._average.step(_averaged(pl_module))
+            self._average.step(self._own_parts())
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate the average."""
@@ -113,14 +119,17 @@ class EMA(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A checkpoint made while the average stands in still holds the weights in training."""
         if self.swapped and self._average is not None:
-            for name, stored in zip(self._names, self._average.temp_stored_params, strict=True):
-                checkpoint["state_dict"][name] = stored
+            checkpoint["state_dict"].update(
+                zip(self._names, self._joined(self._average.temp_stored_params), strict=True)
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The average, with the names of its parameters."""
         if self._average is None:
             return self._pending or {}
-        return {"names": self._names, "average": self._average.state_dict(), "last_step": self._last_step}
+        average = self._average.state_dict()
+        average["shadow_params"] = self._joined(average["shadow_params"])
+        return {"names": self._names, "average": average, "last_step": self._last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the saved average until the model is there."""
@@ -132,7 +141,7 @@ class EMA(Callback):
         """Put the average in place of the weights; no effect before training or when it is there already."""
         self._begin(task, only_saved=True)
         if self._average is not None and not self.swapped:
-            parameters = _averaged(task)
+            parameters = self._own_parts()
             self._average.store(parameters)
             self._average.copy_to(parameters)
             self.swapped = True
@@ -140,7 +149,7 @@ class EMA(Callback):
     def swap_out(self, task: LightningModule) -> None:
         """Put the weights in training back."""
         if self._average is not None and self.swapped:
-            self._average.restore(_averaged(task))
+            self._average.restore(self._own_parts())
             self.swapped = False
 
     def _begin(self, task: LightningModule, *, only_saved: bool = False) -> None:
@@ -148,11 +157,11 @@ class EMA(Callback):
             return
         from diffusers.training_utils import EMAModel  # here: it brings half of diffusers with it
 
-        parameters = _averaged(task)
+        self._parameters = parameters = _averaged(task)
         names = {id(parameter): name for name, parameter in task.named_parameters()}
         self._names = [names[id(parameter)] for parameter in parameters]
         self._average = EMAModel(
-            parameters,
+            self._own_parts(),
             decay=self.decay,
             min_decay=self.min_decay,
             update_after_step=self.update_after_step,
@@ -173,8 +182,21 @@ class EMA(Callback):
             raise ValueError(f"the checkpoint's EMA follows other parameters than this task; differing: {odd}")
         # The numbers come from the checkpoint, the recipe from the run file, as with a learning rate.
         recipe = {"shadow_params", "optimization_step"}
-        average.load_state_dict({key: value for key, value in state["average"].items() if key in recipe})
+        found = {key: value for key, value in state["average"].items() if key in recipe}
+        pairs = zip(found["shadow_params"], parameters, strict=True)
+        found["shadow_params"] = [local(parted_like(tensor, parameter)) for tensor, parameter in pairs]
+        average.load_state_dict(found)
         average.to(device=parameters[0].device if parameters else None)
+
+    def _own_parts(self) -> list[Tensor]:
+        return [local(parameter) for parameter in self._parameters]
+
+    def _joined(self, parts: list[Tensor]) -> list[Tensor]:
+        """Whole tensors of the ranks' parts, for a checkpoint, which rank 0 writes; all ranks have to ask."""
+        if not any(map(is_parted, self._parameters)):
+            return parts
+        keep = own_rank() == 0
+        return [gathered(joined(part, p), keep=keep) for part, p in zip(parts, self._parameters, strict=True)]
 
 
 def _averaged(task: LightningModule) -> list[nn.Parameter]:
@@ -185,12 +207,16 @@ def _averaged(task: LightningModule) -> list[nn.Parameter]:
 
 @contextmanager
 def averaged_weights(trainer: Trainer, task: LightningModule) -> Iterator[None]:
-    """Within the block the task has its averaged weights, if the trainer keeps any."""
+    """Within the block the task has its averaged weights, if the trainer keeps any, and has them whole.
+
+    All ranks have to enter (`layton.sharding.whole_weights`).
+    """
     averages = [c for c in trainer.callbacks if isinstance(c, EMA) and not c.swapped]  # type: ignore[attr-defined]
     for average in averages:
         average.swap_in(task)
     try:
-        yield
+        with whole_weights(task):
+            yield
     finally:
         for average in averages:
             average.swap_out(task)

@@ -30,11 +30,12 @@ class ExportWeights(Callback):
             or (any(isinstance(c, TimeLimit) and c.ended for c in callbacks) and _has_more_to_do(trainer))
             or getattr(trainer, "fast_dev_run", False)
             or not isinstance(pl_module, LaytonTask)
-            or not trainer.is_global_zero
         ):
             return
         if is_overridden("export", pl_module, LaytonTask):
             with averaged_weights(trainer, pl_module):
+                if not trainer.is_global_zero:
+                    return
                 broken = [n for n, p in pl_module.named_parameters() if p.requires_grad and not p.isfinite().all()]
                 if broken:
                     raise ValueError(f"{len(broken)} trained weights are not finite, such as {broken[0]}: not exported")

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from layton.sharding import is_sharded
 from layton.tasks.base import LaytonTask
 
 
@@ -30,6 +31,15 @@ class GradientNorms(Callback):
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps must be >= 1, got {every_n_steps}")
         self.every_n_steps = every_n_steps
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a model of which no rank has the gradients.
+
+        Raises:
+            ValueError: The model is sharded.
+        """
+        if is_sharded(pl_module):
+            raise ValueError("GradientNorms looks at whole gradients: not with --trainer.strategy fsdp")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Ask the task to look, or not."""

@@ -60,15 +60,20 @@ class PictureGrid(Callback):
 
     def _make(self, trainer: Trainer, task: LightningModule) -> None:
         self._made_at = trainer.global_step
-        if not isinstance(task, LaytonTask) or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+        if not isinstance(task, LaytonTask) or getattr(trainer, "fast_dev_run", False):
             return
+        with averaged_weights(trainer, task):
+            if trainer.is_global_zero:
+                self._show(trainer, task)
+
+    def _show(self, trainer: Trainer, task: LaytonTask) -> None:
         if self._batch is None:
             self._batch = _first_validation_batch(trainer)
         if self._batch is None:
             return
         # Pictures must leave no trace in training: modes, random numbers and the gradient switch come back.
         modes = {module: module.training for module in task.modules()}
-        with torch.random.fork_rng(), torch.no_grad(), averaged_weights(trainer, task):
+        with torch.random.fork_rng(), torch.no_grad():
             task.eval()
             batch = task.transfer_batch_to_device(self._batch, task.device, 0)
             with trainer.precision_plugin.forward_context():

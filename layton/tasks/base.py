@@ -23,6 +23,7 @@ from layton.data.sources import SampleSource
 from layton.folder import class_name, weights_hashes
 from layton.losses.published import PublishedPerceptualLoss
 from layton.ranks import all_gather_items
+from layton.sharding import FullySharded, WholeWeights, own_class
 from layton.tasks.guard import StepGuard
 from layton.tasks.seeding import Randomness, derive_seed
 
@@ -63,6 +64,7 @@ class LaytonTask(LightningModule, ABC):
         self.on_losses: Callable[[LaytonTask, dict[str, Tensor]], None] | None = None  # see `GradientNorms`
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._looked_at_captions = False
+        self._hashes_of_frozen: list[str] | None = None
         self._cycles: list[tuple[OneCycleLR, dict[str, Any]]] = []
         if _given_hyperparameters.get() is not None:
             # Built by the command line: the parsed run file (plain data) goes into the checkpoint and
@@ -292,9 +294,9 @@ class LaytonTask(LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record whose run this is, and the perceptual measures."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[_TASK], checkpoint[_MEASURES] = class_name(type(self)), self.measures()
+        checkpoint[_TASK], checkpoint[_MEASURES] = class_name(own_class(self)), self.measures()
         if frozen := self._frozen():
-            checkpoint[_FROZEN] = list(weights_hashes(frozen))
+            checkpoint[_FROZEN] = self._frozen_hashes()
         for name in frozen:
             checkpoint.get("state_dict", {}).pop(name, None)
 
@@ -305,13 +307,13 @@ class LaytonTask(LightningModule, ABC):
             ValueError: With the tasks, or the measures, of both.
         """
         super().on_load_checkpoint(checkpoint)
-        task, own = checkpoint.get(_TASK), class_name(type(self))
+        task, own = checkpoint.get(_TASK), class_name(own_class(self))
         if task not in (None, own):
             raise ValueError(
                 f"the checkpoint is of another run, of {task}, this one is of {own}: take another --run_dir"
             )
         frozen = self._frozen()
-        if not set(checkpoint.get(_FROZEN, weights_hashes(frozen))) & set(weights_hashes(frozen)):
+        if not set(checkpoint.get(_FROZEN, self._frozen_hashes())) & set(self._frozen_hashes()):
             raise ValueError(
                 "the run began with other frozen weights than the folders that its run file names hold now: what it "
                 "learnt belongs to those"
@@ -326,19 +328,39 @@ class LaytonTask(LightningModule, ABC):
         parts = {id(p) for part in self.frozen_parts() for p in part.parameters() if not p.requires_grad}
         return {name: p.detach() for name, p in self.named_parameters(remove_duplicate=False) if id(p) in parts}
 
+    def _frozen_hashes(self) -> list[str]:
+        return self._hashes_of_frozen or list(weights_hashes(self._frozen()))
+
     def configure_callbacks(self) -> list[Callback]:
-        """The two callbacks that no run goes without: `StepGuard` and `Randomness`.
+        """The callbacks that no run goes without: `StepGuard` and `Randomness`, and where it is sharded `WholeWeights`.
 
         Raises:
-            ValueError: The strategy gives each rank a part of every parameter only.
+            ValueError: The strategy gives each rank a part of every parameter, and the task does not learn so.
         """
-        if self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not isinstance(strategy, FullySharded):
+            raise ValueError(f"{type(strategy).__name__} saves no checkpoint of this library: take fsdp (FSDP2) or ddp")
+        if not isinstance(strategy, FullySharded):
+            return [self._randomness, self._guard]
+        if reason := self.why_not_sharded():
             raise ValueError(
-                "averages, exports and gradient norms here are of whole parameters, which "
-                f"{type(self.trainer.strategy).__name__} shards: take ddp, with --trainer.precision bf16-mixed and "
-                "accumulated batches where memory is short"
+                f"{reason}: take --trainer.strategy ddp, with --trainer.precision bf16-mixed and accumulated batches "
+                "where memory is short"
             )
-        return [self._randomness, self._guard]
+        return [self._randomness, self._guard, WholeWeights()]
+
+    def configure_model(self) -> None:
+        """Before parameters are shared out among ranks, note what the frozen ones are."""
+        if self._trainer is not None and isinstance(self.trainer.strategy, FullySharded):
+            self._hashes_of_frozen = list(weights_hashes(self._frozen()))
+
+    def why_not_sharded(self) -> str | None:
+        """Why this task's parameters cannot be shared out among ranks (`layton.sharding`); None if they can.
+
+        They can where every rank calls the same blocks in every training step, and gradients come from one backward
+        pass at its end.
+        """
+        return f"{type(self).__name__} does not train with shared-out parameters"
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer over `trainable_parameters` and its scheduler, stepped with it.

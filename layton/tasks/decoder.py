@@ -110,6 +110,10 @@ class DecoderTask(LaytonTask):
             require_codes(self.sources(), self.quantizer.fingerprint())
         use_fast_attention(self.ladd.unet, self.ladd.controlnet)
 
+    def why_not_sharded(self) -> str | None:
+        """It can."""
+        return None
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch, ()."""
         x_0, embeddings, codebook_loss = self._inputs(batch)

@@ -11,6 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from layton.dtensors import local
+
 
 class NonFiniteError(RuntimeError):
     """Too many steps in a row had a loss or gradient that is NaN or infinite, or were rejected."""
@@ -145,11 +147,11 @@ def _changing_buffers(task: LightningModule) -> list[Tensor]:
 
 
 def _bad_gradient(task: LightningModule, parameters: list[torch.nn.Parameter]) -> str | None:
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
     if not gradients or bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
         return None
     names = {id(parameter): name for name, parameter in task.named_parameters()}
     for parameter in parameters:
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+        if parameter.grad is not None and not bool(torch.isfinite(local(parameter.grad)).all()):
             return f"gradient of {names.get(id(parameter), 'a parameter')}"
     return None  # finite gradients whose norm overflows: clipping deals with those

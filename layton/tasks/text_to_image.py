@@ -135,6 +135,12 @@ class TextToImageTask(LaytonTask):
         """Pick the attention that is quick."""
         use_fast_attention(self.denoiser.unet)
 
+    def why_not_sharded(self) -> str | None:
+        """Not adaptors, which are small, and not with places, which are read off attention between blocks."""
+        if self.teacher is not None:
+            return "place_weight reads attention's weights between blocks"
+        return "adaptors are small" if self.lora is not None else None
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch, ()."""
         self.look_at_captions(batch["caption"])

@@ -73,6 +73,10 @@ class TokenizerTask(LaytonTask):
         if perceptual is not None:
             self.weights["perceptual"] = perceptual_weight
 
+    def why_not_sharded(self) -> str | None:
+        """Not beside a discriminator."""
+        return None if self.automatic_optimization else "model and discriminator take turns within a step"
+
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | None:
         """Loss of one batch, ()."""
         self.image_size = batch["image"].shape[-1]

@@ -1,0 +1,119 @@
+"""What two processes do with one model; in a module of its own, which a spawned process can import."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from laytongen_parts import SIZE, tiny_text_encoder, tiny_tokenizer, tiny_transformer
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from generation.tasks.laytongen import LaytonGenTask
+from layton.callbacks import EMA, ExportWeights, PictureGrid, SafeCheckpoint
+from layton.data.module import ImageDataModule
+from layton.data.sources import ScenesSource
+from layton.optim import MuonAdamW
+from layton.sharding import FullySharded
+from layton.tasks.seeding import seed_libraries
+
+STEPS, STOP = 4, 2
+
+
+def fit(
+    folder: Path, strategy: Strategy | str, *, devices: int = 2, resume: Path | None = None, **task: Any
+) -> LaytonGenTask:
+    """A short training run with all that goes with one: averages, clipping, validation, pictures, an export."""
+    seed_libraries(0)
+    tokenizer = folder.parent / "tokenizer"
+    made = LaytonGenTask(
+        tiny_transformer(),
+        tiny_text_encoder(trainable=True),
+        # biases of keys have no gradient but rounding, of which a smaller eps would make whole steps
+        optimizer=functools.partial(torch.optim.AdamW, lr=1e-3, eps=1e-4),
+        tokenizer=str(tokenizer),
+        **task,
+    )
+    data = ImageDataModule(
+        ScenesSource(split="train", length=64, size=SIZE),
+        validation=ScenesSource(split="validation", length=5, size=SIZE),  # a rank has a batch more
+        batch_size=2,
+        num_workers=0,
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=strategy,
+        max_steps=STEPS,
+        val_check_interval=STOP,
+        check_val_every_n_epoch=None,
+        gradient_clip_val=0.5,
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[
+            EMA(decay=0.9),
+            PictureGrid(every_n_steps=STOP, max_images=2),
+            SafeCheckpoint(every_n_train_steps=STOP),
+            SafeCheckpoint(monitor="val/loss", mode="min"),
+            ExportWeights(),
+        ],
+    )
+    trainer.fit(made, data, ckpt_path=None if resume is None else str(resume))
+    return made
+
+
+def check_rank(rank: int, port: str, folder: str) -> None:
+    """Train with whole and with parted parameters, go on with a saved run, and refuse what cannot be parted."""
+    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    torch.set_num_threads(1)
+    place = Path(folder)
+    fit(place / "whole", DDPStrategy(find_unused_parameters=True))
+    task = fit(place / "parted", FullySharded())
+    assert isinstance(task, FSDPModule)
+    assert sum(isinstance(block, FSDPModule) for block in task.transformer.blocks) == 2
+    parameters = list(task.parameters())
+    own = sum(p.to_local().numel() for p in parameters)
+    assert 0.4 < own / sum(p.numel() for p in parameters) < 0.6
+    fit(place / "again", FullySharded(), resume=place / "parted" / "checkpoints" / f"step={STOP:08d}.ckpt")
+    fit(place / "from_whole", FullySharded(), resume=place / "whole" / "checkpoints" / f"step={STOP:08d}.ckpt")
+    _check_muon(task)
+    try:
+        fit(place / "refused", FullySharded(), contrast=0.5, code_dropout=0.0)
+    except ValueError as error:
+        assert "contrast" in str(error)
+    else:
+        raise AssertionError("contrast was not refused")
+    if rank == 0:
+        torch.save({"own": own}, place / "checked.pt")
+
+
+def _check_muon(task: Any) -> None:
+    """A step on parted matrices, convolutions and biases is the step on whole ones, bit for bit."""
+    generator = torch.Generator().manual_seed(0)
+    mesh = next(task.parameters()).device_mesh
+    shapes = [(64, 96), (65, 64, 3, 3), (64, 96), (7,), (3, 5)]
+    values = [torch.randn(shape, generator=generator) for shape in shapes]
+    plain = [nn.Parameter(value.clone()) for value in values]
+    parted = [nn.Parameter(distribute_tensor(value, mesh, [Shard(0)])) for value in values]
+    optimizers = MuonAdamW(plain), MuonAdamW(parted)
+    for _ in range(2):
+        for one, other in zip(plain, parted, strict=True):
+            gradient = torch.randn(one.shape, generator=generator)
+            one.grad, other.grad = gradient, distribute_tensor(gradient, mesh, [Shard(0)])
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(plain, parted, strict=True):
+        assert other.full_tensor().equal(one)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """The tokenizer of the runs."""
+    tiny_tokenizer().save_pretrained(folder)
