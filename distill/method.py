@@ -79,12 +79,14 @@ class DistillationMethod(nn.Module, ABC):
         target_decay: Decay of the averaged target network; None: the student is its own target.
         needs_null: Whether guidance of the teacher needs ``batch.null``.
         sampling: How the student is sampled: fresh noise between its steps, or deterministic ones.
+        keeps_weights: Whether it evaluates a network with weights of its own keeping: such cannot be shared out.
     """
 
     needs_latents: bool = False
     needs_null: bool = True
     target_decay: float | None = None
     sampling: Literal["renoise", "ddim"] = "renoise"
+    keeps_weights: bool = False
 
     def prepare(self, networks: Networks) -> None:
         """Called once, before the optimizers are made and anything is saved; for methods that add to the networks."""

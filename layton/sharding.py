@@ -9,7 +9,7 @@ that a run goes on with any number of ranks, sharded or not.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any, cast
@@ -58,7 +58,8 @@ class FullySharded(ModelParallelStrategy):
 
     def setup(self, trainer: Trainer) -> None:
         """Part the model before optimizers are made for it."""
-        shard(self._task, self.device_mesh["data_parallel"])
+        methods = getattr(self._task, "gathering_methods", ("training_step",))
+        shard(self._task, self.device_mesh["data_parallel"], methods)
         super().setup(trainer)
 
     @property
@@ -118,11 +119,16 @@ def _parted_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]
     return {**state, "state": parts}
 
 
-def shard(task: LightningModule, mesh: DeviceMesh) -> None:
+def shard(task: LightningModule, mesh: DeviceMesh, methods: Iterable[str] = ("training_step",)) -> None:
     """Part the parameters of a task among the ranks of a mesh, block by block.
 
     Buffers stay whole on every rank, and so do parameters that a module changes in its forward pass (codebooks that
     follow their features).
+
+    Args:
+        task: Its methods but for ``methods`` see the parameters of blocks parted, and have to go through these.
+        mesh: Of one dimension.
+        methods: Whatever computes a loss; each gathers, and has its backward pass behind it.
 
     Raises:
         ValueError: Ranks begin with other weights, or a parameter cannot be parted.
@@ -136,8 +142,10 @@ def shard(task: LightningModule, mesh: DeviceMesh) -> None:
     for module in reversed(list(task.modules())):
         if type(module).__name__ in UNITS:
             fully_shard(module, mesh=mesh, ignored_params=changed)
-    fully_shard(task, mesh=mesh, ignored_params=changed)
-    register_fsdp_forward_method(task, "training_step")
+    # let go after each forward pass, too: not every one has a backward pass behind it, and what stays is out of date
+    fully_shard(task, mesh=mesh, ignored_params=changed, reshard_after_forward=True)
+    for name in methods:
+        register_fsdp_forward_method(task, name)
 
 
 def _require_equal(task: LightningModule) -> None:

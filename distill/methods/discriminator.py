@@ -7,9 +7,10 @@ second adapter on the very UNet that serves as teacher: no second copy of the we
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from math import gcd
 from typing import TYPE_CHECKING, Literal, Protocol, cast, get_args
 
@@ -117,7 +118,8 @@ class Discriminator(nn.Module):
     Args:
         features: Gives the feature maps; its network is not registered here.
         feature_parameters: Those of the network's parameters that learn with the heads: the discriminator's own
-            adapter, all parameters of an own copy, or none (heads only).
+            adapter, all parameters of an own copy, or none (heads only). Asked anew each time: they are other objects
+            once ranks share them out.
         conditional: Show the network text and time. If not, it sees the null condition and time 0 whatever the
             sample's (SCott's ablation; how the paper removes the condition is not stated).
         owned: A network that only the discriminator uses: registered here, so that it moves and is saved with it.
@@ -126,7 +128,7 @@ class Discriminator(nn.Module):
     def __init__(
         self,
         features: FeatureExtractor,
-        feature_parameters: Iterable[nn.Parameter] = (),
+        feature_parameters: Callable[[], Iterable[nn.Parameter]] = tuple,
         *,
         conditional: bool = True,
         owned: nn.Module | None = None,
@@ -136,12 +138,12 @@ class Discriminator(nn.Module):
         self.features = features
         self.conditional = conditional
         self.heads = nn.ModuleList(DiscriminatorHead(width) for width in features.widths)
-        self._feature_parameters = tuple(feature_parameters)
+        self._feature_parameters = feature_parameters
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The heads' parameters and the network's learning ones."""
         yield from self.heads.parameters()
-        yield from self._feature_parameters
+        yield from self._feature_parameters()
 
     def forward(
         self, x_t: Tensor, t: Tensor, condition: Condition, null: Condition | None = None
@@ -213,16 +215,20 @@ def make_discriminator(
         for name in adapter_names(inner):  # the student's, copied with the rest and switched off
             for parameter in adapter_parameters(inner, name):
                 parameter.requires_grad_(False)
-        learning = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+        learning = {name for name, parameter in unet.named_parameters() if parameter.requires_grad}
+
+        def own() -> Iterator[nn.Parameter]:
+            return (parameter for name, parameter in unet.named_parameters() if name in learning)
+
         features = UNetFeatures(AdapterView(inner, names), unet=unet, stages=stages)
-        return Discriminator(features, learning, conditional=conditional, owned=inner)
+        return Discriminator(features, own, conditional=conditional, owned=inner)
     unet = _find_unet(inner)
     if kind == "heads":
         return Discriminator(UNetFeatures(teacher, unet=unet, stages=stages), conditional=conditional)
     settings = lora or LoraSettings()
     add_lora(unet, replace(settings, targets=tuple(decoder_modules(unet, settings.targets))), ADAPTER, active=False)
     features = UNetFeatures(AdapterView(inner, (*names, ADAPTER)), unet=unet, stages=stages)
-    return Discriminator(features, adapter_parameters(unet, ADAPTER), conditional=conditional)
+    return Discriminator(features, partial(adapter_parameters, unet, ADAPTER), conditional=conditional)
 
 
 def hinge_critic_loss(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ is `distill.methods.adversarial`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -43,8 +43,8 @@ class DistributionMatching(ExtraTerm):
     Args:
         fake: Follows the distribution of the student's samples: a copy of the teacher, or the shared network under an
             adapter of its own. None: give it later with `attach`.
-        trained: What of ``fake`` is trained. Given for a shared network, which is then not registered here and is
-            saved by its owner; None registers ``fake`` and trains all its parameters.
+        trained: Gives what of ``fake`` is trained, whenever it is asked. For a shared network, which is then not
+            registered here and is saved by its owner; None registers ``fake`` and trains all its parameters.
         weight: Factor in the student's loss; TLCM's is not published.
         start: First optimizer step; by default that of the second stage, if there is one.
         guidance_scale: w of the teacher (published 8); the fake network is never guided.
@@ -64,7 +64,7 @@ class DistributionMatching(ExtraTerm):
         self,
         fake: Denoiser | None = None,
         *,
-        trained: Sequence[nn.Parameter] | None = None,
+        trained: Callable[[], Iterable[nn.Parameter]] | None = None,
         weight: float = 1.0,
         start: int | None = None,
         guidance_scale: float = 8.0,
@@ -83,17 +83,15 @@ class DistributionMatching(ExtraTerm):
         self.fake_updates = fake_updates
         self.fake_samples: FakeSamples = fake_samples
         self._shared: Held[Denoiser] | None = None
-        self._trained: list[nn.Parameter] = []  # of a shared network
+        self._trained: Callable[[], Iterable[nn.Parameter]] = tuple  # of a shared network
         self.fake: Denoiser | None = None
         if fake is not None:
             self.attach(fake, trained=trained)
 
-    def attach(self, fake: Denoiser, *, trained: Sequence[nn.Parameter] | None = None) -> None:
+    def attach(self, fake: Denoiser, *, trained: Callable[[], Iterable[nn.Parameter]] | None = None) -> None:
         """Give the fake network; see the class. Before the critic's optimizer is made."""
-        if trained is None:
-            self.fake, self._shared, self._trained = fake, Held(fake), []
-        else:
-            self.fake, self._shared, self._trained = None, Held(fake), list(trained)
+        self._shared, self._trained = Held(fake), trained or tuple
+        self.fake = fake if trained is None else None
 
     def _fake_network(self) -> Denoiser:
         if self._shared is None:
@@ -136,4 +134,4 @@ class DistributionMatching(ExtraTerm):
 
     def critic_parameters(self) -> Iterator[nn.Parameter]:
         """The fake network's trained parameters."""
-        return iter(self._trained) if self.fake is None else self.fake.parameters()
+        return iter(self._trained()) if self.fake is None else self.fake.parameters()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.denoiser import Denoiser
+from distill.lockstep import most_evaluations
 from distill.method import DistillationMethod, DistillBatch, MethodOutput, Networks
 from distill.methods.adversarial import Adversarial
 from distill.methods.consistency import HUBER_C, DistanceKind, distance, forget_casts
@@ -288,8 +289,10 @@ class MLCM(DistillationMethod):
 def _target_jump(target: Denoiser, batch: DistillBatch, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """The target's jump from t to s; samples that are there already keep their state and cost nothing."""
     moving = (t > s).nonzero()[:, 0]
-    if len(moving) == 0:
+    if not most_evaluations(target, min(1, len(moving))):
         return x_t
+    if not len(moving):  # but on another rank something moves, by weights that this one has a share of
+        moving = torch.zeros(1, dtype=torch.int64, device=t.device)
     condition = batch.condition if batch.condition.batch_size in (None, 1) else batch.condition[moving]
     x, here, there = x_t[moving], t[moving], s[moving]
     landed = jump(target.schedule, x, target.predict(x, here, condition), here, there)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distill.denoiser import Condition, Denoiser, Prediction
+from distill.lockstep import most_evaluations
 from distill.methods.consistency import forget_casts
 from distill.methods.segments import from_clock, to_clock
 from distill.moves import guide, move
@@ -85,8 +86,11 @@ def denoised_states(guide: GuidedTeacher, x_T: Tensor, t: Tensor, num_steps: Ten
     index = order.to(x_T.device)
     x, end, total = x_T[index], t[index], counts.to(t)
     goal = from_clock(schedule, end)
-    for k in range(int(counts[0])):
+    for k in range(most_evaluations(guide.teacher, int(counts[0]))):
         active = int((counts > k).sum())
+        if not active:  # other ranks are not done, and evaluate weights that this one has a share of
+            guide.predict(x[:1], end[:1], index=index[:1])
+            continue
         span = (schedule.terminal_t - goal[:active]) / total[:active]
         here, there = (to_clock(schedule, schedule.terminal_t - span * step) for step in (k, k + 1))
         # The last step lands on t itself, whatever the rounding of the steps before.

@@ -108,6 +108,7 @@ class ProgressiveDistillation(DistillationMethod):
     """
 
     needs_latents = True
+    keeps_weights = True
     sampling = "ddim"
 
     def __init__(

@@ -49,6 +49,9 @@ class LaytonTask(LightningModule, ABC):
         ValueError: max_bad_steps below 1.
     """
 
+    gathering_methods: tuple[str, ...] = ("training_step",)
+    """Methods that compute a loss, each to be followed by its backward pass; see `layton.sharding.shard`."""
+
     def __init__(
         self,
         *,
@@ -357,8 +360,8 @@ class LaytonTask(LightningModule, ABC):
     def why_not_sharded(self) -> str | None:
         """Why this task's parameters cannot be shared out among ranks (`layton.sharding`); None if they can.
 
-        They can where every rank calls the same blocks in every training step, and gradients come from one backward
-        pass at its end.
+        They can where every rank calls the same blocks in every training step, and no backward pass begins within
+        `gathering_methods`.
         """
         return f"{type(self).__name__} does not train with shared-out parameters"
 

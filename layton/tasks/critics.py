@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 from distill.adapters import AdapterView, LoraSettings, adapter_parameters, add_lora
@@ -90,4 +91,4 @@ def _attach_fake(matching: DistributionMatching, teacher: Denoiser, settings: Lo
         return
     add_lora(teacher.denoiser, settings, FAKE, active=False)
     fake = AdapterView(teacher.denoiser, (*teacher.names, FAKE))
-    matching.attach(fake, trained=list(adapter_parameters(teacher.denoiser, FAKE)))
+    matching.attach(fake, trained=partial(adapter_parameters, teacher.denoiser, FAKE))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -272,6 +271,12 @@ class DistillTask(ManualTask):
             where = "--model.init_args.method.init_args..."
             rank_zero_warn(f"the run ends after {limit} steps and never comes to {told}; {where} sets these")
 
+    gathering_methods = ("student_loss", "critic_loss")
+
+    def why_not_sharded(self) -> str | None:
+        """Not with methods that evaluate a network with weights of their own keeping."""
+        return f"{type(self.method).__name__} keeps whole weights" if self.method.keeps_weights else None
+
     def critic_parameters(self) -> list[nn.Parameter]:
         """Parameters of the method's own networks."""
         return [parameter for parameter in self.method.critic_parameters() if parameter.requires_grad]
@@ -293,8 +298,8 @@ class DistillTask(ManualTask):
             self.look_at_captions(batch["caption"])
         inputs, step = self.distill_batch(batch), self.global_step
         with self.turn_of(student):
-            output = self.method.losses(self.networks, inputs, step=step, generator=self._generator("student"))
-            self.learn(student, self._log_terms(output, inputs.batch_size))
+            loss, output = self.student_loss(inputs, step)
+            self.learn(student, loss)
         if self.method.target_decay is not None and not self.amid_step and not self._guard.model_skipped:
             update_target(self.networks, self.method.target_decay)
         for critic in critics:
@@ -302,13 +307,20 @@ class DistillTask(ManualTask):
                 critic.zero_grad()  # it would be shown, or was before in this step, the same bad numbers
                 continue
             with self.turn_of(critic):
-                self._teach(critic, inputs, output, step)
+                critic_loss = self.critic_loss(inputs, output, step)
+                if critic_loss is not None:
+                    self.learn(critic, critic_loss, counted=False)
 
-    def _teach(self, critic: LightningOptimizer, inputs: DistillBatch, output: MethodOutput, step: int) -> None:
+    def student_loss(self, inputs: DistillBatch, step: int) -> tuple[Tensor, MethodOutput]:
+        """The student's loss, (), and the terms that it is made of."""
+        output = self.method.losses(self.networks, inputs, step=step, generator=self._generator("student"))
+        return self._log_terms(output, inputs.batch_size), output
+
+    def critic_loss(self, inputs: DistillBatch, output: MethodOutput, step: int) -> Tensor | None:
+        """The loss of the method's own networks, (), on what the student's step left; None if they do not learn now."""
         terms = self.method.critic_losses(self.networks, inputs, output, step=step, generator=self._generator("critic"))
-        if terms:
-            self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()})
-            self.learn(critic, torch.stack([term.float() for term in terms.values()]).sum(), counted=False)
+        self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()})
+        return torch.stack([term.float() for term in terms.values()]).sum() if terms else None
 
     def _watched(self) -> dict[str, tuple[nn.Module, float]]:
         """Every network of the denoiser's size: one with adapters, copies without."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import small_pipelines
 import torch
 from laytongen_parts import SIZE, tiny_text_encoder, tiny_tokenizer, tiny_transformer
 from lightning.pytorch import Trainer
@@ -15,15 +17,77 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from distill.adapters import LoraSettings
+from distill.method import DistillationMethod
+from distill.methods.adversarial import Adversarial
+from distill.methods.distribution_matching import DistributionMatching
+from distill.methods.extra_terms import ExtraTerm
+from distill.methods.lcm import LCM
+from distill.methods.mlcm import MLCM, Refinement
+from distill.methods.scott import SCott
 from generation.tasks.laytongen import LaytonGenTask
 from layton.callbacks import EMA, ExportWeights, PictureGrid, SafeCheckpoint
 from layton.data.module import ImageDataModule
-from layton.data.sources import ScenesSource
+from layton.data.sources import SampleSource, ScenesSource
 from layton.optim import MuonAdamW
 from layton.sharding import FullySharded
+from layton.tasks.distill import DistillTask
 from layton.tasks.seeding import seed_libraries
 
 STEPS, STOP = 4, 2
+METHODS: dict[str, tuple[str, Callable[[], DistillationMethod], bool]] = {
+    "scott": ("sd", lambda: SCott(num_sub_steps=2), True),
+    "mlcm": ("flux", lambda: MLCM(states="denoised", guidance_scale=1.0), True),  # ranks take other numbers of steps
+    "refined": ("sd", lambda: MLCM(states="noised", refinement=Refinement(start=1), extras=_extras()), True),
+    "lcm": ("sd", lambda: LCM(target_decay=0.9), False),
+}
+
+
+def _extras() -> list[ExtraTerm]:
+    return [DistributionMatching(weight=0.5, fake_updates=2), Adversarial(weight=0.1)]
+
+
+class Latents(SampleSource):
+    """Noise with captions."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+
+    def __len__(self) -> int:
+        return 16
+
+    def sample(self, index: int, *, seed: int) -> Mapping[str, Any]:
+        """By index."""
+        latent = torch.randn(self.shape, generator=torch.Generator().manual_seed(index))
+        return {"latent": latent, "caption": f"{index} red stars", "key": f"toy/{index}"}
+
+
+def distil(folder: Path, name: str, strategy: Strategy) -> None:
+    """A few steps of a method, by plain gradient descent, which makes no steps of rounding errors."""
+    kind, method, adapted = METHODS[name]
+    seed_libraries(0)
+    task = DistillTask(
+        str(folder.parent / kind),
+        method(),
+        optimizer=functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+        adapter=LoraSettings(rank=2, targets=("to_q", "to_v", "proj_in")) if adapted else None,
+        preview_steps=(2,),
+        reference_steps=2,
+        frozen_dtype="float32" if adapted else "bfloat16",
+    )
+    data = Latents(task.latent_shape)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+        max_steps=3,
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[EMA(decay=0.9), SafeCheckpoint(every_n_train_steps=3), ExportWeights()],
+    )
+    trainer.fit(task, ImageDataModule(data, validation=data, batch_size=2, num_workers=0))
 
 
 def fit(
@@ -70,10 +134,21 @@ def fit(
     return made
 
 
-def check_rank(rank: int, port: str, folder: str) -> None:
-    """Train with whole and with parted parameters, go on with a saved run, and refuse what cannot be parted."""
+def _join(rank: int, port: str) -> None:
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     torch.set_num_threads(1)
+
+
+def distil_on_rank(rank: int, port: str, folder: str, name: str) -> None:
+    """Distil with whole and with parted parameters."""
+    _join(rank, port)
+    distil(Path(folder) / f"{name}_whole", name, DDPStrategy(find_unused_parameters=True))
+    distil(Path(folder) / f"{name}_parted", name, FullySharded())
+
+
+def check_rank(rank: int, port: str, folder: str) -> None:
+    """Train with whole and with parted parameters, go on with a saved run, and refuse what cannot be parted."""
+    _join(rank, port)
     place = Path(folder)
     fit(place / "whole", DDPStrategy(find_unused_parameters=True))
     task = fit(place / "parted", FullySharded())
@@ -117,3 +192,9 @@ def _check_muon(task: Any) -> None:
 def save_tokenizer(folder: Path) -> None:
     """The tokenizer of the runs."""
     tiny_tokenizer().save_pretrained(folder)
+
+
+def save_teacher(folder: Path, name: str) -> None:
+    """The pipeline that a method distils."""
+    kind = METHODS[name][0]
+    small_pipelines.build(kind).save_pretrained(folder / kind)

@@ -126,7 +126,7 @@ def test_fake_network_learns_at_every_step_and_the_student_at_each_fifth() -> No
 
 def test_adversarial_term_trains_student_and_discriminator_apart() -> None:
     features = TinyFeatures()
-    critic = Discriminator(features, features.parameters())
+    critic = Discriminator(features, features.parameters)
     method = MLCM(extras=[Adversarial(weight=0.1)], refinement=Refinement(start=0))
     assert method.needs_discriminator and method.weights == {"adversarial": 0.1}
     with pytest.raises(ValueError, match="attach"):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from sharding_tools import STEPS, STOP, check_rank, fit, save_tokenizer
+from sharding_tools import METHODS, STEPS, STOP, check_rank, distil_on_rank, fit, save_teacher, save_tokenizer
 from torch import Tensor
 
 
@@ -22,14 +22,17 @@ def tensors(value: Any, path: str = "") -> dict[str, Tensor]:
     return {name: tensor for key, item in items for name, tensor in tensors(item, f"{path}/{key}").items()}
 
 
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharding")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     save_tokenizer(folder / "tokenizer")
-    torch.multiprocessing.spawn(check_rank, args=(str(port), str(folder)), nprocs=2)
+    torch.multiprocessing.spawn(check_rank, args=(free_port(), str(folder)), nprocs=2)
     assert (folder / "checked.pt").is_file()
     return folder
 
@@ -65,7 +68,8 @@ def test_a_run_of_whole_copies_goes_on_sharded(runs: Path) -> None:
         torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:the run goes on amid an epoch", "ignore:Found .* in eval mode")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:the run goes on amid an epoch")
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
 def test_a_sharded_run_goes_on_on_one_device(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer").symlink_to(runs / "tokenizer")
     start = runs / "parted" / "checkpoints" / f"step={STOP:08d}.ckpt"
@@ -75,6 +79,26 @@ def test_a_sharded_run_goes_on_on_one_device(runs: Path, tmp_path: Path) -> None
     before = tensors(checkpoint(runs / "parted", STOP)["state_dict"])
     largest = max(float((moved[name] - tensor).abs().max()) for name, tensor in before.items())
     assert 0 < largest < 2.5e-3  # of two steps at 1e-3
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "refined" else [pytest.mark.slow]) for name in METHODS]
+)
+def test_a_model_is_distilled_as_with_whole_copies(tmp_path: Path, name: str) -> None:
+    save_teacher(tmp_path, name)
+    torch.multiprocessing.spawn(distil_on_rank, args=(free_port(), str(tmp_path), name), nprocs=2)
+    whole, parted = (checkpoint(tmp_path / f"{name}_{kind}", 3) for kind in ("whole", "parted"))
+    one, other = tensors(whole), tensors(parted)
+    assert list(one) == list(other)
+    assert len(whole["optimizer_states"]) == (2 if name in ("scott", "refined") else 1)
+    for key, tensor in one.items():
+        torch.testing.assert_close(other[key], tensor, rtol=1e-3, atol=1e-5, msg=key)
+    momenta = whole["optimizer_states"][0]["state"].values()
+    assert all(float(state["momentum_buffer"].abs().max()) > 0 for state in momenta)
+    exports = [
+        load_file(next((tmp_path / f"{name}_{kind}" / "export").rglob("*.safetensors"))) for kind in ("whole", "parted")
+    ]
+    assert list(exports[0]) == list(exports[1])
 
 
 def test_the_export_of_a_sharded_run_is_the_average(runs: Path) -> None:
