@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from generation.model.weight_types import Weights
 from generation.sampling.choice import SamplingChoice, require_sampling
-from layton.options import require_least
+from layton.options import refuse_given, require_least
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,7 +99,7 @@ def load_drawer(options: DrawerOptions, sampling: SamplingChoice | None = None) 
     choice = sampling or SamplingChoice()
     require_sampling(choice)
     if options.kind == "laytongen":
-        _refuse(
+        refuse_given(
             {"student": options.student, "planner": options.planner},
             "a diffusion model's, not LaytonGen's: say --kind diffusion",
         )
@@ -119,16 +119,8 @@ def load_drawer(options: DrawerOptions, sampling: SamplingChoice | None = None) 
     others: dict[str, object] = {name: getattr(options, name) for name in ("tokenizer", "decoder")}
     others["weights int8"] = True if options.weights == "int8" else None
     others["allow"] = None if options.planner is not None else options.allow
-    _refuse({**others, **dict.fromkeys(choice.given(), True)}, "LaytonGen's, not a diffusion model's")
+    refuse_given({**others, **dict.fromkeys(choice.given(), True)}, "LaytonGen's, not a diffusion model's")
     return _diffusion(options, choice.guidance_scale)
-
-
-def _refuse(options: Mapping[str, object], whose: str) -> None:
-    from layton.errors import UsageError
-
-    given = [option for option, value in options.items() if value is not None]
-    if given:
-        raise UsageError(f"{', '.join(given)}: {whose}")
 
 
 def _diffusion(options: DrawerOptions, guidance_scale: float | None) -> Drawer:

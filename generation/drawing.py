@@ -20,6 +20,7 @@ from generation.sampling.choice import SamplingChoice
 from generation.text.encoders import TextCut
 from layton.ldm.text import remark_on
 from layton.modules import weights_digest
+from layton.pictures import to_uint8
 
 Layout = Sequence[PlacedObject]
 
@@ -144,8 +145,7 @@ class LaytonGenDrawer:
             callback_on_step_end=None if callback is None else lambda _, index, *__: callback(index),
             batch_size=max(1, len(generators)) * self.pipeline.candidates(self.sampling.candidates),
         )
-        images = [np.round(image * 255).astype(np.uint8) for image in np.asarray(result.images)]
-        return Drawn(images, result.codes, result.layouts, result.cut)
+        return Drawn(to_uint8(np.asarray(result.images)), result.codes, result.layouts, result.cut)
 
     def remarks(self, prompts: Sequence[str], cut: Sequence[TextCut]) -> list[str]:
         """What was not read of each prompt, in words; empty if all was.

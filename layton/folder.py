@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,7 +41,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file in the folder of ``path``, flush it to disk and rename it to ``path``.
 
     The one way in which this library writes a file. The temporary one lies in the same folder, so that the rename
-    never is a copy; after it the folder is flushed too, so that the name survives a power cut.
+    never is a copy; after it the folder is flushed too, so that the name survives a power cut. A link stays one, and
+    what is no file (``/dev/stdout``, a named pipe) is written into.
 
     Args:
         path: Final place; its folder is made.
@@ -49,6 +51,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: It could not be written; of a full disk the message says which file and how much room there is.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        _write_into(path, write)
+        return
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
@@ -65,6 +71,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _write_into(device: Path, write: Callable[[Path], object]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / "part"
+        write(part)
+        with part.open("rb") as source, device.open("wb") as target:
+            shutil.copyfileobj(source, target)
 
 
 @contextmanager

@@ -7,6 +7,8 @@ file or a folder can tell (no such decoder, top-k above its vocabulary) is a fai
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
 
 from layton.errors import UsageError
 
@@ -37,6 +39,27 @@ def require_shares(values: Mapping[str, float]) -> None:
     for name, value in values.items():
         if not 0.0 <= value <= 1.0:
             raise UsageError(f"{_option(name)} must be in [0, 1], got {value}")
+
+
+def refuse_given(options: Mapping[str, object], whose: str) -> None:
+    """Stop if an option is given that would do nothing.
+
+    Args:
+        options: By parameter name; None for those that are not given.
+        whose: What they belong to, in words.
+
+    Raises:
+        UsageError: With all that are given.
+    """
+    given = [_option(name) for name, value in options.items() if value is not None]
+    if given:
+        raise UsageError(f"{', '.join(given)}: {whose}")
+
+
+def changed_options(given: Any, usual: Any) -> dict[str, object]:
+    """What differs between two dataclasses of options, by name, as `refuse_given` wants it."""
+    pairs = {field.name: getattr(given, field.name) for field in fields(usual)}
+    return {name: value for name, value in pairs.items() if value != getattr(usual, name)}
 
 
 def _option(name: str) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from layton.folder import write_atomically
@@ -136,3 +138,18 @@ def _write(canvas: Image.Image, lines: Sequence[str], place: tuple[int, int]) ->
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(_TEXT_SIZE)
+
+
+def to_uint8(images: NDArray[np.floating]) -> list[NDArray[np.uint8]]:
+    """Pictures (B, H, W, 3) in [0, 1], as diffusers' pipelines give them, rounded: uint8 (H, W, 3) each.
+
+    Raises:
+        ValueError: One holds values that are not finite, which would come out black.
+    """
+    broken = [number for number, image in enumerate(images) if not np.isfinite(image).all()]
+    if broken:
+        raise ValueError(
+            f"{len(broken)} of {len(images)} pictures drawn hold values that are not finite: weights are broken, or "
+            "too large for their type (half precision)"
+        )
+    return [np.round(image * 255).astype(np.uint8) for image in images]

@@ -81,7 +81,7 @@ class LaytonTokenizer(ImageTokenizer):
         super().__init__()
         if encoder.code_dim != quantizer.code_dim:
             raise ValueError(f"encoder gives {encoder.code_dim}-d features, quantizer takes {quantizer.code_dim}-d")
-        if image_size % encoder.downsample_factor:
+        if image_size < 1 or image_size % encoder.downsample_factor:
             raise ValueError(f"image_size {image_size} is not a multiple of {encoder.downsample_factor}")
         self.encoder = encoder
         self.quantizer = quantizer

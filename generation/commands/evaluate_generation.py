@@ -50,7 +50,7 @@ def evaluate_generation(
         data: the word scenes, a folder of images with captions, or tar shards (files or patterns).
         split: train, validation or test; all takes every stored image.
         count: images to take from the start of the split; 1,000 scenes or all stored images by default.
-        size: side in pixels to which real images are cropped and scaled.
+        size: side in pixels to which real images are cropped and scaled; that of drawn ones.
         image_column: of a table; "image" by default.
         caption_column: of a table; by default caption, text, prompt or label, the first that there is.
         clip: folder of a CLIP model in transformers' format.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from generation.drawers import DrawerOptions, load_drawer
 from generation.sampling.choice import SamplingChoice
 from layton.errors import UsageError
-from layton.options import require_least
+from layton.options import changed_options, refuse_given, require_least
 from layton.progress import progress
 from layton.reports import write_json
 
@@ -52,6 +52,9 @@ def evaluate_geneval(
         raise UsageError("give --prompts with --out to draw images, or --results to sum up, or all three")
     require_least(1, {"images_per_prompt": images_per_prompt})
     require_least(0, {"seed": seed})
+    if prompts is None:
+        given = {**changed_options(drawer, _DRAWER), **changed_options(sampling, _SAMPLING)}
+        refuse_given(given, "of drawing, and without --prompts nothing is drawn")
     figures: dict[str, Any] = {}
     if prompts is not None and out is not None:
         lines = read_prompts(prompts)

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 from generation.drawers import DrawerOptions, load_drawer
 from generation.sampling.choice import SamplingChoice
 from layton.errors import UsageError
-from layton.options import require_least
+from layton.options import refuse_given, require_least
 from layton.progress import progress
 from layton.reports import write_json
 
 if TYPE_CHECKING:
     from layton.sceneval import SceneEvalReport
 
+_PER_TASK = 50
 _DRAWER, _SAMPLING = DrawerOptions(), SamplingChoice()
 
 
@@ -25,7 +26,7 @@ def evaluate_sceneval(
     drawer: DrawerOptions = _DRAWER,
     sampling: SamplingChoice = _SAMPLING,
     prompts: Path | None = None,
-    per_task: int = 50,
+    per_task: int | None = None,
     images_per_prompt: int = 4,
     seed: int = 0,
     batch_size: int = 16,
@@ -38,7 +39,8 @@ def evaluate_sceneval(
         drawer: which model draws.
         sampling: how.
         prompts: file of prompts in GenEval's JSON lines; by default they are made from test seeds.
-        per_task: prompts made for each of the six tasks, a fifth of them of unseen combinations where there are such.
+        per_task: prompts made for each of the six tasks, 50 by default; a fifth of unseen combinations where there are
+            such.
         images_per_prompt: images drawn for each prompt.
         seed: of the first image; the following images count up from it.
         batch_size: images drawn at once, each with its candidates; the score does not depend on it.
@@ -55,7 +57,9 @@ def evaluate_sceneval(
     out = out if own_rank() == 0 else None
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not empty: images of another run there would be counted as this one's")
-    specs = make_prompts(per_task) if prompts is None else read_prompts(prompts)
+    if prompts is not None:
+        refuse_given({"per_task": per_task}, "of prompts that are made, and --prompts names a file of them")
+    specs = make_prompts(per_task or _PER_TASK) if prompts is None else read_prompts(prompts)
     loaded = load_drawer(drawer, sampling)
     with progress(len(specs) * images_per_prompt, "draw") as bar, cut_captions_told_once():
         report = run_sceneval(

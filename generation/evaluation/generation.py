@@ -87,7 +87,8 @@ def evaluate_generation(
         on_progress: Told how many images are done with.
 
     Raises:
-        ValueError: If there are fewer than two images, or one resample, which has no spread.
+        ValueError: If there are fewer than two images, or one resample, which has no spread; if the two sets are not of
+            one size; if a CLIP model was named that is not there.
     """
     if num_resamples == 1:
         raise ValueError("num_resamples must be 0 or at least 2, got 1")
@@ -104,7 +105,12 @@ def evaluate_generation(
         made = rearrange(torch.from_numpy(np.stack(list(drawn))), "b h w c -> b c h w").float() / 127.5 - 1
         images = round_to_uint8(images)
         own = own_share(range(len(captions)))  # metrics add up what all processes count
-        sizes |= {tuple(images.shape[-2:]), tuple(made.shape[-2:])}
+        if images.shape != made.shape:
+            have, want = ("x".join(map(str, batch.shape[:1:-1])) for batch in (images, made))
+            raise ValueError(
+                f"real images are taken at {have} pixels, drawn ones have {want}: say --size {made.shape[-1]}"
+            )
+        sizes.add(tuple(made.shape[-2:]))
         texts.update("\n".join([*captions, ""]).encode("utf-8", "replace"))
         for number, batch in enumerate((images, made)):
             if extract is not None and len(own):
@@ -161,6 +167,8 @@ def _external(sources: ExternalSources, absent: dict[str, str], place: torch.dev
     try:
         clip = load_clip_score(sources).to(place)
     except AbsentError as error:
+        if sources.clip is not None:
+            raise ValueError(str(error)) from error
         absent["clip_score"] = str(error)
     try:
         inception = load_inception_fid(sources)().to(place)

@@ -78,7 +78,7 @@ def read_prompts(path: Path) -> list[GenEvalPrompt]:
         OSError: If the file cannot be read.
     """
     prompts: list[GenEvalPrompt] = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not text.strip():
             continue
         try:
@@ -163,7 +163,7 @@ def summarise_results(path: Path) -> GenEvalScores:
     """
     by_task: dict[str, list[bool]] = {}
     by_prompt: dict[str, list[bool]] = {}
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not text.strip():
             continue
         try:

@@ -92,6 +92,10 @@ def score_next_codes(
         if on_progress is not None:
             on_progress(len(samples))
     each = torch.cat(losses).double()
+    if not bool(each.isfinite().all()):
+        raise ValueError(
+            f"likelihoods of {int((~each.isfinite()).sum())} of {images} images are not finite: broken weights?"
+        )
     return NextCodeScores(
         images=images,
         codes=total,

@@ -44,9 +44,8 @@ def call_function(name: str, command: Command, args: Sequence[str]) -> int:
         given = parser.parse_args(_words_of(function, [_underscored(word) for word in args])).as_dict()
     except ArgumentError as error:
         raise usage_error(error, parser.prog, _options(parser)) from error
-    figures = given.get("json")
-    if isinstance(figures, Path) and figures.is_dir():
-        raise UsageError(f"--json {figures} is a folder, and a file is to be written")
+    if isinstance(given.get("json"), Path):
+        _require_place(given["json"])
     positional = [given.pop(parameter.name) for parameter in _positional(function)]
     for parameter, bundle in _bundles(function).items():
         given[parameter] = bundle(**{field.name: given.pop(field.name) for field in fields(bundle)})
@@ -55,6 +54,17 @@ def call_function(name: str, command: Command, args: Sequence[str]) -> int:
         return _together(name, command, function, positional, given)
     status = function(*positional, **given)
     return 0 if status is None else int(status)
+
+
+def _require_place(figures: Path) -> None:
+    """Told before the work, not after it."""
+    if figures.is_dir():
+        raise UsageError(f"--json {figures} is a folder, and a file is to be written")
+    above = next(folder for folder in figures.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UsageError(f"--json {figures}: {above} is not a folder")
+    if not os.access(figures if figures.exists() else above, os.W_OK):
+        raise UsageError(f"--json {figures} cannot be written there")
 
 
 def _options(parser: ArgumentParser) -> list[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from layton.commands import COMMANDS
 from layton.errors import UsageError
+from layton.options import refuse_given, require_least
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 Kind = Literal["auto", "layton", "llamagen", "gpt"]
 Precision = Literal["float32", "float16", "bfloat16"]
 _SHOWN_PROBLEMS = 10
+_IMAGE_SIZE, _OUTPUT_SIZE = 256, 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +44,10 @@ def convert(
     *,
     out: Path,
     kind: Kind = "auto",
-    lora: Literal["keep", "merge"] = "keep",
+    lora: Literal["keep", "merge"] | None = None,
     dtype: Precision = "float32",
-    image_size: int = 256,
-    output_size: int = 1024,
+    image_size: int | None = None,
+    output_size: int | None = None,
     vae: Path | None = None,
     unet_config: Path | None = None,
     vae_config: Path | None = None,
@@ -62,10 +64,10 @@ def convert(
         out: folder to write; must not exist.
         kind: layton (the released LaCTok tokenizer), llamagen (VQ-16 or VQ-8), gpt (LaCTokGen-T or LlamaGen GPT, as
             `layton convert gpt` does), or auto to see from the tensors.
-        lora: keep the decoder's adaptors apart, or merge them into the UNet.
+        lora: keep the decoder's adaptors apart (by default), or merge them into the UNet.
         dtype: of the weights on disk; codes stay float32.
-        image_size: side in pixels of the encoder's input.
-        output_size: side in pixels of the LaCTok decoder's output.
+        image_size: side in pixels of the encoder's input; 256 by default.
+        output_size: side in pixels of the LaCTok decoder's output; 1024 by default.
         vae: folder of the diffusers AutoencoderKL, if the checkpoint holds none.
         unet_config: a diffusers UNet's config.json, if the decoder's is not that of SDXL.
         vae_config: a diffusers AutoencoderKL's config.json, if the one in the file is not that of SDXL.
@@ -75,20 +77,29 @@ def convert(
     from layton.convert import ConvertError
     from layton.staging import staged
 
+    require_least(1, {"image_size": image_size, "output_size": output_size})
     if out.exists():
         raise UsageError(f"{out} exists already")
+    layton_only = {"lora": lora, "output_size": output_size, "vae": vae, "unet_config": unet_config}
+    layton_only |= {"vae_config": vae_config, "scheduler_config": scheduler_config}
     files = {"unet": unet_config, "vae": vae_config, "scheduler": scheduler_config}
     settings = LdmSettings(vae, {name: _read_config(path) for name, path in files.items() if path is not None})
     try:
         found = _kind(checkpoint, kind)
+        if found != "layton":
+            refuse_given(layton_only, "of LaCTok tokenizers, and this is none")
         if found == "gpt":
+            refuse_given({"image_size": image_size, "ignore": ignore}, "of tokenizers, and this is a GPT")
             return _convert_gpt(checkpoint, out=out, dtype=dtype)
         with staged(out) as folder:
             if found == "llamagen":
-                lines = convert_llamagen(checkpoint, folder, dtype=_dtype(dtype), image_size=image_size)
+                size = image_size or _IMAGE_SIZE
+                lines = convert_llamagen(checkpoint, folder, dtype=_dtype(dtype), image_size=size, ignore=ignore or [])
             else:
-                parts = read_released(checkpoint, settings, lora=lora, dtype=_dtype(dtype), ignore=ignore or [])
-                write_released(parts, folder, settings, image_size=image_size, output_size=output_size)
+                kept = lora or "keep"
+                parts = read_released(checkpoint, settings, lora=kept, dtype=_dtype(dtype), ignore=ignore or [])
+                sides = (image_size or _IMAGE_SIZE, output_size or _OUTPUT_SIZE)
+                write_released(parts, folder, settings, image_size=sides[0], output_size=sides[1])
                 lines = [f"{len(parts.unused)} tensors of the file are not needed"]
     except ConvertError as error:
         sys.stderr.write(_problems(error))
@@ -124,7 +135,9 @@ def convert_lora(adapter: Path, *, out: Path) -> int:
     return 0
 
 
-def convert_llamagen(checkpoint: Path, folder: Path, *, dtype: torch.dtype, image_size: int) -> list[str]:
+def convert_llamagen(
+    checkpoint: Path, folder: Path, *, dtype: torch.dtype, image_size: int, ignore: list[str]
+) -> list[str]:
     """Write a LlamaGen VQ checkpoint as a tokenizer folder with the decoder "vqgan"; returns lines to print.
 
     Raises:
@@ -134,7 +147,7 @@ def convert_llamagen(checkpoint: Path, folder: Path, *, dtype: torch.dtype, imag
     from layton.tokenizer import LaytonTokenizer
     from layton.vqgan_decoder import VQGANCodeDecoder
 
-    parts = convert_vqgan(checkpoint, dtype=dtype)
+    parts = convert_vqgan(checkpoint, ignore=ignore, dtype=dtype)
     decoder = VQGANCodeDecoder(**parts.encoder.config)  # type: ignore[arg-type]  # the same arguments, as JSON values
     decoder.network = parts.decoder
     model = LaytonTokenizer(parts.encoder, parts.quantizer, {"vqgan": decoder}, image_size=image_size)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layton.data.types import Share
-from layton.options import require_least
+from layton.options import refuse_given, require_least
 from layton.progress import progress
 from layton.reports import write_json
 
@@ -51,13 +51,13 @@ def evaluate_reconstruction(
     count: int | None = None,
     size: int = 256,
     image_column: str | None = None,
-    tokenizer: str = "mini",
+    tokenizer: str | None = None,
     decoder: str | None = None,
     steps: int | None = None,
     condition_scale: float | None = None,
     autoencoder: Path | None = None,
     objects: int = 0,
-    seed: int = 0,
+    seed: int | None = None,
     batch_size: int = 8,
     device: str | None = None,
     allow: list[str] | None = None,
@@ -74,13 +74,13 @@ def evaluate_reconstruction(
         count: images to take from the start of the split; 1,000 scenes or all stored images by default.
         size: side in pixels to which images are cropped and scaled.
         image_column: of a table; "image" by default.
-        tokenizer: embedded tokenizer or folder.
+        tokenizer: embedded tokenizer or folder; mini by default.
         decoder: name of the code decoder; the tokenizer's own choice by default.
         steps: network evaluations of the decoder; its own number by default.
         condition_scale: strength of the codes, where the decoder has such a thing.
         autoencoder: folder of a diffusers AutoencoderKL (or of a pipeline with one), to evaluate it alone instead.
         objects: on so many scenes of the split, also count how often shape and colour of every object are kept.
-        seed: of the noise that decoders begin with, the same for every image.
+        seed: of the noise that decoders begin with, the same for every image; 0 by default.
         batch_size: images at once.
         device: where to run; the accelerator if there is one.
         allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
@@ -92,9 +92,13 @@ def evaluate_reconstruction(
     require_least(1, {"batch_size": batch_size, "count": count, "size": size, "steps": steps})
     require_least(0, {"seed": seed, "objects": objects})
     if autoencoder is not None:
+        others: dict[str, object] = {"tokenizer": tokenizer, "decoder": decoder, "steps": steps, "seed": seed}
+        refuse_given(
+            {**others, "condition_scale": condition_scale, "allow": allow}, "of tokenizers, not --autoencoder's"
+        )
         subject = autoencoder_alone(autoencoder, device)
     else:
-        subject = tokenizer_with(tokenizer, decoder, steps, condition_scale, seed, device, allow)
+        subject = tokenizer_with(tokenizer or "mini", decoder, steps, condition_scale, seed or 0, device, allow)
     images = open_images(data, split=split, count=count, size=size, batch_size=batch_size, image_column=image_column)
     report = measure(subject, images)
     figures = report.to_dict()

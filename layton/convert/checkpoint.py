@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-CONTAINERS = ("model", "state_dict", "module")
+CONTAINERS = ("model", "state_dict", "module", "ema")
 
 
 class ConvertError(ValueError):
@@ -29,12 +29,13 @@ class ConvertError(ValueError):
         super().__init__(f"cannot convert {source}, {len(problems)} problem(s):\n  " + "\n  ".join(problems))
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+def read_checkpoint(path: str | Path, *, averaged: bool = False) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint under their own names.
 
     Args:
         path: A ``.safetensors`` file, or a file of ``torch.save``. The tensors may lie at the top, or under one of
-            ``model``, ``state_dict`` and ``module`` (in safetensors: as a common prefix).
+            ``model``, ``state_dict``, ``module`` and ``ema`` (in safetensors: as a common prefix).
+        averaged: Take ``ema`` before the others, where a file has both.
 
     Returns:
         Name to tensor, without the container's name.
@@ -43,6 +44,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         ConvertError: There is no such file, it is damaged, or it holds more than tensors.
     """
     file = Path(path)
+    if file.is_dir():
+        raise ConvertError(file, ["a folder: name the file in it"])
     if not file.is_file():
         raise ConvertError(file, ["no such file"])
     if file.suffix == ".safetensors":
@@ -50,7 +53,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             return without_container(load_file(str(file)))
         except SafetensorError as error:
             raise ConvertError(file, [f"not a whole safetensors file: {error}"]) from error
-    return named_tensors(_load_pickle(file), source=file)
+    return named_tensors(_load_pickle(file), source=file, averaged=averaged)
 
 
 def _load_pickle(file: Path) -> object:
@@ -65,18 +68,18 @@ def _load_pickle(file: Path) -> object:
         raise ConvertError(file, [f"{advice} ({str(error).splitlines()[0]})"]) from error
     except (RuntimeError, EOFError, KeyError, IndexError, AttributeError, TypeError, ValueError, OSError) as error:
         # What torch raises for cut and foreign files is not one type.
-        raise ConvertError(file, [f"not a whole file of torch.save: {error}"]) from error
+        raise ConvertError(file, [f"not a whole file of torch.save: {type(error).__name__} {error}"]) from error
 
 
-def named_tensors(loaded: object, *, source: Path) -> dict[str, Tensor]:
-    """The state dict in what ``torch.load`` gave.
+def named_tensors(loaded: object, *, source: Path, averaged: bool = False) -> dict[str, Tensor]:
+    """The state dict in what ``torch.load`` gave; see `read_checkpoint`.
 
     Raises:
         ConvertError: There is none, or it holds values that are not tensors.
     """
-    inner = loaded
+    inner, order = loaded, sorted(CONTAINERS, key=lambda name: averaged and name != "ema")
     while isinstance(inner, Mapping):
-        container = next((name for name in CONTAINERS if isinstance(inner.get(name), Mapping)), None)
+        container = next((name for name in order if isinstance(inner.get(name), Mapping)), None)
         if container is None:
             break
         inner = inner[container]

@@ -137,23 +137,28 @@ class ConvertedVQGAN:
     decoder: VQGANDecoder
 
 
-def convert_vqgan(path: str | Path, *, dtype: torch.dtype = torch.float32) -> ConvertedVQGAN:
+def convert_vqgan(
+    path: str | Path, *, ignore: Sequence[str] = (), dtype: torch.dtype = torch.float32
+) -> ConvertedVQGAN:
     """Convert a LlamaGen VQ checkpoint; its shape is read off the tensors.
+
+    Of a file with averaged weights (``ema``) those are taken, as by LlamaGen's own scripts.
 
     Args:
         path: ``.pt`` or ``.safetensors``.
+        ignore: Names of tensors, or prefixes that end in a dot, that are left out of the check.
         dtype: Floating-point type of encoder and decoder; the codes stay fp32.
 
     Raises:
         ConvertError: The file is unreadable or has missing, unknown or mis-shaped tensors; all are listed.
     """
-    state = read_checkpoint(path)
+    state = read_checkpoint(path, averaged=True)
     shape = VQGANShape.read(state)
     with torch.device("meta"):
         encoder, decoder = shape.encoder(), shape.decoder()
     layout = vqgan_layout("encoder", encoder) | vqgan_layout("decoder", decoder)
     layout |= codebook_layout(state, code_dim=shape.code_dim)
-    require(layout, state, source=path, ignored=(USAGE_BUFFER,))
+    require(layout, state, source=path, ignored=(USAGE_BUFFER, *ignore))
     encoder.load_state_dict(take(layout, state, "encoder", dtype=dtype), assign=True)
     decoder.load_state_dict(take(layout, state, "decoder", dtype=dtype), assign=True)
     codebook = take(layout, state, "quantizer", dtype=torch.float32)["codebook"]

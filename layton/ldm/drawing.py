@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layton import assets
+from layton.pictures import to_uint8
 
 Dtype = Literal["float32", "bfloat16"]
 DEFAULT_STEPS = 25
@@ -159,4 +160,4 @@ class TextToImage:
             output_type="np",
             **({} if self.eta is None else {"eta": self.eta}),
         )
-        return [np.round(image * 255).astype(np.uint8) for image in np.asarray(result.images)]
+        return to_uint8(np.asarray(result.images))

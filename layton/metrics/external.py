@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,12 +106,12 @@ def load_lpips(sources: ExternalSources) -> PairMeasure:
     """LPIPS (arXiv 1801.03924) through torchmetrics, which ships the linear weights; the backbone is torchvision's.
 
     Raises:
-        AbsentError: The backbone's weights are not on disk.
+        AbsentError: The backbone's weights are not on disk, or damaged.
     """
-    _checkpoint(sources, _BACKBONES[sources.lpips_net])
+    backbone = _checkpoint(sources, _BACKBONES[sources.lpips_net])
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-    with _hub_dir(sources):
+    with _hub_dir(sources), _readable(backbone):
         metric = LearnedPerceptualImagePatchSimilarity(net_type=sources.lpips_net, normalize=False)
     return _OneByOne(metric, lambda images: images)
 
@@ -119,12 +120,12 @@ def load_dists(sources: ExternalSources) -> PairMeasure:
     """DISTS (arXiv 2004.07728) through torchmetrics, which ships its weights; the backbone is torchvision's VGG16.
 
     Raises:
-        AbsentError: The backbone's weights are not on disk.
+        AbsentError: The backbone's weights are not on disk, or damaged.
     """
-    _checkpoint(sources, _BACKBONES["vgg"])
+    backbone = _checkpoint(sources, _BACKBONES["vgg"])
     from torchmetrics.image.dists import DeepImageStructureAndTextureSimilarity
 
-    with _hub_dir(sources):
+    with _hub_dir(sources), _readable(backbone):
         metric = DeepImageStructureAndTextureSimilarity()
     return _OneByOne(metric, lambda images: (images + 1) / 2)
 
@@ -133,12 +134,12 @@ def lpips_network(sources: ExternalSources) -> nn.Module:
     """LPIPS with gradients: two batches (B, 3, H, W) in [-1, 1] to distances (B, 1, 1, 1), for losses.
 
     Raises:
-        AbsentError: The backbone's weights are not on disk.
+        AbsentError: The backbone's weights are not on disk, or damaged.
     """
-    _checkpoint(sources, _BACKBONES[sources.lpips_net])
+    backbone = _checkpoint(sources, _BACKBONES[sources.lpips_net])
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-    with _hub_dir(sources):
+    with _hub_dir(sources), _readable(backbone):
         metric = LearnedPerceptualImagePatchSimilarity(net_type=sources.lpips_net, normalize=False)
     network: nn.Module = metric.net
     return network
@@ -148,12 +149,12 @@ def dists_network(sources: ExternalSources) -> nn.Module:
     """DISTS with gradients on request: two batches (B, 3, H, W) in [0, 1] to distances (B,), for losses.
 
     Raises:
-        AbsentError: The backbone's weights are not on disk.
+        AbsentError: The backbone's weights are not on disk, or damaged.
     """
-    _checkpoint(sources, _BACKBONES["vgg"])
+    backbone = _checkpoint(sources, _BACKBONES["vgg"])
     from torchmetrics.functional.image.dists import DISTSNetwork
 
-    with _hub_dir(sources):
+    with _hub_dir(sources), _readable(backbone):
         network: nn.Module = DISTSNetwork()
     return network
 
@@ -162,7 +163,7 @@ def load_inception_fid(sources: ExternalSources) -> Callable[[], FrechetInceptio
     """FID (arXiv 1706.08500) with torch-fidelity's Inception through torchmetrics; takes uint8 images (B, 3, H, W).
 
     Raises:
-        AbsentError: torch-fidelity is not installed, or the weights are not on disk.
+        AbsentError: torch-fidelity is not installed, or the weights are not on disk, or damaged.
     """
     if find_spec("torch_fidelity") is None:
         raise AbsentError("the package torch-fidelity is not installed (extra 'eval')")
@@ -171,7 +172,9 @@ def load_inception_fid(sources: ExternalSources) -> Callable[[], FrechetInceptio
         raise AbsentError(f"no weights at {path}")
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    return lambda: FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=str(path))
+    with _readable(path):
+        empty = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=str(path))
+    return lambda: deepcopy(empty)
 
 
 class ClipScore(nn.Module):
@@ -260,6 +263,15 @@ def _checkpoint(sources: ExternalSources, name: str) -> Path:
     if not path.is_file():
         raise AbsentError(f"no weights at {path}")
     return path
+
+
+@contextmanager
+def _readable(weights: Path) -> Iterator[None]:
+    """Turns what readers of a damaged file raise, which is not one type, into `AbsentError`."""
+    try:
+        yield
+    except Exception as error:
+        raise AbsentError(f"{weights} cannot be read, and may be damaged ({type(error).__name__})") from error
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from layton.ranks import all_gather_rows, all_reduce_sum
 
 GRID = 16
 MAX_COLOURS = 16_384
+MAX_POINTS = 1 << 20
 PATCH_SIZE = 16
 NUM_COMPONENTS = 16
 _CHUNK = 64  # cells compared with all colours at once: 64 x 16,384 float32 = 4 MB stay in the processor's cache
@@ -84,13 +85,19 @@ class Palette:
     ) -> Palette:
         """Chooses the colours for images (B, 3, H, W) in [-1, 1].
 
-        Every different cell mean becomes a colour when there are at most ``max_colours``; else median cut chooses.
+        Every different cell mean becomes a colour when there are at most ``max_colours``; else median cut chooses, of
+        more than ``MAX_POINTS`` different ones by so many of them, the same in whatever order images come.
 
         Raises:
             ValueError: There are no images, or ``max_colours`` is less than 1.
         """
-        means = [rearrange(cell_means(images, grid), "b c h w -> (b h w) c").cpu() for images in batches]
-        points = all_gather_rows(torch.cat([torch.zeros(0, 3), *means]))
+        points = torch.zeros(0, 3)
+        for images in batches:
+            cells = rearrange(cell_means(images, grid), "b c h w -> (b h w) c").cpu()
+            points = torch.cat([points, cells])
+            if len(points) > 2 * MAX_POINTS:
+                points = _some(points)
+        points = _some(all_gather_rows(_some(points)))
         if not len(points):
             raise ValueError("no images to choose a palette from")
         return cls(choose_colours(points, max_colours), grid, fitted_on)
@@ -242,6 +249,17 @@ def choose_colours(points: Tensor, max_colours: int) -> Tensor:
     while 2 * len(boxes) <= max_colours:
         boxes = [half for box in boxes for half in _halves(box)]
     return torch.stack([box.mean(0) for box in boxes])
+
+
+def _some(points: Tensor) -> Tensor:
+    """The different ones of points (n, 3), or ``MAX_POINTS`` of them: those whose bits mix to the smallest numbers."""
+    different = points.unique(dim=0)
+    if len(different) <= MAX_POINTS:
+        return different
+    red, green, blue = different.contiguous().view(torch.int32).long().unbind(1)
+    mixed = (red * 73_856_093) ^ (green * 19_349_663) ^ (blue * 83_492_791)
+    mixed = (mixed ^ (mixed >> 15)) * 2_654_435_761 % 2**31
+    return different[mixed.argsort(stable=True)[:MAX_POINTS].sort().values]
 
 
 def _halves(box: Tensor) -> Sequence[Tensor]:

@@ -33,8 +33,8 @@ class FoundObject:
     Attributes:
         shape: its form.
         colour: the palette colour nearest to its mean.
-        cx: centre, from the left, as a fraction of the width.
-        cy: centre, from the top, as a fraction of the height.
+        cx: centre, from the left, as a fraction of the longer side.
+        cy: centre, from the top, as a fraction of the longer side.
         diameter: of the circumscribed circle, as a fraction of the longer side.
         score: quality of the fitted outline, 1 perfect, 0.5 the worst that is tolerated, never below 0.
     """
@@ -74,8 +74,8 @@ def find_objects(image: NDArray[np.uint8], *, min_score: float = MIN_SCORE) -> l
                 continue
             colour = _colour(pixels, segmentation, component, pose, top, left)
             if colour is not None:
-                cx, cy = (pose.cx + left) / width, (pose.cy + top) / height
-                diameter = 2 * pose.radius / max(height, width)
+                side = max(height, width)
+                cx, cy, diameter = (pose.cx + left) / side, (pose.cy + top) / side, 2 * pose.radius / side
                 found.append(FoundObject(pose.shape, colour, cx, cy, diameter, pose.score))
     return sorted(found, key=lambda f: (-f.score, f.cx, f.cy))
 

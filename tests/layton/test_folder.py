@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import resource
 import signal
 from collections.abc import Callable
@@ -49,3 +50,22 @@ def test_a_full_disk_says_how_much_room_there_is(tmp_path: Path) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(PermissionError), full_disk_told(tmp_path):
         raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_a_link_stays_one_and_what_is_no_file_is_written_into(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("old")
+    link.symlink_to(target)
+    write_atomically(link, lambda part: part.write_text("new"))
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_atomically(pipe, lambda part: part.write_text("figures"))
+        assert os.read(reader, 100) == b"figures"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "target"]

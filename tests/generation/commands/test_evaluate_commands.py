@@ -70,6 +70,12 @@ def test_geneval_draws_and_sums_up(model: str, tmp_path: Path, capsys: pytest.Ca
     assert main(["evaluate", "geneval", "--results", str(results)]) == 0
     assert "not comparable with published scores" in capsys.readouterr().out
     assert main(["evaluate", "geneval"]) == 2
+    capsys.readouterr()
+    assert main(["evaluate", "geneval", "--results", str(results), "--steps", "3", "--top_k", "5"]) == 2
+    assert capsys.readouterr().err.startswith("layton: --steps, --top-k: of drawing")
+    for place in (results / "x.json", tmp_path):
+        assert main(["evaluate", "geneval", "--results", str(results), "--json", str(place)]) == 2
+        assert "--json" in capsys.readouterr().err
 
 
 def test_generation_against_scenes(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

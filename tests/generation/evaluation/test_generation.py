@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from generation.evaluation.generation import evaluate_generation
+from layton.metrics.external import ExternalSources
 
 IMAGES = torch.randint(256, (6, 3, 8, 8), generator=torch.Generator().manual_seed(0)).float() / 127.5 - 1
 CAPTIONS = [f"number {row}" for row in range(6)]
@@ -61,3 +62,15 @@ def test_one_image_is_no_set() -> None:
         evaluate_generation(Copier(), [(IMAGES[:1], CAPTIONS[:1])], protocol={}, features=features)
     with pytest.raises(ValueError, match="got 1"):  # before anything is drawn
         evaluate_generation(Copier(), iter(()), protocol={}, features=features, num_resamples=1)
+
+
+def test_sets_of_two_sizes_and_a_missing_clip_model_are_refused() -> None:
+    def larger(prompts: Sequence[str], seeds: Sequence[int]) -> list[NDArray[np.uint8]]:
+        return [np.zeros((16, 16, 3), np.uint8) for _ in prompts]
+
+    with pytest.raises(ValueError, match="taken at 8x8 pixels, drawn ones have 16x16: say --size 16"):
+        evaluate_generation(larger, batches(3), protocol={}, features=features)
+    with pytest.raises(ValueError, match="no CLIP model '/nowhere'"):
+        evaluate_generation(
+            Copier(), batches(3), protocol={}, features=features, sources=ExternalSources(clip="/nowhere")
+        )

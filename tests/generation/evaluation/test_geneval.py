@@ -112,3 +112,13 @@ def test_results_are_summed_up_as_the_official_script_does(tmp_path: Path) -> No
     path.write_text('{"tag": "x"}')
     with pytest.raises(ValueError, match="line 1"):
         summarise_results(path)
+
+
+def test_separators_that_json_allows_in_text_end_no_line(tmp_path: Path) -> None:
+    odd = {**LINES[0], "prompt": "a red\u2028kite\u0085or\u2029two"}
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps(odd, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [prompt.prompt for prompt in read_prompts(path)] == [odd["prompt"]]
+    result = {"tag": "single_object", "correct": True, "metadata": odd["prompt"]}
+    path.write_text(json.dumps(result, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert summarise_results(path).images == 1

@@ -71,3 +71,11 @@ def test_tokens_of_another_tokenizer_are_refused(shards: TokenShards) -> None:
         score_next_codes(tiny_generator(tiny_tokenizer(seed=1)), shards)
     with pytest.raises(ValueError, match="got 0"):
         score_next_codes(tiny_generator(tiny_tokenizer()), shards, count=0)
+
+
+def test_broken_weights_are_no_result(generator: Generator, shards: TokenShards) -> None:
+    broken = copy.deepcopy(generator.transformer)
+    with torch.no_grad():
+        broken.norm.weight[0] = math.nan
+    with pytest.raises(ValueError, match="of 7 images are not finite"):
+        score_next_codes(Generator(broken, generator.text_encoder, generator.card), shards)

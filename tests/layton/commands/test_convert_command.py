@@ -102,3 +102,23 @@ def test_released_layout_becomes_a_tokenizer(run: Run, tmp_path: Path, lora: str
     assert (decoder.sampling.kind, decoder.default_steps) == ("renoise", 3)
     with pytest.raises(ValueError, match="trained for 1, 2, 3 steps, not for 25"):
         model.decode(torch.zeros(1, 16, dtype=torch.int64), num_steps=25)
+
+
+def test_a_llamagen_file_gives_its_averaged_weights_and_refuses_what_does_nothing(
+    run: Run, fails: Run, tmp_path: Path
+) -> None:
+    state, _, _ = llamagen_state()
+    averaged = {name: value * 2 if name.startswith("decoder.") else value for name, value in state.items()}
+    file = tmp_path / "vq.pt"
+    torch.save({"model": state, "ema": {**averaged, "extra.weight": torch.zeros(2)}}, file)
+    words = ["convert", file, "--image-size", 16, "--out"]
+    assert "extra.weight" in run(*words, tmp_path / "no", status=1)
+    run(*words, tmp_path / "out", "--ignore", "extra.")
+    tensors = LaytonTokenizer.from_pretrained(tmp_path / "out").decoder().network.state_dict()
+    largest = max(float(value.abs().max()) for value in tensors.values())
+    assert largest == max(float(value.abs().max()) for name, value in averaged.items() if name.startswith("decoder."))
+    for option in (("--lora", "merge"), ("--output-size", 512), ("--vae", tmp_path)):
+        assert option[0] in fails(*words, tmp_path / "no", *option, status=2)
+    for size in (0, -16):
+        fails("convert", file, "--image-size", size, "--out", tmp_path / "no", status=2)
+    assert not (tmp_path / "no").exists()

@@ -115,3 +115,15 @@ def test_files_without_weights_are_refused(loaded, tmp_path):
 def test_missing_file(tmp_path):
     with pytest.raises(ConvertError, match="no such file"):
         read_checkpoint(tmp_path / "absent.pth")
+
+
+def test_averaged_weights_are_taken_where_they_are_asked_for(tmp_path):
+    path, other = tmp_path / "file.pt", {name: value + 1 for name, value in STATE.items()}
+    torch.save({"model": STATE, "ema": other}, path)
+    for averaged, wanted in ((False, STATE), (True, other)):
+        found = read_checkpoint(path, averaged=averaged)
+        assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    torch.save({"ema": other}, path)
+    assert read_checkpoint(path).keys() == STATE.keys()
+    with pytest.raises(ConvertError, match="a folder"):
+        read_checkpoint(tmp_path)

@@ -84,3 +84,13 @@ def test_clip_score_is_the_cosine_of_each_pair_times_100():
     torch.testing.assert_close(scores, torch.tensor([100.0, 0.0, 100 / 2**0.5]), rtol=0, atol=1e-3)
     with pytest.raises(ValueError, match="2 images but 1 captions"):
         score(torch.stack([red, red]), ["red"])
+
+
+def test_a_damaged_file_is_listed_with_its_name(tmp_path: Path):
+    (tmp_path / "checkpoints").mkdir()
+    names = ("alexnet-owt-7be5be79.pth", "weights-inception-2015-12-05-6726825d.pth")
+    for name in names:
+        (tmp_path / "checkpoints" / name).write_text("junk")
+    absent = load_external(ExternalSources(hub_dir=tmp_path)).absent
+    for measure, name in zip(("lpips_alex", "fid_inception"), names, strict=True):
+        assert f"{name} cannot be read, and may be damaged" in absent[measure]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+from layton.metrics import references
 from layton.metrics.references import Palette, PatchPCA, cell_means, choose_colours, fit_references
 
 
@@ -98,3 +99,14 @@ def test_references_walk_twice_and_say_what_they_were_fitted_on():
         fit_references(iter([random_images(2)]))
     with pytest.raises(ValueError, match="no images"):
         fit_references([])
+
+
+def test_of_very_many_colours_the_same_ones_are_kept_in_any_order(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(references, "MAX_POINTS", 500)
+    x = random_images(8)
+    palettes = [Palette.fit(batches, max_colours=256) for batches in ([x], x.split(1), x.flip(0).split(3))]
+    assert all(palette.colours.equal(palettes[0].colours) for palette in palettes)
+    cells = {tuple(cell) for cell in rearrange(cell_means(x, 16), "b c h w -> (b h w) c").tolist()}
+    kept = Palette.fit([x], max_colours=500).colours
+    assert len(kept) == 500 and len(cells) == 8 * 256
+    assert all(tuple(colour) in cells for colour in Palette.fit([x], max_colours=16_384).colours.tolist())

@@ -2,12 +2,22 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from sceneval_changes import one_change
 from sceneval_degrade import jpeg
 
 from layton.scenes import TASKS, render, sample_scene
-from layton.sceneval import Exclusion, FoundObject, PromptSpec, Requirement, check, check_objects, spec_of_scene
+from layton.sceneval import (
+    Exclusion,
+    FoundObject,
+    PromptSpec,
+    Requirement,
+    check,
+    check_objects,
+    find_objects,
+    spec_of_scene,
+)
 from layton.sceneval.checker import relations_between
 
 VALIDATION = 1_500_000_000
@@ -92,3 +102,15 @@ def test_a_wrong_place_is_explained() -> None:
     found = [seen("ring", "red", 0.3, 0.5), seen("star", "red", 0.8, 0.5)]
     assert check_objects(found, spec).reasons == ("expected star left of ring, found it right of",)
     assert check_objects([found[1]], spec).reasons == ("expected ring>=1, found 0",)
+
+
+def test_directions_in_an_oblong_picture_are_those_one_sees() -> None:
+    """A circle 150 pixels to the right of a square and 75 below it, in 512 x 256: to the right, and not below."""
+    image = np.full((256, 512, 3), 255, np.uint8)
+    image[50:110, 100:160] = (220, 30, 30)
+    y, x = np.mgrid[:256, :512]
+    image[np.hypot(x - 280, y - 155) < 30] = (30, 60, 220)
+    found = {item.shape: item for item in find_objects(image)}
+    assert found["circle"].cx == pytest.approx(280 / 512, abs=0.01)
+    assert found["circle"].cy == pytest.approx(155 / 512, abs=0.01)
+    assert relations_between(found["circle"], found["square"]) == {"right of"}
