@@ -405,6 +405,8 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
+        # Means over ranks are made here, rightly also where these see different numbers (`LaytonTask.log_losses`).
+        warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
         # Lightning 2.6 asks torch for a name that torch 2.14 renames, and sums up a model in one precision alone.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         warnings.filterwarnings("ignore", message=".*not supported by the model summary.*")
