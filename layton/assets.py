@@ -39,6 +39,8 @@ def resolve(name: Path | str, *, part: str = "") -> Path:
     cached = _cached(str(name), INDEX_FILES)
     if cached is not None:
         return cached
+    if folder.suffix == ".ckpt" and folder.is_file():
+        raise ValueError(f"{name} is a checkpoint: `layton export {name} --out DIR` writes the parts that it holds")
     known = sorted(path.name for path in ASSETS.glob("*") if path.is_dir())
     if str(name) in known:
         raise ValueError(f"the embedded model {name} has no {part or 'weights'}")

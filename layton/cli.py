@@ -79,8 +79,15 @@ def _dispatch(words: list[str], allowed: list[str]) -> int:
 
 
 def _train(name: str, rest: list[str], allowed: list[str]) -> int:
+    if rest in (["-h"], ["--help"]):
+        from layton.short_options import short_help
+
+        sys.stdout.write(short_help(name))
+        return 0
     from layton.training import run
 
+    if rest == ["--help", "all"]:
+        rest = rest[:1]
     return run(name, rest, allow=allowed)
 
 

@@ -29,4 +29,10 @@ def choose_device(device: str | None) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        there = ["cpu", *([] if accelerator is None else [accelerator.type])]
+        if device.partition(":")[0] not in there:
+            raise ValueError(
+                f"no device {device!r} here that torch can use: leave it out, or say {there[-1]}"
+            ) from error
         raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error

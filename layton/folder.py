@@ -139,6 +139,8 @@ def load_config(folder: Path, *, expected_class: str) -> dict[str, JsonValue]:
 
 
 def _no_part(folder: Path) -> str:
+    if (folder / "export").is_dir():
+        return f"{folder} is the folder of a run: what it exported is {folder / 'export'}"
     if folder.is_dir():
         return f"{folder} holds no {CONFIG_NAME}: not a saved part"
     return f"{folder} is no folder{told_of_runs(folder)}"
@@ -146,7 +148,11 @@ def _no_part(folder: Path) -> str:
 
 def told_of_runs(folder: Path) -> str:
     """What to do about a folder that is not there, where run files have runs write them; else nothing."""
-    return "; if an earlier run is to write it, make that run first" if "runs" in folder.parts[:-1] else ""
+    return (
+        "; if an earlier run is to write it, make that run first, or take an embedded part (mini)"
+        if "runs" in folder.parts[:-1]
+        else ""
+    )
 
 
 def _read_json(path: Path) -> dict[str, JsonValue]:

@@ -43,6 +43,7 @@ from layton.lock import is_main_process, lock_folder
 from layton.quiet import cut_captions_told_once, no_advertisements
 from layton.run_files import allow_modules, check_run_files, nulls_as_files, refused_class_paths
 from layton.sharding import FullySharded
+from layton.short_options import MEANT, SHORT, said_in_full
 from layton.tasks.base import LaytonTask
 from layton.usage import innermost_reason, usage_error
 
@@ -199,7 +200,7 @@ def run(subcommand: str, args: Sequence[str], *, allow: Iterable[str] = ()) -> i
         UsageError: the command line or a run file is wrong.
         FolderInUseError: another process trains in the run folder.
     """
-    args = _settings_last(nulls_as_files(found_configs(args)))
+    args = _settings_last(nulls_as_files(found_configs(said_in_full(found_configs(args)))))
     check_run_files(args, allowed=allow_modules(allow))
     cli = _make(TrainingCLI, [subcommand, *args], run=True)
     signals = [c.signal_number for c in _callbacks(cli.trainer) if isinstance(c, GracefulStop) and c.signal_number]
@@ -386,13 +387,13 @@ def _told_as_usage(command: str) -> Iterator[None]:
     try:
         yield
     except ArgumentError as error:
-        raise usage_error(error, command, run_options()) from error
+        raise usage_error(error, command, run_options(), meant=MEANT) from error
 
 
 def run_options() -> list[str]:
     """Options of ``layton fit`` that stand on the command line by themselves, and the trainer's."""
     own = ["config", "data", "model", "trainer", "seed_everything", "run_dir", "resume", "ckpt_path", "print_config"]
-    return [f"--{name}" for name in own] + [f"--trainer.{name}" for name in signature(Trainer).parameters]
+    return [f"--{name}" for name in own] + [*SHORT] + [f"--trainer.{name}" for name in signature(Trainer).parameters]
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from argparse import ArgumentError
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
 from layton.errors import UsageError
@@ -35,13 +35,16 @@ def innermost_reason(text: str) -> str:
     return _NO_SUBCLASS.sub("", text)
 
 
-def usage_error(error: ArgumentError, command: str, options: Iterable[str]) -> UsageError:
+def usage_error(
+    error: ArgumentError, command: str, options: Iterable[str], *, meant: Mapping[str, str] | None = None
+) -> UsageError:
     """The error that tells a user what a parser found.
 
     Args:
         error: From a parser with ``exit_on_error=False``.
         command: As it was typed, such as ``layton fit``.
         options: That it has, ``--`` included; a misspelt one is told the nearest.
+        meant: Options of other programs, and what they are called here.
     """
     denied = _NOT_ALLOWED.search(str(error))
     if denied is not None:
@@ -50,7 +53,7 @@ def usage_error(error: ArgumentError, command: str, options: Iterable[str]) -> U
     for pattern, plain in _PLAINLY:
         text = re.sub(pattern, plain, text)
     unknown = _UNKNOWN.search(text)
-    near = "" if unknown is None else did_you_mean(unknown["option"], options)
+    near = "" if unknown is None else did_you_mean(unknown["option"], options, meant=meant)
     return UsageError(f"{text}{near}; `{command} --help` says what there is")
 
 
@@ -62,7 +65,10 @@ def _one_reason(text: str) -> str:
     return f"{optional['option']} {reason}. Got value: {optional['value']}"
 
 
-def did_you_mean(option: str, options: Iterable[str]) -> str:
-    """A question to the user, or nothing where no option is like the one that was typed."""
+def did_you_mean(option: str, options: Iterable[str], *, meant: Mapping[str, str] | None = None) -> str:
+    """A question to the user, or nothing where no option is like the one that was typed; see `usage_error`."""
+    known = (meant or {}).get(option.replace("-", "_").replace("__", "--", 1))
+    if known is not None:
+        return f" (here it is {known})"
     found = get_close_matches(option.replace("-", "_").replace("__", "--", 1), list(options), n=1, cutoff=0.7)
     return f" (did you mean {found[0]}?)" if found else ""

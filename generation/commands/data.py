@@ -127,7 +127,7 @@ def decode(
     sys.stdout.write(f"{out}: {total} images\n")
 
 
-def export(tokens: Path, *, out: Path) -> None:
+def export(tokens: Path, *, out: Path, overwrite: bool = False) -> None:
     """Write a token dataset as Parquet files: key, caption, codes, and height and width of the images.
 
     Any table reader takes them, such as Hugging Face's datasets. Cached text features stay behind.
@@ -135,12 +135,15 @@ def export(tokens: Path, *, out: Path) -> None:
     Args:
         tokens: what `layton tokenize` wrote.
         out: folder to write; made if needed.
+        overwrite: replace files that are there already.
     """
     from generation.data.parquet import write_parquet
-    from generation.data.token_shards import shard_sizes
-    from layton.staging import staged
+    from generation.data.token_shards import shard_files, shard_sizes
+    from layton.staging import require_free, staged
 
-    with staged(out) as folder, progress(sum(shard_sizes(tokens).values()), "export") as bar:
+    if not overwrite:
+        require_free(out, [f"{path.stem}.parquet" for path in shard_files(tokens)])
+    with staged(out, overwrite=overwrite) as folder, progress(sum(shard_sizes(tokens).values()), "export") as bar:
         total = write_parquet(tokens, folder, on_progress=bar.update)
     sys.stdout.write(f"{out}: {total} samples\n")
 

@@ -169,7 +169,7 @@ class LaytonGenTask(ReadsText):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch, ()."""
-        self.look_at_captions(batch["caption"])
+        self.look_at_captions(batch["caption"], lambda caption: self.text_encoder.unread([caption]))
         terms, weights = self.supervised_terms(batch)
         return self.log_losses(terms, weights=weights, batch_size=len(batch["caption"]))
 

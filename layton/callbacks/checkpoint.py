@@ -116,6 +116,11 @@ class SafeCheckpoint(ModelCheckpoint):
         if self.periodic and (trainer.validating or self._ends) and self._loops_at_step is not None:
             checkpoint["loops"] = self._loops_at_step
 
+    @property
+    def last_saved(self) -> str:
+        """The file that this part of the run saved last; empty if it saved none."""
+        return str(self._last_checkpoint_saved) if self._last_global_step_saved > self._began else ""
+
     def save_now(self, trainer: Trainer) -> None:
         """Save the current step, unless it is saved already."""
         if not self._should_skip_saving_checkpoint(trainer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
@@ -83,11 +84,26 @@ class GracefulStop(Callback):
         """
         self._leave(trainer)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where the run can go on."""
+        if self.signal_number is not None:
+            self._tell(trainer)
+
+    def _tell(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero:
+            saves = [c for c in trainer.checkpoint_callbacks if isinstance(c, SafeCheckpoint) and c.periodic]
+            places = [c.last_saved for c in saves if c.last_saved]
+            told = (
+                f"saved {places[-1]}; --resume auto goes on from there" if places else "stopped, and nothing was saved"
+            )
+            sys.stderr.write(f"layton: {told}\n")
+
     def _leave(self, trainer: Trainer) -> None:
         if trainer.state.fn == TrainerFn.FITTING and self._came(trainer):
             for callback in trainer.checkpoint_callbacks:
                 if isinstance(callback, SafeCheckpoint) and callback.periodic:
                     callback.save_now(trainer)
+            self._tell(trainer)
             raise InterruptedRun(128 + (self.signal_number or signal.SIGTERM))
 
     def _came(self, trainer: Trainer) -> bool:
@@ -103,7 +119,9 @@ class GracefulStop(Callback):
             os.kill(os.getpid(), number)
             return
         self.signal_number, self._since = number, time.monotonic()
-        os.write(2, f"\n{signal.Signals(number).name}: saving after this step; once more to end at once\n".encode())
+        os.write(
+            2, f"\n{signal.Signals(number).name}: stops after this step, and saves; once more to end at once\n".encode()
+        )
 
 
 class TimeLimit(Callback):

@@ -44,8 +44,9 @@ def call_function(name: str, command: Command, args: Sequence[str]) -> int:
         given = parser.parse_args(_words_of(function, [_underscored(word) for word in args])).as_dict()
     except ArgumentError as error:
         raise usage_error(error, parser.prog, _options(parser)) from error
-    if isinstance(given.get("json"), Path):
-        _require_place(given["json"])
+    for option in ("json", "out"):
+        if isinstance(given.get(option), Path):
+            _require_place(option, given[option])
     positional = [given.pop(parameter.name) for parameter in _positional(function)]
     for parameter, bundle in _bundles(function).items():
         given[parameter] = bundle(**{field.name: given.pop(field.name) for field in fields(bundle)})
@@ -56,15 +57,15 @@ def call_function(name: str, command: Command, args: Sequence[str]) -> int:
     return 0 if status is None else int(status)
 
 
-def _require_place(figures: Path) -> None:
+def _require_place(option: str, place: Path) -> None:
     """Told before the work, not after it."""
-    if figures.is_dir():
-        raise UsageError(f"--json {figures} is a folder, and a file is to be written")
-    above = next(folder for folder in figures.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise UsageError(f"--json {figures}: {above} is not a folder")
-    if not os.access(figures if figures.exists() else above, os.W_OK):
-        raise UsageError(f"--json {figures} cannot be written there")
+    if option == "json" and place.is_dir():
+        raise UsageError(f"--json {place} is a folder, and a file is to be written")
+    above = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
+    if above != place and not above.is_dir():
+        raise UsageError(f"--{option} {place}: {above} is not a folder")
+    if not os.access(above, os.W_OK):
+        raise UsageError(f"--{option} {place}: {above} may not be written to")
 
 
 def _options(parser: ArgumentParser) -> list[str]:

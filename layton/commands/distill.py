@@ -29,11 +29,12 @@ METHOD is one of: {methods}.
   --pairs N           how many pairs the teacher makes beforehand (reflow, one_step, hipa)
   --run_dir DIR       checkpoints, grids, logs and, at the end, export/; default runs/METHOD
   --max_steps N       optimizer steps of the student
+  --batch_size N      samples of one process and step
   --resume auto       continue from the newest checkpoint of the run folder
 
 Everything else is as for `layton fit` on configs/distill/METHOD.yaml, for example
   --model.init_args.adapter.rank=16     --model.init_args.adapter=null (all weights)
-  --data.init_args.batch_size=4         --model.init_args.optimizer.init_args.lr=1e-4
+  --seed 1                              --model.init_args.optimizer.init_args.lr=1e-4
   --trainer.precision=bf16-mixed        --data configs/data/scenes_prompts.yaml
 """
 LATENT_DATA = "layton.ldm.latent_data.LatentDataModule"
@@ -271,12 +272,13 @@ def _require_known(words: Sequence[str]) -> None:
     options = [word.partition("=")[0] for word in words if word.startswith("--")]
     if not options:
         return
+    from layton.short_options import MEANT
     from layton.training import run_options
 
     known = run_options()
     for option in options:
         if not any(option == name or option.startswith(f"{name}.") for name in known):
-            near = did_you_mean(option, [*_SHORT, *known])
+            near = did_you_mean(option, [*_SHORT, *known], meant=MEANT)
             raise UsageError(f"no option {option}{near}; `layton distill --help` says what there is")
 
 

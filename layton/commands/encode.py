@@ -5,17 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from layton.data.geometry import FitPolicy
 from layton.errors import UsageError
 from layton.options import require_least
 from layton.progress import progress
 from layton.reports import write_json
-
-if TYPE_CHECKING:
-    from layton.commands.codes_file import CodesFile, CodesHeader
-    from layton.tokenizer import LaytonTokenizer
 
 
 def encode(
@@ -27,6 +23,7 @@ def encode(
     batch_size: int = 16,
     max_bad: int = 0,
     precision: Literal["fp32", "bf16"] = "fp32",
+    overwrite: bool = False,
     device: str | None = None,
     allow: list[str] | None = None,
     json: Path | None = None,
@@ -41,13 +38,14 @@ def encode(
         batch_size: images encoded at once.
         max_bad: unreadable images that are passed over and named; one more is an error.
         precision: of the encoder; bf16 is quicker on GPUs, changes about 3 % of the codes, and is recorded with them.
+        overwrite: replace a file of codes that is there already.
         device: where to run; the accelerator if there is one.
         allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
         json: write figures to this file as well.
     """
     import torch
 
-    from layton.commands.codes_file import CodesWriter, is_codes_file
+    from layton.codes_file import CodesWriter, codes_header, is_codes_file
     from layton.commands.images import FittedImages, ImageFiles
     from layton.commands.reconstruction import stack
     from layton.data.threads import batched
@@ -59,6 +57,8 @@ def encode(
         raise UsageError(f"codes are written as safetensors: name the file .safetensors, not {out.name}")
     if out.is_file() and not is_codes_file(out):
         raise UsageError(f"{out} exists already and holds no codes: take another --out")
+    if out.is_file() and not overwrite:
+        raise UsageError(f"{out} exists already: take another --out, or say --overwrite")
     files = ImageFiles(images)
     model = load_tokenizer(tokenizer, decoders=[], device=device, allow=allow)
     fitted = FittedImages(files, model.image_size, policy=policy, max_bad=max_bad)
@@ -118,7 +118,7 @@ def decode(
         device: where to run; the accelerator if there is one.
         allow: dotted names, or their beginnings, of classes of your own that a saved part may name.
     """
-    from layton.commands.codes_file import CodesFile
+    from layton.codes_file import CodesFile, require_codes_of
     from layton.loading import load_with_decoder, same_noise
     from layton.staging import SafeNames, require_free, staged
     from layton.tokenizer import EncodedImages
@@ -145,32 +145,3 @@ def decode(
                 picture.save(folder / name)
             bar.update(stop - start)
     sys.stdout.write(f"{out}: {len(file)} images\n")
-
-
-def codes_header(model: LaytonTokenizer, policy: FitPolicy, precision: str = "fp32") -> CodesHeader:
-    """What a codes file of this tokenizer says about itself."""
-    from layton.commands.codes_file import CodesHeader
-
-    return CodesHeader(model.fingerprint(), model.vocab_size, model.num_tokens, model.image_size, policy, precision)
-
-
-def require_codes_of(model: LaytonTokenizer, file: CodesFile) -> None:
-    """Refuse codes that this tokenizer did not make or cannot mean, and geometries that make no sense.
-
-    Raises:
-        ValueError: With both fingerprints, or the place of the first wrong code.
-    """
-    ours = codes_header(model, file.header.policy, file.header.precision)
-    if file.header.fingerprint != ours.fingerprint:
-        raise ValueError(
-            f"{file.path} was made by another tokenizer: its codes have fingerprint {file.header.fingerprint}, "
-            f"this tokenizer's is {ours.fingerprint}"
-        )
-    if file.header != ours:
-        raise ValueError(f"{file.path} does not fit this tokenizer: it says {file.header}, expected {ours}")
-    for start, stop in file.pieces():
-        try:
-            model.quantizer.check_codes(file.codes(start, stop), grid=model.grid)
-        except ValueError as error:
-            raise ValueError(f"{file.path}, images {start} to {stop - 1}: {error}") from error
-        file.geometries(start, stop)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,8 @@ from pathlib import Path
 from PIL import Image
 
 from layton.data.geometry import FitPolicy, Geometry, fit_image
-from layton.data.images import ImageError, load_image
+from layton.data.images import SUFFIXES, UNREAD_SUFFIXES, ImageError, load_image, tell_unread
 from layton.data.threads import in_threads
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,9 @@ class ImageFiles:
         for path in self._given:
             if not path.exists():
                 raise ValueError(f"{path}: no such file or folder")
-            found = sum(1 for _ in _below(path)) if path.is_dir() else 1
+            unread = Counter[str]()
+            found = sum(1 for _ in _below(path, unread)) if path.is_dir() else 1
+            tell_unread(path, unread)
             if not found:
                 raise ValueError(f"{path}: no .jpg, .jpeg, .png or .webp file in this folder")
             self._count += found
@@ -140,12 +141,17 @@ class FittedImages:
         return FittedImage(file.name, image if self._keep_original else None, square, geometry)
 
 
-def _below(folder: Path) -> Iterator[Path]:
+def _below(folder: Path, unread: Counter[str] | None = None) -> Iterator[Path]:
+    """Image files, sorted; those of other kinds are counted by their suffix."""
+
     def fail(error: OSError) -> None:
         raise ValueError(f"{error.filename} cannot be read ({error.strerror or error})") from error
 
     for parent, folders, names in os.walk(folder, onerror=fail):
         folders.sort()
         for name in sorted(names):
-            if Path(name).suffix.lower() in SUFFIXES:
+            suffix = Path(name).suffix.lower()
+            if suffix in SUFFIXES:
                 yield Path(parent) / name
+            elif unread is not None and suffix in UNREAD_SUFFIXES:
+                unread[suffix] += 1

@@ -7,19 +7,27 @@ import json
 import os
 import stat
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from layton.data.images import DEFAULT_LIMITS, ImageError, ImageLimits, load_image
+from layton.data.images import (
+    DEFAULT_LIMITS,
+    SUFFIXES,
+    UNREAD_SUFFIXES,
+    ImageError,
+    ImageLimits,
+    load_image,
+    tell_unread,
+)
 from layton.data.shards import caption_of
 from layton.data.sources import StoredImage, StoredSource
 from layton.data.texts import LazyTexts, PackedTexts, Places, repeated
 from layton.data.transforms import SampleTransform
 from layton.data.types import Split, check_split, split_of_key, told_split
 
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 _CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
 _MAX_CAPTION_BYTES = 2**20
 _STAMPED, _STAMP_BYTES = 256, 2**12  # files that a stamp looks into, and how far
@@ -62,7 +70,9 @@ class ImageFolderSource(StoredSource):
         self.split = check_split(split)
         self.limits = limits or DEFAULT_LIMITS
         self.classes = classes
-        self._files = PackedTexts(_images(self.folder))
+        unread = Counter[str]()
+        self._files = PackedTexts(_images(self.folder, unread))
+        tell_unread(self.folder, unread)
         if classes:
             _require_classes(self.folder, self._files)
         self._listed = None if classes else _read_captions(self.folder, self._files)
@@ -129,20 +139,24 @@ def holds_images(folder: Path) -> bool:
     return next(_images(folder), None) is not None
 
 
-def _images(folder: Path) -> Iterator[str]:
-    """Image files below a folder, by paths relative to it, sorted part by part; links to folders are not followed."""
-    inside = [iter(_entries(folder, ""))]
+def _images(folder: Path, unread: Counter[str] | None = None) -> Iterator[str]:
+    """Image files below a folder, by paths relative to it, sorted part by part; links to folders are not followed.
+
+    Those of other kinds are counted by their suffix.
+    """
+    unread = Counter[str]() if unread is None else unread
+    inside = [iter(_entries(folder, "", unread))]
     while inside:
         path = next(inside[-1], None)
         if path is None:
             inside.pop()
         elif path.endswith("/"):
-            inside.append(iter(_entries(folder, path)))
+            inside.append(iter(_entries(folder, path, unread)))
         else:
             yield path
 
 
-def _entries(folder: Path, inside: str) -> list[str]:
+def _entries(folder: Path, inside: str, unread: Counter[str]) -> list[str]:
     """Sorted image files, and folders ("name/"), directly in one of the folders.
 
     Raises:
@@ -155,8 +169,12 @@ def _entries(folder: Path, inside: str) -> list[str]:
                 if _is_folder(entry):
                     if not entry.is_symlink():
                         found.append(f"{inside}{entry.name}/")
-                elif os.path.splitext(entry.name)[1].lower() in _SUFFIXES:
+                    continue
+                suffix = os.path.splitext(entry.name)[1].lower()
+                if suffix in SUFFIXES:
                     found.append(inside + entry.name)
+                elif suffix in UNREAD_SUFFIXES:
+                    unread[suffix] += 1
     except PermissionError:
         if not inside:
             raise

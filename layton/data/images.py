@@ -13,6 +13,7 @@ import io
 import os
 import stat
 import struct
+import warnings
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -68,6 +69,29 @@ _DECODE_ERRORS = (
 
 class ImageError(ValueError):
     """An image was refused or is broken; the message is one line that names the file and the reason."""
+
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+"""What files in folders are called that are read."""
+UNREAD_SUFFIXES = frozenset(
+    {
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".heic",
+        ".heif",
+        ".jp2",
+        ".jpe",
+        ".jfif",
+        ".jxl",
+        ".tif",
+        ".tiff",
+        ".tga",
+        ".ppm",
+        ".psd",
+    }
+)
+"""Pictures of other kinds, which are named and passed over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +229,21 @@ def to_tensor(image: Image.Image) -> Tensor:
         raise ValueError(f"to_tensor needs an RGB image, got mode {image.mode!r}")
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
     return rearrange(pixels, "h w c -> c h w").contiguous().to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def tell_unread(folder: Path, kinds: Mapping[str, int]) -> None:
+    """Warn of pictures in a folder that nothing here reads, which would be missed without a word.
+
+    Args:
+        folder: Where they are.
+        kinds: How many there are of each suffix of `UNREAD_SUFFIXES`.
+    """
+    if kinds:
+        warnings.warn(
+            f"{folder}: {sum(kinds.values())} files of other kinds ({', '.join(sorted(kinds))}) are not read: pictures "
+            "are .jpg, .jpeg, .png and .webp",
+            stacklevel=3,
+        )
 
 
 def to_image(image: Tensor) -> Image.Image:

@@ -184,7 +184,8 @@ def expand_shards(shards: list[str] | str) -> list[Path]:
         for part in [pattern] if os.path.exists(pattern) else expand_urls(pattern):
             matches = [part] if os.path.exists(part) else glob.glob(part, recursive=True)
             if not matches:
-                raise ValueError(f"no shard matches {part!r}")
+                pattern_like = glob.has_magic(part)
+                raise ValueError(f"no shard matches {part!r}" if pattern_like else f"{part}: no such file or folder")
             paths.update(Path(match) for match in matches)
     if not paths:
         raise ValueError("no shards were given")

@@ -17,6 +17,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from distill.condition import Condition
+from layton.ldm.text import unread_words
 
 NETWORK_GUIDANCE = 3.5  # what FLUX dev is told by default
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -56,6 +57,10 @@ class PromptEncoder:
         self._lengths = {} if max_length is None else {"max_sequence_length": max_length}
         for encoder in self.encoders:
             encoder.requires_grad_(False).eval()
+
+    def unread(self, prompt: str) -> list[str]:
+        """Words of a prompt that a small vocabulary has no tokens for; see `layton.ldm.text.unread_words`."""
+        return unread_words(self.pipe.tokenizer, prompt)
 
     @property
     def has_guidance(self) -> bool:

@@ -238,9 +238,23 @@ class LaytonTask(LightningModule, ABC):
         parts = (*self.modules(), *held_modules(self))
         return sorted({part.measure for part in parts if isinstance(part, PublishedPerceptualLoss)})
 
-    def look_at_captions(self, captions: Sequence[str]) -> None:
-        """Warn if none of a run's first batch says anything: a model of captions would learn without them."""
-        if not self._looked_at_captions and not any(captions):
+    def look_at_captions(self, captions: Sequence[str], unread: Callable[[str], Sequence[str]] | None = None) -> None:
+        """Warn if a run's first batch says nothing, or nothing that is understood: a model would learn without it.
+
+        Args:
+            captions: Of a batch.
+            unread: Words of a caption that the text encoder has no tokens for.
+        """
+        if self._looked_at_captions:
+            return
+        strange = [found for caption in captions if unread is not None and (found := unread(caption))]
+        if 2 * len(strange) > len(captions):
+            words = ", ".join(list(dict.fromkeys(word for found in strange for word in found))[:5])
+            rank_zero_warn(
+                f"{len(strange)} of {len(captions)} captions of the first batch have words that are not in the text "
+                f"encoder's vocabulary, such as {words}: it cannot tell what they say, take one that knows them"
+            )
+        if not any(captions):
             rank_zero_warn(
                 "no image of the first batch has a caption: this run learns from captions, which lie in a .txt beside "
                 "each image, in captions.jsonl or metadata.jsonl, or are the names of folders (classes: true)"

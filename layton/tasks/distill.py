@@ -295,7 +295,7 @@ class DistillTask(ManualTask):
     def _train(self, batch: dict[str, Any]) -> None:
         student, *critics = self.all_optimizers()
         if "caption" in batch:
-            self.look_at_captions(batch["caption"])
+            self.look_at_captions(batch["caption"], self.prompts.unread)
         inputs, step = self.distill_batch(batch), self.global_step
         with self.turn_of(student):
             loss, output = self.student_loss(inputs, step)
@@ -373,7 +373,10 @@ class DistillTask(ManualTask):
         place = batch_idx * num_ranks() + own_rank()
         drawn = torch.Generator().manual_seed(place)
         output = self.method.losses(self.networks, inputs, step=self.global_step, generator=drawn)
-        self.previews.collect(inputs, place)
+        if self._trainer is not None and self.trainer.sanity_checking:  # that it works, and no score
+            self.previews.generate(inputs, min(self.previews.steps), list(range(inputs.batch_size)))
+        else:
+            self.previews.collect(inputs, place)
         return self._log_terms(output, inputs.batch_size)
 
     def on_test_start(self) -> None:

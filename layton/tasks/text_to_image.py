@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,14 @@ from layton.ldm.autoencoder import Autoencoder
 from layton.ldm.pipeline import build_scheduler, save_pipeline
 from layton.ldm.positions import PlaceTeacher
 from layton.ldm.teacher import open_pipeline
-from layton.ldm.text import TextConditioner, build_text_encoder, build_tokenizer, read_text_parts, tell_places
+from layton.ldm.text import (
+    TextConditioner,
+    build_text_encoder,
+    build_tokenizer,
+    read_text_parts,
+    tell_places,
+    unread_words,
+)
 from layton.ldm.unet import build_unet, use_fast_attention
 from layton.tasks.base import LaytonTask, LRSchedulerCallable, OptimizerCallable, required
 
@@ -143,7 +151,7 @@ class TextToImageTask(LaytonTask):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch, ()."""
-        self.look_at_captions(batch["caption"])
+        self.look_at_captions(batch["caption"], partial(unread_words, self.text.tokenizer))
         generator = self.step_generator("diffusion", device="cpu")
         dropped = torch.rand(len(batch["caption"]), generator=generator) < self.caption_dropout
         captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), batch["caption"], strict=True)]

@@ -16,8 +16,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import layton
 from layton.cli import main
-from layton.commands.codes_file import CodesFile, CodesHeader
+from layton.codes_file import CodesFile, CodesHeader
+from layton.data.folder import ImageFolderSource
 from layton.data.images import load_image
 from layton.tokenizer import LaytonTokenizer
 
@@ -157,9 +159,45 @@ def test_a_failed_run_leaves_the_earlier_file(
     before = tree(tmp_path)
     whole = (photos / "b.jpg").read_bytes()
     (photos / "b.jpg").write_bytes(whole[: len(whole) // 2])
-    assert "b.jpg: broken JPEG file" in fails("encode", photos, "--out", out, "--tokenizer", tokenizer)
+    words = ["encode", photos, "--out", out, "--tokenizer", tokenizer]
+    assert "b.jpg: broken JPEG file" in fails(*words, "--overwrite")
     (photos / "b.jpg").write_bytes(whole)
+    assert "exists already: take another --out, or say --overwrite" in fails(*words, status=2)
     assert tree(tmp_path) == before
+    run(*words, "--overwrite")
+
+
+def test_codes_go_into_python_and_back(run: Run, tokenizer: Path, photos: Path, tmp_path: Path) -> None:
+    out, again = tmp_path / "codes.safetensors", tmp_path / "again.safetensors"
+    run("encode", photos, "--out", out, "--tokenizer", tokenizer, "--policy", "pad")
+    model = LaytonTokenizer.from_pretrained(tokenizer)
+    found = layton.load_codes(out, tokenizer=model)
+    assert found.codes.dtype == torch.int64
+    assert list(found.names) == CodesFile(out).names
+    pictures = model.decode_images(found.encoded)
+    with Image.open(photos / found.names[0]) as original:
+        assert pictures[0].size == original.size
+    layton.save_codes(again, found.encoded, tokenizer=model, names=found.names)
+    assert again.read_bytes() == out.read_bytes()
+    with pytest.raises(ValueError, match="images but 1 names"):
+        layton.save_codes(again, found.encoded, tokenizer=model, names=["one"])
+    model.quantizer.set_codebook(model.quantizer.codebook.flip(0))
+    with pytest.raises(ValueError, match="another tokenizer"):
+        layton.load_codes(out, tokenizer=model)
+
+
+def test_pictures_of_other_kinds_are_named(
+    run: Run, tokenizer: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("c.BMP", "d.gif", "e.gif", "notes.txt"):
+        (photos / name).write_bytes(b"")
+    capsys.readouterr()
+    words = ["encode", str(photos), "--out", str(tmp_path / "codes.safetensors"), "--tokenizer", str(tokenizer)]
+    assert main(words) == 0
+    told = f"{photos}: 3 files of other kinds (.bmp, .gif) are not read: pictures are .jpg, .jpeg, .png and .webp"
+    assert told in capsys.readouterr().err
+    with pytest.warns(UserWarning, match=r"3 files of other kinds \(.bmp, .gif\)"):
+        ImageFolderSource(str(photos), split=None)
 
 
 def test_some_bad_images_can_be_allowed(run: Run, tokenizer: Path, photos: Path, tmp_path: Path) -> None:

@@ -414,6 +414,16 @@ def test_data_without_captions_are_told_once(
     assert sum("has a caption" in str(warning.message) for warning in told) == 1
 
 
+def test_captions_in_words_that_the_vocabulary_lacks_are_told_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Latents.sample
+    monkeypatch.setattr(Latents, "sample", lambda *a, **o: {**real(*a, **o), "caption": "a Maltese dog on a sofa"})
+    with pytest.warns(match=r"2 of 2 captions of the first batch have words.*such as maltese, dog") as told:
+        fit(make(folder, MLCM()), 2, tmp_path)
+    assert sum("vocabulary" in str(warning.message) for warning in told) == 1
+
+
 def test_critics_of_a_student_of_all_weights_recompute_and_have_nothing_of_each_other(folder: Path) -> None:
     matching = DistributionMatching(start=0)
     method = MLCM(extras=[matching, Adversarial(start=0)])

@@ -35,6 +35,7 @@ from layton.callbacks import (
 from layton.callbacks.grid import labelled
 from layton.callbacks.progress import batch_size
 from layton.data.module import ImageDataModule
+from layton.sharding import FullySharded
 from layton.tasks.seeding import derive_seed
 
 
@@ -235,9 +236,14 @@ def test_training_in_half_precision_is_warned_of() -> None:
 
 def test_strategies_that_shard_parameters_are_refused() -> None:
     task = toy_task()
-    task._trainer = SimpleNamespace(strategy=ModelParallelStrategy())  # fitting would leave its ranks in os.environ
-    with pytest.raises(ValueError, match="of whole parameters, which ModelParallelStrategy shards: take ddp"):
-        task.configure_callbacks()
+    # fitting would leave its ranks in os.environ
+    for strategy, told in (
+        (ModelParallelStrategy(), "no checkpoint of this library: take fsdp"),
+        (FullySharded(), "ToyTask does"),
+    ):
+        task._trainer = SimpleNamespace(strategy=strategy)
+        with pytest.raises(ValueError, match=told):
+            task.configure_callbacks()
 
 
 def test_an_export_outlives_a_process_that_was_killed_amid_the_next(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from layton.folder import load_tensors
 from layton.ldm.conditions import PromptEncoder
 from layton.lock import lock_folder
 from layton.quiet import warnings_in_a_line
+from layton.short_options import said_in_full
 from layton.training import _quiet, _several_devices, load_task
 
 
@@ -199,7 +200,14 @@ def test_help_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
         ("fit --config nowhere.yaml", "--config: File does not exist"),
         ("distill lcm --pipelin mini", "no option --pipelin (did you mean --pipeline?)"),
         ("distill lcm", "no teacher at runs/text_to_image/export: name one by --pipeline"),
-        ("distill lcm --lr 1", "no option --lr; `layton distill --help`"),
+        ("distill lcm --lr 1", "no option --lr (here it is --model.init_args.optimizer.init_args.lr); `layton distill"),
+        (
+            "fit --learning-rate 1",
+            "--learning-rate 1 (here it is --model.init_args.optimizer.init_args.lr); `layton fit",
+        ),
+        ("fit --images nowhere", "--images nowhere: no such file or folder"),
+        ("fit --batch_size", "--batch_size needs a value"),
+        ("fit --data /tmp", "--data takes a data file, and /tmp is a folder: --images takes one of images"),
     ],
 )
 def test_wrong_words_are_told_in_one_line(words: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,6 +215,44 @@ def test_wrong_words_are_told_in_one_line(words: str, told: str, capsys: pytest.
     error = capsys.readouterr().err
     assert told in error
     assert error.count("\n") == 1
+
+
+def test_short_words_are_said_in_full(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    run, overlay = tmp_path / "run.yaml", tmp_path / "overlay.yaml"
+    run.write_text("model: {init_args: {lr_scheduler: {class_path: torch.optim.lr_scheduler.OneCycleLR}}}")
+    overlay.write_text("trainer: {max_steps: 4}")
+    words = ["--config", str(run), "--config", str(overlay), "--batch-size", "2", "--seed=3", "--max_steps", "9"]
+    assert said_in_full(words) == [
+        *words[:4],
+        "--data.init_args.batch_size=2",
+        "--seed_everything=3",
+        "--trainer.max_steps=9",
+        "--model.init_args.lr_scheduler.init_args.total_steps=9",
+    ]
+    overlay.write_text("model: {init_args: {lr_scheduler: null}}")
+    assert said_in_full(words)[-1] == "--trainer.max_steps=9"
+    data, folder, *roles = said_in_full(["--images", str(tmp_path)])
+    assert (data, folder) == ("--data", "configs/data/folder_256.yaml")
+    assert [role.partition("=")[0] for role in roles] == [
+        f"--data.init_args.{n}" for n in ("train", "validation", "test")
+    ]
+    source = {
+        "class_path": "layton.data.folder.ImageFolderSource",
+        "init_args": {"folder": str(tmp_path), "split": "test"},
+    }
+    assert json.loads(roles[2].partition("=")[2]) == [source]
+    assert said_in_full(["--images", str(tmp_path), "--data=x.yaml"]) == ["--data=x.yaml", *roles]
+
+
+def test_help_of_training_is_a_screenful(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("fit", "validate", "test"):
+        assert main([command, "--help"]) == 0
+        told = capsys.readouterr().out
+        assert told.startswith(f"usage: layton {command} --config RUN.yaml")
+        assert told.count("\n") < 30
+    assert main(["fit", "--help", "all"]) == 0
+    assert "--trainer.val_check_interval" in capsys.readouterr().out
 
 
 def test_info_of_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

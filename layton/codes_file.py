@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from torch import Tensor
 from layton.data.geometry import FIT_POLICIES, FitPolicy, Geometry
 from layton.data.images import DEFAULT_LIMITS
 from layton.folder import full_disk_told, write_atomically
+
+if TYPE_CHECKING:
+    from layton.tokenizer import EncodedImages, LaytonTokenizer
 
 FORMAT = "layton codes 1"
 _GEOMETRY_FIELDS = 6
@@ -249,3 +252,95 @@ def is_codes_file(path: Path) -> bool:
     except ValueError:
         return False
     return True
+
+
+def codes_header(model: LaytonTokenizer, policy: FitPolicy, precision: str = "fp32") -> CodesHeader:
+    """What a codes file of this tokenizer says about itself."""
+    return CodesHeader(model.fingerprint(), model.vocab_size, model.num_tokens, model.image_size, policy, precision)
+
+
+def require_codes_of(model: LaytonTokenizer, file: CodesFile) -> None:
+    """Refuse codes that this tokenizer did not make or cannot mean, and geometries that make no sense.
+
+    Raises:
+        ValueError: With both fingerprints, or the place of the first wrong code.
+    """
+    ours = codes_header(model, file.header.policy, file.header.precision)
+    if file.header.fingerprint != ours.fingerprint:
+        raise ValueError(
+            f"{file.path} was made by another tokenizer: its codes have fingerprint {file.header.fingerprint}, "
+            f"this tokenizer's is {ours.fingerprint}"
+        )
+    if file.header != ours:
+        raise ValueError(f"{file.path} does not fit this tokenizer: it says {file.header}, expected {ours}")
+    for start, stop in file.pieces():
+        try:
+            model.quantizer.check_codes(file.codes(start, stop), grid=model.grid)
+        except ValueError as error:
+            raise ValueError(f"{file.path}, images {start} to {stop - 1}: {error}") from error
+        file.geometries(start, stop)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageCodes:
+    """What a codes file holds.
+
+    Attributes:
+        encoded: Codes and geometries, as `LaytonTokenizer.decode_images` takes them.
+        names: Of the images.
+        header: Which tokenizer made the codes, and how.
+    """
+
+    encoded: EncodedImages
+    names: tuple[str, ...]
+    header: CodesHeader
+
+    @property
+    def codes(self) -> Tensor:
+        """(n, N) int64."""
+        return self.encoded.codes
+
+
+def load_codes(path: Path | str, *, tokenizer: LaytonTokenizer | None = None) -> ImageCodes:
+    """Read a file that `save_codes` or ``layton encode`` wrote.
+
+    Args:
+        path: The file.
+        tokenizer: Whose codes they should be; None does not check that.
+
+    Raises:
+        ValueError: It is missing, damaged or something else, or the codes are of another tokenizer.
+    """
+    from layton.tokenizer import EncodedImages
+
+    file = CodesFile(Path(path))
+    if tokenizer is not None:
+        require_codes_of(tokenizer, file)
+    encoded = EncodedImages(file.codes(0, len(file)), tuple(file.geometries(0, len(file))))
+    return ImageCodes(encoded, tuple(file.names), file.header)
+
+
+def save_codes(
+    path: Path | str, encoded: EncodedImages, *, tokenizer: LaytonTokenizer, names: Sequence[str] | None = None
+) -> None:
+    """Write codes as ``layton encode`` does; ``layton decode`` reads them.
+
+    Args:
+        path: The file to write, or to replace.
+        encoded: From `LaytonTokenizer.encode_images`, of one policy.
+        tokenizer: Which made them.
+        names: Of the images; their numbers by default.
+
+    Raises:
+        ValueError: There are no codes, as many names as images are not given, or images were fitted in several ways.
+    """
+    policies = {geometry.policy for geometry in encoded.geometries}
+    if len(policies) > 1:
+        raise ValueError(f"a codes file is of one policy, these images were fitted by {', '.join(sorted(policies))}")
+    told = [str(number) for number in range(len(encoded))] if names is None else list(names)
+    if len(told) != len(encoded):
+        raise ValueError(f"{len(encoded)} images but {len(told)} names")
+    header = codes_header(tokenizer, policies.pop() if policies else "crop")
+    with CodesWriter(Path(path), header) as writer:
+        writer.add(encoded.codes, told, encoded.geometries)
+        writer.finish()
