@@ -86,6 +86,20 @@ def no_advertisements() -> Iterator[None]:
         log.removeFilter(_no_advertisement)
 
 
+@contextmanager
+def silent_lightning() -> Iterator[None]:
+    """Without what Lightning says of a run, where that is but a means."""
+    log = logging.getLogger("lightning.pytorch")
+    before = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+            yield
+    finally:
+        log.setLevel(before)
+
+
 def _no_advertisement(record: logging.LogRecord) -> bool:
     return "litlogger" not in str(record.msg)
 

@@ -66,6 +66,7 @@ def edit(
     from layton.data.images import load_image, to_image, to_tensor
     from layton.distillation.one_step_model import load_one_step_model
     from layton.folder import write_atomically
+    from layton.ldm.text import remark_on
     from layton.staging import require_free
 
     require_least(0, {"seed": seed, "softness": softness, "strength": strength})
@@ -81,6 +82,9 @@ def edit(
     model = load_one_step_model(pipeline, student, device=device)
     if model.start == "noise" and shows is None and mask is None and enlarge is None:
         raise UsageError("this model starts from noise: say with --shows what the picture shows now")
+    words = [word for text in (prompt, shows) if text is not None for word in model.unread(text)]
+    if words:
+        sys.stderr.write(f"layton: {remark_on(prompt, words)}\n")
     original = to_tensor(load_image(image))[None]
     generator = torch.Generator().manual_seed(seed)
     if enlarge is not None:

@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from distill.budget import flop_counter
 from distill.held import held_modules
+from layton.quiet import silent_lightning
 from layton.tasks.base import LaytonTask
 from layton.tasks.manual import ManualTask
 from layton.training import build_run
@@ -75,19 +76,20 @@ def step_needs(task: LaytonTask, data: LightningDataModule, *, batches: int = 1)
             checkpointing makes anew for a block is not in it.
     """
     kept = _Kept(task)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_steps=1,
-        accumulate_grad_batches=batches,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    with flop_counter() as counter, saved_tensors_hooks(kept.pack, _unpack):
-        trainer.fit(task, datamodule=data)
+    with silent_lightning():
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_steps=1,
+            accumulate_grad_batches=batches,
+            limit_val_batches=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        with flop_counter() as counter, saved_tensors_hooks(kept.pack, _unpack):
+            trainer.fit(task, datamodule=data)
     return {"teraflops": counter.get_total_flops() / 1e12, "activations_megabytes": kept.most / 1e6}
 
 

@@ -184,8 +184,8 @@ def expand_shards(shards: list[str] | str) -> list[Path]:
         for part in [pattern] if os.path.exists(pattern) else expand_urls(pattern):
             matches = [part] if os.path.exists(part) else glob.glob(part, recursive=True)
             if not matches:
-                pattern_like = glob.has_magic(part)
-                raise ValueError(f"no shard matches {part!r}" if pattern_like else f"{part}: no such file or folder")
+                plain = part == pattern and not glob.has_magic(part)
+                raise ValueError(f"{part}: no such file or folder" if plain else f"no shard matches {part!r}")
             paths.update(Path(match) for match in matches)
     if not paths:
         raise ValueError("no shards were given")

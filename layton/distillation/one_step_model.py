@@ -26,6 +26,10 @@ from layton.scenes import Scene, caption
 from layton.scenes.placed import placed_caption
 
 
+def _nothing(prompt: str) -> Sequence[str]:
+    return ()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class OneStepModel:
     """A text-to-image model of one step, in the parts that the tasks need.
@@ -39,6 +43,7 @@ class OneStepModel:
         device: Where it is.
         say: A scene as the model has learnt to be told of it.
         start: What it starts from, see `distill.few_step.FewStepSampling`.
+        unread: Words of a prompt that its text encoder has no tokens for.
     """
 
     denoiser: Denoiser
@@ -49,6 +54,7 @@ class OneStepModel:
     device: str = "cpu"
     say: Callable[[Scene], str] = caption
     start: Start = "noise"
+    unread: Callable[[str], Sequence[str]] = _nothing
 
     def edit(
         self,
@@ -157,4 +163,5 @@ def load_one_step_model(pipeline: str, student: str | None, *, device: str | Non
         device=place,
         say=placed_caption if hears_places(folder) else caption,
         start="noise" if sampling is None else sampling.start,
+        unread=encoder.unread,
     )

@@ -275,6 +275,11 @@ class LaytonTask(LightningModule, ABC):
                     f"lr_scheduler: OneCycleLR is made for {extent['total_steps']} steps, the run has "
                     f"{self.trainer.max_steps}: set total_steps"
                 )
+            if 0 < self.trainer.max_steps < extent["total_steps"]:
+                rank_zero_info(
+                    f"the learning rate's cycle is of {extent['total_steps']} steps and the run of "
+                    f"{self.trainer.max_steps}, so that it does not fall to its end; --max_steps N sets both"
+                )
         low = {str(p.dtype) for p in self.trainable_parameters() if p.dtype in (torch.float16, torch.bfloat16)}
         if low:
             rank_zero_warn(

@@ -351,6 +351,7 @@ def test_rows_that_are_no_objects_end_a_drawn_layout() -> None:
     assert bool((there[:, :-1] | ~there[:, 1:]).all())
 
 
+@pytest.mark.filterwarnings("ignore:.*encoder's vocabulary")
 def test_a_generator_learns_to_be_told(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path / "tokenizer")

@@ -130,6 +130,7 @@ def test_scenes_have_the_size_that_the_pipeline_is_for(tmp_path: Path, kind: str
     assert not any("ScenesSource" in word for word in fit_arguments(CONFIGS / "distill" / "lcm.yaml", own))
 
 
+@pytest.mark.filterwarnings("ignore:.*encoder's vocabulary")
 def test_pictures_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = folder_of("sd", tmp_path)
     (tmp_path / "mine").mkdir()

@@ -75,7 +75,7 @@ def test_autoencoder_alone_on_a_folder(run: Run, fails: Run, pipeline: Path, pho
     assert 1 <= figures["protocol"]["num_images"] < 5
     assert "16 unquantised numbers" in figures["protocol"]["references"]["pca"]  # 4 channels at f8
     assert "no AutoencoderKL" in fails("evaluate", "reconstruction", *options, "--autoencoder", photos)
-    assert "no shard matches" in fails("evaluate", "reconstruction", "--data", "nothing", "--autoencoder", pipeline)
+    assert "nothing: no such" in fails("evaluate", "reconstruction", "--data", "nothing", "--autoencoder", pipeline)
 
 
 def test_the_evaluation_stops_at_a_broken_image(fails: Run, tokenizer: Path, photos: Path, tmp_path: Path) -> None:

@@ -40,5 +40,6 @@ def test_codes_do_not_replace_what_is_no_codes(
     assert TOLD in fails("encode", picture, "--out", weights, "--tokenizer", tokenizer, status=2)
     assert bytes_of(photos) == before and weights.read_bytes() == b"somebody's"
     codes = tmp_path / "codes.safetensors"
-    for _ in range(2):  # the same command again, as ever
-        run("encode", picture, "--out", codes, "--tokenizer", tokenizer)
+    run("encode", picture, "--out", codes, "--tokenizer", tokenizer)
+    assert TOLD in fails("encode", picture, "--out", codes, "--tokenizer", tokenizer, status=2)
+    run("encode", picture, "--out", codes, "--tokenizer", tokenizer, "--overwrite")
