@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -21,7 +22,9 @@ def local(tensor: Tensor) -> Tensor:
     """The own part of a tensor, in the same memory; a leaf that wants a gradient if the tensor does."""
     if not isinstance(tensor, DTensor):
         return tensor
-    return tensor._local_tensor.detach().requires_grad_(tensor.requires_grad)
+    with torch.no_grad():
+        part: Tensor = tensor.to_local()
+    return part.detach().requires_grad_(tensor.requires_grad)
 
 
 def whole(tensor: Tensor) -> Tensor:

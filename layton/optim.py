@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from layton.dtensors import joined, local, parted_like, whole
+from layton.dtensors import is_parted, joined, local, parted_like, whole
 from layton.precision import quick_dtype
 
 # Quintic Newton-Schulz coefficients with the largest slope at zero (Jordan 2024, "Muon")
 _A, _B, _C = 3.4445, -4.7750, 2.0315
+_TOGETHER = 2**26  # numbers of parted matrices that are whole at once
 
 
 @torch.no_grad()
@@ -115,18 +116,23 @@ class MuonAdamW(Optimizer):
         shapes: defaultdict[tuple[int, ...], list[Tensor]] = defaultdict(list)
         for parameter in parameters:
             shapes[tuple(_as_matrix(parameter).shape)].append(parameter)
-        for (rows, columns), alike in shapes.items():
-            gradients = [_gradient(parameter) for parameter in alike]
-            buffers = [self._state(parameter, "momentum_buffer") for parameter in alike]
-            torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-            updates = torch._foreach_lerp(gradients, buffers, group["momentum"])
-            wholes = [whole(joined(update, parameter)) for update, parameter in zip(updates, alike, strict=True)]
-            stacked = orthogonalise(torch.stack([_as_matrix(update) for update in wholes]))
-            size = group["lr"] * 0.2 * max(rows, columns) ** 0.5
-            torch._foreach_mul_([local(parameter) for parameter in alike], 1 - group["lr"] * group["weight_decay"])
-            for parameter, update in zip(alike, stacked, strict=True):
-                part = local(parted_like(update.reshape(parameter.shape), parameter))
-                local(parameter).add_(part.to(parameter.dtype), alpha=-size)
+        for (rows, columns), together in shapes.items():
+            for alike in _pieces(together, rows * columns):
+                self._orthogonal_step(group, alike)
+
+    def _orthogonal_step(self, group: dict[str, Any], alike: list[Tensor]) -> None:
+        rows, columns = _as_matrix(alike[0]).shape
+        gradients = [_gradient(parameter) for parameter in alike]
+        buffers = [self._state(parameter, "momentum_buffer") for parameter in alike]
+        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+        updates = torch._foreach_lerp(gradients, buffers, group["momentum"])
+        wholes = [whole(joined(update, parameter)) for update, parameter in zip(updates, alike, strict=True)]
+        stacked = orthogonalise(torch.stack([_as_matrix(update) for update in wholes]))
+        size = group["lr"] * 0.2 * max(rows, columns) ** 0.5
+        torch._foreach_mul_([local(parameter) for parameter in alike], 1 - group["lr"] * group["weight_decay"])
+        for parameter, update in zip(alike, stacked, strict=True):
+            part = local(parted_like(update.reshape(parameter.shape), parameter))
+            local(parameter).add_(part.to(parameter.dtype), alpha=-size)
 
     def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         (beta1, beta2), lr = group["betas"], group["lr"] * group["adamw_scale"]
@@ -153,6 +159,14 @@ class MuonAdamW(Optimizer):
         if name not in state:
             state[name] = torch.zeros_like(parameter)
         return local(state[name])
+
+
+def _pieces(parameters: list[Tensor], size: int) -> list[list[Tensor]]:
+    """Matrices of ``size`` numbers that are made whole together: all, or of those that are shared out a few."""
+    if not any(map(is_parted, parameters)):
+        return [parameters]
+    count = max(1, _TOGETHER // size)
+    return [parameters[start : start + count] for start in range(0, len(parameters), count)]
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -9,21 +9,25 @@ that a run goes on with any number of ranks, sharded or not.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.optim import Optimizer
 
 from layton.dtensors import gathered, is_parted, parted_like, whole
+from layton.folder import weights_hashes
+from layton.optim import MuonAdamW
 from layton.ranks import all_gather_items
 
 UNITS = frozenset(
@@ -31,6 +35,8 @@ UNITS = frozenset(
     | {"FluxSingleTransformerBlock", "CLIPEncoderLayer", "T5Block"}
 )
 """Classes whose parameters are gathered together, and let go together. Only ever called as modules."""
+_TRIED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, MuonAdamW)
+_RECORD = "_layton_sharding"  # attribute of a task
 
 
 class FullySharded(ModelParallelStrategy):
@@ -58,9 +64,24 @@ class FullySharded(ModelParallelStrategy):
 
     def setup(self, trainer: Trainer) -> None:
         """Part the model before optimizers are made for it."""
-        methods = getattr(self._task, "gathering_methods", ("training_step",))
-        shard(self._task, self.device_mesh["data_parallel"], methods)
+        if not is_sharded(self._task):
+            methods = getattr(self._task, "gathering_methods", ("training_step",))
+            shard(self._task, self.device_mesh["data_parallel"], methods)
         super().setup(trainer)
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        """Refuse optimizers that were never tried on parted parameters: some work on whole ones only.
+
+        Raises:
+            ValueError: Names the optimizer.
+        """
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            if not isinstance(optimizer, _TRIED):
+                raise ValueError(
+                    f"{type(optimizer).__name__} was not tried on parameters that are shared out: take AdamW, SGD or "
+                    "layton.optim.MuonAdamW, or --trainer.strategy ddp"
+                )
 
     @property
     def _task(self) -> LightningModule:
@@ -77,8 +98,14 @@ class FullySharded(ModelParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole tensors on rank 0, which writes them; nothing elsewhere. All ranks have to ask."""
-        found: dict[str, Any] = gathered(self._task.state_dict(), keep=self.is_global_zero)
+        """Whole tensors on rank 0, which writes them; nothing elsewhere. All ranks have to ask.
+
+        What the task leaves out of checkpoints is not gathered.
+        """
+        left_out: frozenset[str] = cast(Any, getattr(self._task, "left_out", frozenset))()
+        with parted_weights(self._task):
+            state = {name: value for name, value in self._task.state_dict().items() if name not in left_out}
+            found: dict[str, Any] = gathered(state, keep=self.is_global_zero)
         return found if self.is_global_zero else {}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -96,8 +123,10 @@ class FullySharded(ModelParallelStrategy):
         return super(ModelParallelStrategy, self).load_checkpoint(checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Before it is parted."""
-        self._task.load_state_dict(checkpoint["state_dict"], strict=strict)
+        """Before it is parted, but in a second fit."""
+        own = self._task.state_dict()
+        state = {name: parted_like(value, own.get(name, value)) for name, value in checkpoint["state_dict"].items()}
+        self._task.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Each rank takes its part of whole tensors."""
@@ -106,20 +135,64 @@ class FullySharded(ModelParallelStrategy):
 
 
 def _parted_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """The state of an optimizer, tensors shaped as their parameter parted as that is."""
+    """The state of an optimizer, tensors shaped as their parameter parted as that is.
+
+    Raises:
+        ValueError: A tensor has another shape: nobody knows how it is parted.
+    """
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     of = dict(zip(numbers, parameters, strict=True))
 
-    def parted(value: Any, parameter: Tensor) -> Any:
-        fits = isinstance(value, Tensor) and value.shape == parameter.shape
-        return parted_like(value, parameter) if fits else value
+    def parted(name: str, value: Any, parameter: Tensor) -> Any:
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            return value
+        if value.shape != parameter.shape:
+            raise ValueError(f"{type(optimizer).__name__} keeps {name} of another shape than its parameter")
+        return parted_like(value, parameter)
 
-    parts = {n: {name: parted(value, of[n]) for name, value in held.items()} for n, held in state["state"].items()}
+    parts = {
+        n: {name: parted(name, value, of[n]) for name, value in held.items()} for n, held in state["state"].items()
+    }
     return {**state, "state": parts}
 
 
-def shard(task: LightningModule, mesh: DeviceMesh, methods: Iterable[str] = ("training_step",)) -> None:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Unit:
+    """A module whose parameters are gathered together.
+
+    Attributes:
+        module: The module.
+        kind: Its class before.
+        before: Numbers of the hooks that gather.
+        after: Numbers of the hooks that let go.
+    """
+
+    module: nn.Module
+    kind: type[nn.Module]
+    before: frozenset[int]
+    after: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Place:
+    """Where a parameter is, parted and whole."""
+
+    module: nn.Module
+    name: str
+    parted: nn.Parameter
+    whole: nn.Parameter
+
+
+class _Sharding:
+    """What was done to a task, so that it can be undone for a while."""
+
+    def __init__(self, units: Sequence[_Unit], methods: Sequence[str]) -> None:
+        self.units, self.methods = units, methods
+        self.places: list[_Place] = []  # of whole parameters, while they are there
+
+
+def shard(task: LightningModule, mesh: DeviceMesh, methods: Sequence[str] = ("training_step",)) -> None:
     """Part the parameters of a task among the ranks of a mesh, block by block.
 
     Buffers stay whole on every rank, and so do parameters that a module changes in its forward pass (codebooks that
@@ -139,25 +212,49 @@ def shard(task: LightningModule, mesh: DeviceMesh, methods: Iterable[str] = ("tr
         if parameter.ndim == 0 or (parameter.requires_grad and parameter in changed):
             what = "is a single number" if parameter.ndim == 0 else "is changed by its forward pass and by gradients"
             raise ValueError(f"{name} {what}, and cannot be shared out: take --trainer.strategy ddp")
-    for module in reversed(list(task.modules())):
-        if type(module).__name__ in UNITS:
-            fully_shard(module, mesh=mesh, ignored_params=changed)
+    blocks = [module for module in reversed(list(task.modules())) if type(module).__name__ in UNITS]
+    _require_apart(blocks)
+    units = [_parted(module, mesh, changed) for module in blocks]
     # let go after each forward pass, too: not every one has a backward pass behind it, and what stays is out of date
-    fully_shard(task, mesh=mesh, ignored_params=changed, reshard_after_forward=True)
+    units.append(_parted(task, mesh, changed, reshard_after_forward=True))
     for name in methods:
         register_fsdp_forward_method(task, name)
+    vars(task)[_RECORD] = _Sharding(units, methods)
+
+
+def _parted(
+    module: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter], *, reshard_after_forward: bool | None = None
+) -> _Unit:
+    kind, before, after = type(module), set(module._forward_pre_hooks), set(module._forward_hooks)
+    fully_shard(module, mesh=mesh, ignored_params=ignored, reshard_after_forward=reshard_after_forward)
+    added = frozenset(module._forward_pre_hooks) - before, frozenset(module._forward_hooks) - after
+    return _Unit(module, kind, *added)
 
 
 def _require_equal(task: LightningModule) -> None:
-    sums = [float(parameter.detach().double().sum()) for parameter in task.parameters()]
-    if any(other != sums for other in all_gather_items([sums])):
+    own = weights_hashes(dict(task.named_parameters()))
+    if any(other != own for other in all_gather_items([own])):
         raise ValueError("ranks begin with other weights: set --seed_everything, and give all of them the same files")
 
 
-def own_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module as it was before its parameters were parted."""
-    kind = type(module)
-    return cast("type[nn.Module]", kind.__mro__[2]) if isinstance(module, FSDPModule) else kind
+def _require_apart(blocks: Sequence[nn.Module]) -> None:
+    owners: dict[nn.Parameter, nn.Module] = {}
+    for block in blocks:
+        for name, parameter in block.named_parameters():
+            owner = owners.setdefault(parameter, block)
+            if owner is not block and owner not in set(block.modules()):
+                raise ValueError(f"two blocks share {name}, and it cannot be shared out: take --trainer.strategy ddp")
+
+
+def _record(task: nn.Module) -> _Sharding | None:
+    found: _Sharding | None = vars(task).get(_RECORD)
+    return found
+
+
+def own_class(task: nn.Module) -> type[nn.Module]:
+    """The class of a task as it was before its parameters were parted."""
+    record = _record(task)
+    return type(task) if record is None else record.units[-1].kind
 
 
 @contextmanager
@@ -166,50 +263,65 @@ def whole_weights(task: LightningModule) -> Iterator[None]:
 
     Their parameters are whole, and other objects than those in training; what is changed in them is forgotten.
     """
-    parted = [module for module in task.modules() if isinstance(module, FSDPModule)]
+    record = _record(task)
+    if record is None or record.places:  # nothing to do, or done already
+        yield
+        return
     with ExitStack() as back:
-        for module in cast("list[nn.Module]", parted):
-            back.callback(_restore, module, type(module), module._forward_pre_hooks, module._forward_hooks)
-            module.__class__ = own_class(module)
-            module._forward_pre_hooks = _without_gathering(module._forward_pre_hooks)
-            module._forward_hooks = _without_gathering(module._forward_hooks)
-        if parted:
-            back.callback(_put, _gather(task))
+        for unit in record.units:
+            back.callback(
+                _become, unit.module, type(unit.module), unit.module._forward_pre_hooks, unit.module._forward_hooks
+            )
+            hooks = unit.module._forward_pre_hooks, unit.module._forward_hooks
+            without = [_but(found, ours) for found, ours in zip(hooks, (unit.before, unit.after), strict=True)]
+            _become(unit.module, unit.kind, *without)
+        for name in record.methods:
+            back.callback(vars(task).__setitem__, name, vars(task).pop(name))
+        record.places = _gather(task)
+        back.callback(record.places.clear)
+        back.callback(_put, record.places, whole=False)
+        _put(record.places, whole=True)
         yield
 
 
-def _gather(task: LightningModule) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Put whole parameters in the place of parted ones; gives these, and where they were. Shared ones stay shared."""
-    places, made = [], dict[nn.Parameter, nn.Parameter]()
+@contextmanager
+def parted_weights(task: LightningModule) -> Iterator[None]:
+    """Within `whole_weights` once more the parameters in training, for those who save them."""
+    record = _record(task)
+    places = [] if record is None else record.places
+    _put(places, whole=False)
+    try:
+        yield
+    finally:
+        _put(places, whole=True)
+
+
+def _gather(task: LightningModule) -> list[_Place]:
+    """Whole parameters for parted ones. Those that are shared stay so."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    places = []
     for module in task.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and is_parted(parameter):
-                places.append((module, name, parameter))
-    for module, name, parameter in places:
-        if parameter not in made:
-            made[parameter] = nn.Parameter(whole(parameter), requires_grad=parameter.requires_grad)
-        module._parameters[name] = made[parameter]
+            if parameter is None or not is_parted(parameter):
+                continue
+            if parameter not in made:
+                made[parameter] = nn.Parameter(whole(parameter), requires_grad=parameter.requires_grad)
+            places.append(_Place(module, name, parameter, made[parameter]))
     return places
 
 
-def _put(places: list[tuple[nn.Module, str, nn.Parameter]]) -> None:
-    for module, name, parameter in places:
-        module._parameters[name] = parameter
+def _put(places: Sequence[_Place], *, whole: bool) -> None:
+    for place in places:
+        place.module._parameters[place.name] = place.whole if whole else place.parted
 
 
-def _restore(module: nn.Module, kind: type[nn.Module], before: Any, after: Any) -> None:
+def _become(module: nn.Module, kind: type[nn.Module], before: Any, after: Any) -> None:
     module.__class__ = kind
     module._forward_pre_hooks, module._forward_hooks = before, after
 
 
-def _without_gathering(hooks: Mapping[int, Callable[..., Any]]) -> OrderedDict[int, Callable[..., Any]]:
-    """The hooks of a module but for FSDP's own."""
-    theirs = FSDPModule.__module__.rpartition(".")[0]
-    return OrderedDict(
-        (number, hook)
-        for number, hook in hooks.items()
-        if not type(getattr(hook, "__self__", None)).__module__.startswith(theirs)
-    )
+def _but(hooks: Mapping[int, Callable[..., Any]], numbers: frozenset[int]) -> OrderedDict[int, Callable[..., Any]]:
+    return OrderedDict((number, hook) for number, hook in hooks.items() if number not in numbers)
 
 
 class WholeWeights(Callback):
@@ -241,4 +353,4 @@ class WholeWeights(Callback):
 
 def is_sharded(task: nn.Module) -> bool:
     """Whether each rank holds a part of the task's parameters only."""
-    return isinstance(task, FSDPModule)
+    return _record(task) is not None

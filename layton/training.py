@@ -140,7 +140,7 @@ class TrainingCLI(LightningCLI):
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         config["default_root_dir"] = str(self.run_dir)
         config["logger"] = self._loggers(config.get("logger"))
-        if config.get("strategy") == "ddp" or (config.get("strategy") in (None, "auto") and _several_devices(config)):
+        if config.get("strategy") in (None, "auto") and _several_devices(config):
             # what Lightning would take, but for methods with critics and terms that begin later
             config["strategy"] = DDPStrategy(find_unused_parameters=True, gradient_as_bucket_view=True)
         elif config.get("strategy") == "fsdp":

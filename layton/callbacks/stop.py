@@ -107,7 +107,11 @@ class GracefulStop(Callback):
             raise InterruptedRun(128 + (self.signal_number or signal.SIGTERM))
 
     def _came(self, trainer: Trainer) -> bool:
-        return trainer.strategy.reduce_boolean_decision(self.signal_number is not None, all=False)
+        """Whether it came to any rank; then all of them know."""
+        came = trainer.strategy.reduce_boolean_decision(self.signal_number is not None, all=False)
+        if came and self.signal_number is None:
+            self.signal_number = signal.SIGTERM
+        return came
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a loader's worker, forked with this handler: its parent tells it when to go

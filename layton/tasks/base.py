@@ -23,7 +23,7 @@ from layton.data.sources import SampleSource
 from layton.folder import class_name, weights_hashes
 from layton.losses.published import PublishedPerceptualLoss
 from layton.ranks import all_gather_items
-from layton.sharding import FullySharded, WholeWeights, own_class
+from layton.sharding import FullySharded, WholeWeights, is_sharded, own_class
 from layton.tasks.guard import StepGuard
 from layton.tasks.seeding import Randomness, derive_seed
 
@@ -67,6 +67,7 @@ class LaytonTask(LightningModule, ABC):
         self.on_losses: Callable[[LaytonTask, dict[str, Tensor]], None] | None = None  # see `GradientNorms`
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._looked_at_captions = False
+        self._whole_weights = WholeWeights()
         self._hashes_of_frozen: list[str] | None = None
         self._cycles: list[tuple[OneCycleLR, dict[str, Any]]] = []
         if _given_hyperparameters.get() is not None:
@@ -345,6 +346,10 @@ class LaytonTask(LightningModule, ABC):
         if before != self.measures():
             raise ValueError(f"the run learnt by the perceptual measures {before}, here are {self.measures()}")
 
+    def left_out(self) -> frozenset[str]:
+        """Names in the state dict that checkpoints do without."""
+        return frozenset(self._frozen())
+
     def _frozen(self) -> dict[str, Tensor]:
         """What checkpoints do without, by name."""
         parts = {id(p) for part in self.frozen_parts() for p in part.parameters() if not p.requires_grad}
@@ -369,11 +374,11 @@ class LaytonTask(LightningModule, ABC):
                 f"{reason}: take --trainer.strategy ddp, with --trainer.precision bf16-mixed and accumulated batches "
                 "where memory is short"
             )
-        return [self._randomness, self._guard, WholeWeights()]
+        return [self._randomness, self._guard, self._whole_weights]
 
     def configure_model(self) -> None:
         """Before parameters are shared out among ranks, note what the frozen ones are."""
-        if self._trainer is not None and isinstance(self.trainer.strategy, FullySharded):
+        if self._trainer is not None and isinstance(self.trainer.strategy, FullySharded) and not is_sharded(self):
             self._hashes_of_frozen = list(weights_hashes(self._frozen()))
 
     def why_not_sharded(self) -> str | None:

@@ -409,6 +409,10 @@ class DistillTask(ManualTask):
         if self._export_pipeline:
             student_pipeline(self._teacher_folder, folder, folder / "pipeline")
 
+    def left_out(self) -> frozenset[str]:
+        """All but what is learnt."""
+        return frozenset(self.state_dict()) - self._learned
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is learnt: the pipeline folder has the rest."""
         super().on_save_checkpoint(checkpoint)

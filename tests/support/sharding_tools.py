@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import small_pipelines
 import torch
 from laytongen_parts import SIZE, tiny_text_encoder, tiny_tokenizer, tiny_transformer
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -25,12 +26,14 @@ from distill.methods.extra_terms import ExtraTerm
 from distill.methods.lcm import LCM
 from distill.methods.mlcm import MLCM, Refinement
 from distill.methods.scott import SCott
+from generation.model.blocks import Block
 from generation.tasks.laytongen import LaytonGenTask
-from layton.callbacks import EMA, ExportWeights, PictureGrid, SafeCheckpoint
+from layton.callbacks import EMA, ExportWeights, GracefulStop, PictureGrid, SafeCheckpoint
+from layton.callbacks.stop import InterruptedRun
 from layton.data.module import ImageDataModule
 from layton.data.sources import SampleSource, ScenesSource
 from layton.optim import MuonAdamW
-from layton.sharding import FullySharded
+from layton.sharding import FullySharded, shard
 from layton.tasks.distill import DistillTask
 from layton.tasks.seeding import seed_libraries
 
@@ -90,8 +93,22 @@ def distil(folder: Path, name: str, strategy: Strategy) -> None:
     trainer.fit(task, ImageDataModule(data, validation=data, batch_size=2, num_workers=0))
 
 
+class Terminate(Callback):
+    """A signal to one rank, amid validation."""
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Once training has begun."""
+        if trainer.is_global_zero and trainer.global_step == STOP:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def fit(
-    folder: Path, strategy: Strategy | str, *, devices: int = 2, resume: Path | None = None, **task: Any
+    folder: Path,
+    strategy: Strategy | str,
+    *callbacks: Callback,
+    devices: int = 2,
+    resume: Path | None = None,
+    **task: Any,
 ) -> LaytonGenTask:
     """A short training run with all that goes with one: averages, clipping, validation, pictures, an export."""
     seed_libraries(0)
@@ -123,6 +140,7 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[
+            *callbacks,
             EMA(decay=0.9),
             PictureGrid(every_n_steps=STOP, max_images=2),
             SafeCheckpoint(every_n_train_steps=STOP),
@@ -160,6 +178,16 @@ def check_rank(rank: int, port: str, folder: str) -> None:
     fit(place / "again", FullySharded(), resume=place / "parted" / "checkpoints" / f"step={STOP:08d}.ckpt")
     fit(place / "from_whole", FullySharded(), resume=place / "whole" / "checkpoints" / f"step={STOP:08d}.ckpt")
     _check_muon(task)
+    trainer = task.trainer
+    (figures,) = trainer.validate(task, trainer.datamodule, verbose=False)  # of a task that is parted already
+    assert figures["val/loss"] > 0
+    try:
+        fit(place / "stopped", FullySharded(), Terminate(), GracefulStop())
+    except InterruptedRun as stop:
+        assert stop.code == 128 + signal.SIGTERM
+    else:
+        raise AssertionError("the run went on")
+    _check_refusals(task)
     try:
         fit(place / "refused", FullySharded(), contrast=0.5, code_dropout=0.0)
     except ValueError as error:
@@ -187,6 +215,21 @@ def _check_muon(task: Any) -> None:
             optimizer.step()
     for one, other in zip(plain, parted, strict=True):
         assert other.full_tensor().equal(one)
+
+
+def _check_refusals(task: Any) -> None:
+    """Blocks that share a weight."""
+    seed_libraries(0)
+    tied = Block(32, 2, 64), Block(32, 2, 64)
+    tied[1].ffn_norm = tied[0].ffn_norm
+    module = LightningModule()
+    module.blocks = nn.ModuleList(tied)
+    try:
+        shard(module, next(task.parameters()).device_mesh)
+    except ValueError as error:
+        assert "two blocks share" in str(error)
+    else:
+        raise AssertionError("shared weights were not refused")
 
 
 def save_tokenizer(folder: Path) -> None:

@@ -62,6 +62,15 @@ def test_a_sharded_run_goes_on_bit_for_bit(runs: Path) -> None:
     assert all(tensor.equal(other[name]) for name, tensor in one.items())
 
 
+def test_what_a_signal_saves_amid_validation_is_what_was_in_training(runs: Path) -> None:
+    one, other = (tensors(checkpoint(runs / run, STOP)["state_dict"]) for run in ("parted", "stopped"))
+    assert all(tensor.equal(other[name]) for name, tensor in one.items())
+    average = checkpoint(runs / "stopped", STOP)["callbacks"]["EMA"]
+    pairs = zip(average["names"], average["average"]["shadow_params"], strict=True)
+    assert any(not tensor.equal(other[f"/{name}"]) for name, tensor in pairs)
+    assert not (runs / "stopped" / "export").exists()
+
+
 def test_a_run_of_whole_copies_goes_on_sharded(runs: Path) -> None:
     one, other = tensors(checkpoint(runs / "whole")), tensors(checkpoint(runs / "from_whole"))
     for name, tensor in one.items():
