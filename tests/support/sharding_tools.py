@@ -65,6 +65,19 @@ class Latents(SampleSource):
         return {"latent": latent, "caption": f"{index} red stars", "key": f"toy/{index}"}
 
 
+def _trainer(folder: Path, strategy: Strategy | str, callbacks: list[Callback], **options: Any) -> Trainer:
+    return Trainer(
+        **({"devices": 2} | options),
+        accelerator="cpu",
+        strategy=strategy,
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+    )
+
+
 def distil(folder: Path, name: str, strategy: Strategy) -> None:
     """A few steps of a method, by plain gradient descent, which makes no steps of rounding errors."""
     kind, method, adapted = METHODS[name]
@@ -79,16 +92,8 @@ def distil(folder: Path, name: str, strategy: Strategy) -> None:
         frozen_dtype="float32" if adapted else "bfloat16",
     )
     data = Latents(task.latent_shape)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy=strategy,
-        max_steps=3,
-        default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[EMA(decay=0.9), SafeCheckpoint(every_n_train_steps=3), ExportWeights()],
+    trainer = _trainer(
+        folder, strategy, [EMA(decay=0.9), SafeCheckpoint(every_n_train_steps=3), ExportWeights()], max_steps=3
     )
     trainer.fit(task, ImageDataModule(data, validation=data, batch_size=2, num_workers=0))
 
@@ -127,26 +132,23 @@ def fit(
         batch_size=2,
         num_workers=0,
     )
-    trainer = Trainer(
-        accelerator="cpu",
+    kept = [
+        *callbacks,
+        EMA(decay=0.9),
+        PictureGrid(every_n_steps=STOP, max_images=2),
+        SafeCheckpoint(every_n_train_steps=STOP),
+        SafeCheckpoint(monitor="val/loss", mode="min"),
+        ExportWeights(),
+    ]
+    trainer = _trainer(
+        folder,
+        strategy,
+        kept,
         devices=devices,
-        strategy=strategy,
         max_steps=STEPS,
         val_check_interval=STOP,
         check_val_every_n_epoch=None,
         gradient_clip_val=0.5,
-        default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[
-            *callbacks,
-            EMA(decay=0.9),
-            PictureGrid(every_n_steps=STOP, max_images=2),
-            SafeCheckpoint(every_n_train_steps=STOP),
-            SafeCheckpoint(monitor="val/loss", mode="min"),
-            ExportWeights(),
-        ],
     )
     trainer.fit(made, data, ckpt_path=None if resume is None else str(resume))
     return made
