@@ -54,13 +54,13 @@ def gathered(value: Any, *, keep: bool) -> Any:
 
     Args:
         value: What is nested.
-        keep: Whether this rank wants them; where it does not, what was parted is left out.
+        keep: Whether this rank wants them; where it does not, None stands in their place.
     """
-    if isinstance(value, DTensor):
+    if isinstance(value, Tensor):
         found = whole(value)
         return found.cpu() if keep else None
     if isinstance(value, Mapping):
         return {name: gathered(item, keep=keep) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(gathered(item, keep=keep) for item in value)
-    return value.detach().cpu() if isinstance(value, Tensor) else value
+    return value

@@ -335,7 +335,7 @@ class WholeWeights(Callback):
         self._open.enter_context(whole_weights(pl_module))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go, before anything is saved."""
+        """Let go. What is saved before that is right all the same (`parted_weights`)."""
         self._open.close()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

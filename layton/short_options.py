@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def said_in_full(words: Sequence[str]) -> list[str]:
     Raises:
         UsageError: One has no value, or there are no images where they are said to be.
     """
-    short, rest = _taken(words)
+    short, rest = taken(words, SHORT)
     found = list(rest)
     for option, full in _FORMS.items():
         if option in short:
@@ -90,15 +90,25 @@ def said_in_full(words: Sequence[str]) -> list[str]:
     return found
 
 
-def _taken(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def plain_name(option: str) -> str:
+    """An option as it is called in run files: ``--max-steps`` and ``--max_steps`` are the same."""
+    return option.replace("-", "_").replace("__", "--", 1)
+
+
+def taken(words: Sequence[str], names: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """Some options of a command line with their values, and the other words.
+
+    Raises:
+        UsageError: One has no value.
+    """
     short: dict[str, str] = {}
     rest: list[str] = []
     waiting = list(words)
     while waiting:
         word = waiting.pop(0)
         option, equals, value = word.partition("=")
-        name = option.replace("-", "_").replace("__", "--", 1)
-        if name not in SHORT:
+        name = plain_name(option)
+        if name not in names:
             rest.append(word)
             continue
         if not equals:
@@ -138,18 +148,20 @@ def _ends_with_a_cycle(words: Sequence[str]) -> bool:
         option, equals, value = word.partition("=")
         if option != "--config":
             continue
-        parts = _read(value if equals else next(iter(words[place + 1 :]), "")).get("model", {}).get("init_args", {})
+        parts = _model_parts(value if equals else next(iter(words[place + 1 :]), ""))
         if "lr_scheduler" in parts:
-            scheduler = parts["lr_scheduler"] or {}
-            named = str(scheduler.get("class_path", "")).endswith(".OneCycleLR")
+            scheduler = parts["lr_scheduler"]
+            named = isinstance(scheduler, dict) and str(scheduler.get("class_path", "")).endswith(".OneCycleLR")
     return named
 
 
-def _read(text: str) -> dict[str, Any]:
-    """A run file, or what stands in its place; empty where whoever parses it will say what is wrong."""
+def _model_parts(text: str) -> dict[str, Any]:
+    """The model's settings in a run file, or in what stands in its place; none where its parser will say why."""
     try:
         path = Path(text)
         found = yaml.safe_load(path.read_text(encoding="utf-8") if path.suffix else text)
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return found if isinstance(found, dict) and isinstance(found.get("model", {}), dict) else {}
+    for name in ("model", "init_args"):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}

@@ -140,11 +140,7 @@ class TrainingCLI(LightningCLI):
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         config["default_root_dir"] = str(self.run_dir)
         config["logger"] = self._loggers(config.get("logger"))
-        if config.get("strategy") in (None, "auto") and _several_devices(config):
-            # what Lightning would take, but for methods with critics and terms that begin later
-            config["strategy"] = DDPStrategy(find_unused_parameters=True, gradient_as_bucket_view=True)
-        elif config.get("strategy") == "fsdp":
-            config["strategy"] = FullySharded()
+        config["strategy"] = _strategy_of(config)
         extra = [self._get(self.config_init, key) for key in self._parser(self.subcommand).callback_keys]
         configured = config.get("callbacks") or []
         configured = list(configured) if isinstance(configured, list) else [configured]
@@ -350,6 +346,15 @@ def _resume_path(resume: str, checkpoints: Path) -> str | None:
     if not Path(resume).is_file():
         raise UsageError(f"--resume must be 'auto', 'never' or a checkpoint file, got {resume!r}")
     return str(Path(resume).absolute())
+
+
+def _strategy_of(trainer: dict[str, Any]) -> Any:
+    """The strategy that a trainer's options ask for, or that suits them."""
+    asked = trainer.get("strategy") or "auto"
+    if asked == "auto" and _several_devices(trainer):
+        # what Lightning would take, but for methods with critics and terms that begin later
+        return DDPStrategy(find_unused_parameters=True, gradient_as_bucket_view=True)
+    return FullySharded() if asked == "fsdp" else asked
 
 
 def _several_devices(trainer: dict[str, Any]) -> bool:

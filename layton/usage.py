@@ -67,8 +67,9 @@ def _one_reason(text: str) -> str:
 
 def did_you_mean(option: str, options: Iterable[str], *, meant: Mapping[str, str] | None = None) -> str:
     """A question to the user, or nothing where no option is like the one that was typed; see `usage_error`."""
-    known = (meant or {}).get(option.replace("-", "_").replace("__", "--", 1))
+    plain = option.replace("-", "_").replace("__", "--", 1)
+    known = (meant or {}).get(plain)
     if known is not None:
         return f" (here it is {known})"
-    found = get_close_matches(option.replace("-", "_").replace("__", "--", 1), list(options), n=1, cutoff=0.7)
+    found = get_close_matches(plain, list(options), n=1, cutoff=0.7)
     return f" (did you mean {found[0]}?)" if found else ""

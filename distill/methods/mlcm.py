@@ -291,12 +291,15 @@ def _target_jump(target: Denoiser, batch: DistillBatch, x_t: Tensor, t: Tensor, 
     moving = (t > s).nonzero()[:, 0]
     if not most_evaluations(target, min(1, len(moving))):
         return x_t
-    if not len(moving):  # but on another rank something moves, by weights that this one has a share of
-        moving = torch.zeros(1, dtype=torch.int64, device=t.device)
-    condition = batch.condition if batch.condition.batch_size in (None, 1) else batch.condition[moving]
-    x, here, there = x_t[moving], t[moving], s[moving]
-    landed = jump(target.schedule, x, target.predict(x, here, condition), here, there)
+    # something moves on another rank alone: by weights that this one has a share of, and must evaluate, too
+    rows = moving if len(moving) else torch.zeros(1, dtype=torch.int64, device=t.device)
+    condition = batch.condition if batch.condition.batch_size in (None, 1) else batch.condition[rows]
+    x, here, there = x_t[rows], t[rows], s[rows]
+    prediction = target.predict(x, here, condition)
     forget_casts()  # the student, which may be the target itself, comes next
+    if not len(moving):
+        return x_t
+    landed = jump(target.schedule, x, prediction, here, there)
     return x_t.to(landed.dtype).index_copy(0, moving, landed)
 
 

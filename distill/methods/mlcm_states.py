@@ -1,7 +1,8 @@
 """States that MLCM trains on and the moves it makes: teacher steps, jumps, multistep denoising, the student's samples.
 
 Everything here runs without gradients but `jump`. Cost is counted in forward-equivalents F of the denoiser; a guided
-evaluation is 2 F. No evaluation is made whose result is thrown away.
+evaluation is 2 F. No evaluation is made whose result is thrown away, but where ranks share out the teacher's weights
+and have to keep in step.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from layton.assets import find_pipeline
 from layton.data.stored import source_of
 from layton.errors import UsageError
 from layton.run_files import moved, set_scenes
+from layton.short_options import MEANT, plain_name, taken
 from layton.usage import did_you_mean
 
 HELP = """usage: layton distill METHOD [--pipeline FOLDER] [--prompts FILE] [--run_dir DIR] [--max_steps N] [OVERRIDES]
@@ -50,7 +51,7 @@ _RANK, _SHARE = "--model.init_args.adapter.rank", "--model.init_args.adapter_sha
 _PAIRS = "--pairs"
 _ROLES = ("train", "validation")
 _MODELS_PIPELINE = "--model.init_args.pipeline"
-_SHORT = ("--pipeline", "--prompts", "--images", "--pairs", "--max_steps")
+_SHORT = ("--pipeline", "--prompts", "--images", "--pairs")  # beside those of `layton fit`
 
 
 def fit_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
@@ -93,10 +94,6 @@ def fit_arguments(run_file: Path, words: Sequence[str]) -> list[str]:
         arguments += [f"{_SHARE}=null"]  # a rank that is asked for is the rank, whatever its share of the parameters
     if (rank := _value_of(_RANK, rest)) is not None and _value_of(_ALPHA, rest) is None and _has_scale_of_one(run):
         arguments += [f"{_ALPHA}={rank}"]
-    if "--max_steps" in short:
-        arguments.append(f"--trainer.max_steps={short['--max_steps']}")
-        if _has_cycle(run):  # of the learning rate, which ends with the run
-            arguments.append(f"--model.init_args.lr_scheduler.init_args.total_steps={short['--max_steps']}")
     return arguments + rest
 
 
@@ -248,31 +245,19 @@ def _number(option: str, value: str) -> int:
 
 
 def _take_short(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    short: dict[str, str] = {}
-    rest: list[str] = []
-    waiting = list(words)
-    while waiting:
-        name, equals, value = waiting[0].partition("=")
-        name = name.replace("-", "_").replace("__", "--", 1)  # as other commands, it takes --max-steps as well
-        name = "--pipeline" if name == _MODELS_PIPELINE else name  # what else comes from that folder moves, too
-        if name not in _SHORT:
-            rest.append(waiting.pop(0))
-            continue
-        waiting.pop(0)
-        if not equals:
-            if not waiting:
-                raise UsageError(f"{name} needs a value")
-            value = waiting.pop(0)
-        short[name] = value
-    return short, rest
+    # what else comes from the model's pipeline folder moves, too
+    moved_words = [
+        f"--pipeline{word.removeprefix(_MODELS_PIPELINE)}" if word.partition("=")[0] == _MODELS_PIPELINE else word
+        for word in words
+    ]
+    return taken(moved_words, _SHORT)
 
 
 def _require_known(words: Sequence[str]) -> None:
     """Find a misspelt option here, where the short ones are known as well."""
-    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    options = [plain_name(word.partition("=")[0]) for word in words if word.startswith("--")]
     if not options:
         return
-    from layton.short_options import MEANT
     from layton.training import run_options
 
     known = run_options()
@@ -347,11 +332,6 @@ def _has_scale_of_one(run: Mapping[str, Any]) -> bool:
     options = run["model"]["init_args"]
     adapter = options.get("adapter") or {}
     return bool(options.get("adapter_share") or (adapter.get("rank") and adapter.get("rank") == adapter.get("alpha")))
-
-
-def _has_cycle(run: Mapping[str, Any]) -> bool:
-    scheduler = run["model"]["init_args"].get("lr_scheduler") or {}
-    return str(scheduler.get("class_path", "")).endswith(".OneCycleLR")
 
 
 def _first_source(run: Any) -> dict[str, Any]:

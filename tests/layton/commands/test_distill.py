@@ -170,11 +170,16 @@ def test_a_student_that_changes_pictures(tmp_path: Path, capsys: pytest.CaptureF
     assert distill("one_step_tasks", folder, "--run_dir=run", "--data.init_args.weights=[1]", *data) == 0
     assert load_sampling(tmp_path / "run" / "export").start == "image"
     assert main(["export", str(checkpoint(tmp_path / "run", 2)), "--out", "again"]) == 0
+    assert main(["export", str(tmp_path / "run"), "--out", "newest"]) == 0  # of a run's folder the newest one
+    assert checkpoint(tmp_path / "run", 2).name in capsys.readouterr().err
     assert load_sampling(tmp_path / "again").start == "image"
     Image.new("RGB", (16, 16), (90, 30, 160)).save("a.png")
     words = ["--pipeline", str(folder), "--student", "run/export"]
     assert main(["edit", "a.png", "a red star", "--out", "b.png", *words]) == 0
     assert (tmp_path / "b.png").is_file()
+    capsys.readouterr()
+    assert main(["edit", "a.png", "a red dog", "--out", "c.png", *words]) == 0
+    assert "layton: not in its vocabulary: dog\n" in capsys.readouterr().err
     words = ["one_step_tasks", "--pipeline", str(folder), "--max_steps=5", "--print_config"]
     assert main(["distill", *words, "--data", str(CONFIGS / "data" / "picture_pairs.yaml")]) == 0
     told = capsys.readouterr().out

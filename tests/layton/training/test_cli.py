@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import small_pipelines as tiny
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from toy import write_run
 
 import layton.cli
@@ -25,8 +26,9 @@ from layton.folder import load_tensors
 from layton.ldm.conditions import PromptEncoder
 from layton.lock import lock_folder
 from layton.quiet import warnings_in_a_line
+from layton.sharding import FullySharded
 from layton.short_options import said_in_full
-from layton.training import _quiet, _several_devices, load_task
+from layton.training import _quiet, _several_devices, _strategy_of, load_task
 
 
 def fit(run: Path, *args: str) -> int:
@@ -243,6 +245,20 @@ def test_short_words_are_said_in_full(tmp_path: Path) -> None:
     }
     assert json.loads(roles[2].partition("=")[2]) == [source]
     assert said_in_full(["--images", str(tmp_path), "--data=x.yaml"]) == ["--data=x.yaml", *roles]
+
+
+@pytest.mark.parametrize("model", ["null", "{init_args: null}", "{init_args: {lr_scheduler: x.Y}}", "3"])
+def test_run_files_without_a_schedule_have_no_cycle(model: str, tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(f"model: {model}")
+    assert said_in_full(["--config", str(run), "--max_steps", "9"])[2:] == ["--trainer.max_steps=9"]
+
+
+def test_strategies_by_their_short_names() -> None:
+    assert isinstance(_strategy_of({"strategy": "fsdp"}), FullySharded)
+    assert isinstance(_strategy_of({"devices": 2, "accelerator": "cpu"}), DDPStrategy)
+    assert _strategy_of({"devices": 2, "strategy": "ddp"}) == "ddp"
+    assert _strategy_of({"devices": 1, "accelerator": "cpu"}) == "auto"
 
 
 def test_help_of_training_is_a_screenful(capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,7 +77,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     [("train_start", 0, 1), ("batch", 2, 3), ("batch", 4, 5), ("validation", 5, 5), ("batch", 5, 6)],
 )
 def test_a_signal_saves_the_step_and_the_run_resumes_exactly(
-    whole: dict[str, Any], tmp_path: Path, number: int, hook: str, step: int, saved: int
+    whole: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    hook: str,
+    step: int,
+    saved: int,
 ) -> None:
     before = signal.getsignal(number)
     try:
@@ -86,7 +92,9 @@ def test_a_signal_saves_the_step_and_the_run_resumes_exactly(
     except InterruptedRun as stopped:
         assert hook == "validation" and stopped.code == 128 + number
     assert signal.getsignal(number) is before
-    assert [path.name for path in (tmp_path / "checkpoints").glob("*.ckpt")] == [f"step={saved:08d}.ckpt"]
+    (file,) = (tmp_path / "checkpoints").glob("*.ckpt")
+    assert file.name == f"step={saved:08d}.ckpt"
+    assert f"layton: saved {file}; --resume auto goes on from there" in capsys.readouterr().err
     train(tmp_path, [])
     resumed = torch.load(tmp_path / "checkpoints" / f"step={STEPS:08d}.ckpt", weights_only=True)
     for name in ("state_dict", "optimizer_states", "lr_schedulers", "layton_generators", "epoch"):
