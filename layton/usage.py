@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from argparse import ArgumentError
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 
 from layton.errors import UsageError
@@ -26,6 +26,22 @@ _PLAINLY = (
 )
 _NOT_ALLOWED = re.compile(r"Importing '(?P<name>(?P<module>\w+)[\w.]*)' is not allowed")
 _UNKNOWN = re.compile(r"unrecognized arguments: (?P<option>--[\w.-]+)")
+_ELSEWHERE = (
+    (("--num_images", "--num_images_per_prompt", "--num_samples"), ("--images_per_prompt", "--count")),
+    (("--num_pairs", "--num_prompts", "--max_images", "--max_samples", "--limit", "--scenes"), ("--count",)),
+    (("--images", "--image", "--input", "--dataset", "--path"), ("--data", "--count")),
+    (("--prompt_file", "--prompts_file", "--captions"), ("--prompts",)),
+    (("--cfg", "--cfg_scale", "--guidance", "--scale"), ("--guidance_scale", "--condition_scale")),
+    (("--num_inference_steps", "--num_steps", "--inference_steps"), ("--steps",)),
+    (("--output", "--output_dir", "--outdir", "--save_dir", "--output_path"), ("--out",)),
+    (("--checkpoint", "--ckpt", "--model_path", "--model_id"), ("--model", "--pipeline", "--tokenizer")),
+    (("--resolution", "--image_size", "--img_size"), ("--size",)),
+    (("--num_workers",), ("--workers",)),
+    (("--dtype", "--quantize"), ("--precision", "--weights")),
+    (("--lora",), ("--student",)),
+    (("--force",), ("--overwrite",)),
+)
+"""What other programs call an option, and what it may be here: the first of these that a command has."""
 
 
 def innermost_reason(text: str) -> str:
@@ -36,7 +52,7 @@ def innermost_reason(text: str) -> str:
 
 
 def usage_error(
-    error: ArgumentError, command: str, options: Iterable[str], *, meant: Mapping[str, str] | None = None
+    error: ArgumentError, command: str, options: Collection[str], *, meant: Mapping[str, str] | None = None
 ) -> UsageError:
     """The error that tells a user what a parser found.
 
@@ -65,11 +81,16 @@ def _one_reason(text: str) -> str:
     return f"{optional['option']} {reason}. Got value: {optional['value']}"
 
 
-def did_you_mean(option: str, options: Iterable[str], *, meant: Mapping[str, str] | None = None) -> str:
+def did_you_mean(option: str, options: Collection[str], *, meant: Mapping[str, str] | None = None) -> str:
     """A question to the user, or nothing where no option is like the one that was typed; see `usage_error`."""
     plain = option.replace("-", "_").replace("__", "--", 1)
-    known = (meant or {}).get(plain)
+    known = (meant or {}).get(plain) or _called_here(plain, options)
     if known is not None:
         return f" (here it is {known})"
     found = get_close_matches(plain, list(options), n=1, cutoff=0.7)
     return f" (did you mean {found[0]}?)" if found else ""
+
+
+def _called_here(option: str, options: Collection[str]) -> str | None:
+    named = (name for theirs, ours in _ELSEWHERE if option in theirs for name in ours)
+    return next((name for name in named if name in options), None)

@@ -27,16 +27,16 @@ _SAMPLING = SamplingChoice()
 
 
 def generate(
-    prompts: list[str] | None = None,
+    prompt: list[str] | None = None,
     *,
-    prompt_file: Path | None = None,
+    prompts: Path | None = None,
     out: Path = Path("generated"),
     model: str = "mini",
     tokenizer: str | None = None,
     decoder: str | None = None,
     steps: int | None = None,
     seed: int = 0,
-    num_images: int = 1,
+    images_per_prompt: int = 1,
     sampling: SamplingChoice = _SAMPLING,
     layout: Path | None = None,
     unconditional: bool = False,
@@ -53,15 +53,15 @@ def generate(
     Files are named by number, prompt and seed, such as 0000-a_red_circle-5.png.
 
     Args:
-        prompts: what to draw; each prompt in quotation marks.
-        prompt_file: a text file with a prompt on each line, drawn after those on the command line.
+        prompt: what to draw; each prompt in quotation marks.
+        prompts: a text file with a prompt on each line, drawn after those on the command line.
         out: folder for the PNG files; made if needed.
         model: embedded model or folder with a generator.
         tokenizer: its tokenizer, where it does not lie beside the generator.
         decoder: name of the code decoder; the tokenizer's own choice by default.
         steps: network evaluations of the decoder; its own number by default.
         seed: of the first image of each prompt; the following ones count up from it.
-        num_images: how many of each prompt.
+        images_per_prompt: how many of each prompt.
         sampling: how the model is sampled.
         layout: where objects shall stand, a JSON file such as [{"labels": ["star", "red"], "x": 0.3, "y": 0.5,
             "diameter": 0.25}], for every prompt; by default the model's own planner says it, if there is one.
@@ -82,17 +82,17 @@ def generate(
     from generation.pipeline import MAX_IMAGES
     from layton.staging import staged
 
-    require_least(1, {"num_images": num_images, "batch_size": batch_size, "steps": steps})
+    require_least(1, {"images_per_prompt": images_per_prompt, "batch_size": batch_size, "steps": steps})
     require_least(0, {"seed": seed})
     require_sampling(sampling)
-    wanted = _prompts(prompts or [], prompt_file, unconditional=unconditional)
-    if len(wanted) * num_images > MAX_IMAGES:
-        raise UsageError(f"at most {MAX_IMAGES} images at a time, got {len(wanted)} prompts times {num_images}")
+    wanted = _prompts(prompt or [], prompts, unconditional=unconditional)
+    if len(wanted) * images_per_prompt > MAX_IMAGES:
+        raise UsageError(f"at most {MAX_IMAGES} images at a time, got {len(wanted)} prompts times {images_per_prompt}")
     if layout is not None and sampling.no_layout:
         raise UsageError("give --layout or --no-layout, not both")
     placed = None if layout is None else read_layout(layout)
-    seeds = range(seed, seed + num_images)
-    images = [(prompt, each) for prompt in wanted for each in seeds]
+    seeds = range(seed, seed + images_per_prompt)
+    images = [(words, each) for words in wanted for each in seeds]
     names = [picture_name(number, *image) for number, image in enumerate(images)]
     there = [name for name in names if (out / name).exists()]
     if there and not overwrite:
@@ -113,7 +113,7 @@ def generate(
     _tell_unread(draw.pipeline.text_encoder.unread(wanted))
     told: list[Sequence[PlacedObject] | None] = []
     cut: dict[int, TextCut] = {}  # by prompt, whose images may lie in several batches
-    batches = list(_batches(len(wanted), num_images, batch_size))
+    batches = list(_batches(len(wanted), images_per_prompt, batch_size))
     with staged(out) as folder, progress(len(batches) * draw.pipeline.num_tokens, "generate") as bar:
         for which, part in batches:
             drawn = draw.draw(
@@ -131,9 +131,10 @@ def generate(
     sys.stdout.write(f"{out}: {', '.join(names[:4])}{' ...' * (len(names) > 4)} in {seconds:.1f} s\n")
     if json is not None:
         times = {"loading": loaded - started, "drawing": seconds}
-        settings = {**draw.settings(told=placed is not None), "prompts": wanted, "seed": seed, "num_images": num_images}
+        settings = draw.settings(told=placed is not None)
+        settings |= {"prompts": wanted, "seed": seed, "images_per_prompt": images_per_prompt}
         where = [None if each is None else [asdict(item) for item in each] for each in told]
-        record = {"files": names, "prompts": [prompt for prompt, _ in images], "seeds": [each for _, each in images]}
+        record = {"files": names, "prompts": [words for words, _ in images], "seeds": [each for _, each in images]}
         record |= {"layouts": where, "cut": [str(each) for each in cut.values()]}
         write_json(json, {"settings": settings, "seconds": times, **record})
 
@@ -148,11 +149,13 @@ def _prompts(given: Sequence[str], file: Path | None, *, unconditional: bool) ->
     from layton.data.prompts import PromptFile
 
     found = list(given)
+    if file is not None and not file.exists():
+        raise UsageError(f"no prompts file at {file}; a prompt itself is said without --prompts")
     if file is not None:
         source = PromptFile(str(file))
         found += [source.sample(number, seed=0)["caption"] for number in range(len(source))]
     if not found:
-        raise UsageError("say what to draw: a prompt, or --prompt-file")
+        raise UsageError("say what to draw: a prompt, or --prompts FILE")
     if not all(prompt.strip() for prompt in found) and not unconditional:
         raise UsageError("a prompt is empty: say what to draw, or --unconditional")
     return found
@@ -165,13 +168,13 @@ def _tell_unread(words: Sequence[str]) -> None:
         sys.stderr.write(f"layton: not in this model's vocabulary (that of Scenes: shapes, colours, places): {some}\n")
 
 
-def _batches(num_prompts: int, num_images: int, batch_size: int) -> Iterator[tuple[range, range]]:
+def _batches(num_prompts: int, images_per_prompt: int, batch_size: int) -> Iterator[tuple[range, range]]:
     """Prompts and images of each that are drawn together: some whole prompts, or a part of one."""
-    together = max(1, batch_size // num_images)
+    together = max(1, batch_size // images_per_prompt)
     for first in range(0, num_prompts, together):
-        for start in range(0, num_images, batch_size):
+        for start in range(0, images_per_prompt, batch_size):
             prompts = range(first, min(first + together, num_prompts))
-            yield prompts, range(start, min(start + batch_size, num_images))
+            yield prompts, range(start, min(start + batch_size, images_per_prompt))
 
 
 def picture_name(number: int, prompt: str, seed: int) -> str:

@@ -1,8 +1,8 @@
 """The commands of ``layton`` beside training: a table, one row per command.
 
 To add one, write a typed function in a module of this package and add a row. The function's docstring is the help
-text. Its positional parameters become positional arguments, its keyword-only parameters become options (``num_images``
-is ``--num-images``); a ``list[X]`` takes one or more values. A name of two words is a command in a group. It returns
+text. Its positional parameters become positional arguments, its keyword-only parameters become options (``batch_size``
+is ``--batch-size``); a ``list[X]`` takes one or more values. A name of two words is a command in a group. It returns
 None or an exit status; what it raises is told in one line (`layton.errors.UsageError`: exit 2, anything else: exit 1).
 Commands of the generator stand here by name only: `layton` itself never imports `generation`.
 """

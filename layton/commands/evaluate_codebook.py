@@ -7,7 +7,7 @@ from pathlib import Path
 
 from layton.data.types import Share
 from layton.errors import UsageError
-from layton.options import refuse_given, require_least
+from layton.options import require_least
 from layton.progress import progress
 from layton.reports import write_json
 
@@ -16,7 +16,7 @@ def evaluate_codebook(
     *,
     data: list[str],
     split: Share = "test",
-    scenes: int | None = None,
+    count: int | None = None,
     size: int | None = None,
     image_column: str | None = None,
     tokenizer: str = "mini",
@@ -30,7 +30,7 @@ def evaluate_codebook(
     Args:
         data: the word scenes, and beside or instead of it a folder of images or tar shards (files or patterns).
         split: train, validation or test; all takes every stored image.
-        scenes: how many of them, where they are named; 1,000 by default.
+        count: how many images, the first ones, of each that is named; of scenes 1,000 by default.
         size: side in pixels to which images are cropped and scaled; the tokenizer's own by default.
         image_column: of a table; "image" by default.
         tokenizer: embedded tokenizer or folder.
@@ -44,17 +44,13 @@ def evaluate_codebook(
     from layton.metrics.codebook import CodebookStatistics
     from layton.metrics.protocol import library_versions
 
-    require_least(1, {"batch_size": batch_size, "scenes": scenes, "size": size})
+    require_least(1, {"batch_size": batch_size, "count": count, "size": size})
     model = load_tokenizer(tokenizer, decoders=[], device=device, allow=allow)
     stored = [item for item in data if item != SCENES]
-    if SCENES not in data:
-        refuse_given({"scenes": scenes}, "how many scenes, and --data names none")
     if image_column is not None and not stored:
         raise UsageError("only tables have columns, and scenes are none")
-    groups: list[tuple[list[str], int | None, str | None]] = (
-        [([SCENES], scenes or 1000, None)] if SCENES in data else []
-    )
-    groups += [(stored, None, image_column)] if stored else []
+    groups: list[tuple[list[str], str | None]] = [([SCENES], None)] if SCENES in data else []
+    groups += [(stored, image_column)] if stored else []
     opened = [
         open_images(
             names,
@@ -64,7 +60,7 @@ def evaluate_codebook(
             batch_size=batch_size,
             image_column=column,
         )
-        for names, count, column in groups
+        for names, column in groups
     ]
     statistics = CodebookStatistics(model.vocab_size)
     with progress(sum(len(images.numbers) for images in opened), "encode") as bar:

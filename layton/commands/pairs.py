@@ -19,7 +19,7 @@ def pairs(
     *,
     out: Path,
     prompts: Path | None = None,
-    num_pairs: int = 1024,
+    count: int = 1024,
     solver: SolverName = "dpmpp_2m",
     steps: int = 25,
     guidance_scale: float | None = None,
@@ -41,7 +41,7 @@ def pairs(
         out: Folder of the pairs.
         prompts: Text file with one prompt on each line; by default captions of training Scenes, with places for a
             pipeline that hears them.
-        num_pairs: How many; more than there are prompts gives each several noises.
+        count: How many; more than there are prompts gives each several noises.
         solver: What integrates from noise to latent.
         steps: Its steps.
         guidance_scale: Guidance of the teacher; 1 is none. By default 5, as in the run files, or 1 where the network
@@ -62,7 +62,7 @@ def pairs(
     from layton.distillation.pair_data import open_or_make  # diffusers only when the command runs
     from layton.ldm.conditions import NETWORK_GUIDANCE
 
-    require_least(1, {"num_pairs": num_pairs, "steps": steps, "part_size": part_size, "batch_size": batch_size})
+    require_least(1, {"count": count, "steps": steps, "part_size": part_size, "batch_size": batch_size})
     require_least(1, {"latent_size": latent_size})
     require_shares({"chinese": chinese, "reworded": reworded})
     folder = find_pipeline(pipeline)
@@ -71,16 +71,16 @@ def pairs(
     texts: SampleSource
     if prompts is None:
         places = 1.0 if hears_places(folder) else 0.0
-        texts = SceneCaptions(length=num_pairs, chinese=chinese, reworded=reworded, places=places)
+        texts = SceneCaptions(length=count, chinese=chinese, reworded=reworded, places=places)
     else:
         texts = PromptFile(str(prompts), split="train" if split == "train" else None)
     rule = TeacherSolver(solver, steps, guidance_scale)
-    with progress(num_pairs, "pairs") as bar:
+    with progress(count, "pairs") as bar:
         made = open_or_make(
             texts,
             pipeline,
             str(out),
-            lambda shape: PairPlan(num_pairs, shape, rule, seed, part_size, batch_size),
+            lambda shape: PairPlan(count, shape, rule, seed, part_size, batch_size),
             latent_size=latent_size,
             network_guidance=NETWORK_GUIDANCE if network_guidance is None else network_guidance,
             negative_prompt=negative_prompt,

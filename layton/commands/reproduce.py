@@ -39,7 +39,7 @@ def reproduce(
     pipeline: str = "mini",
     tokenizer: str = "mini",
     photographs: list[str] | None = None,
-    images: int | None = None,
+    count: int | None = None,
     json: Path | None = None,
 ) -> int:
     """Measure one paper's headline claim again: method and baseline from one teacher, with equal seeds and budgets.
@@ -58,7 +58,7 @@ def reproduce(
         pipeline: embedded model or folder of a diffusers text-to-image pipeline, the teacher.
         tokenizer: embedded tokenizer or folder, for the claims layton and laytongen.
         photographs: image folder or tar shards; the claim layton measures its absolute floors there, too.
-        images: test images for FD-effnet and coverage, in place of the scale's number.
+        count: test images for FD-effnet and coverage, in place of the scale's number.
         json: write the result to this file as well.
     """
     from layton.lock import lock_folder
@@ -72,7 +72,7 @@ def reproduce(
     if quick and scale not in (None, "quick"):
         raise UsageError(f"--quick is --scale quick: leave one of them out, got --scale {scale} as well")
     chosen = scale or ("quick" if quick else "full")
-    context = _context(claim, chosen, out, pipeline, tokenizer, tuple(photographs or ()), images)
+    context = _context(claim, chosen, out, pipeline, tokenizer, tuple(photographs or ()), count)
     measure = import_module(CLAIMS[claim]).measure
     with lock_folder(context.out), cut_captions_told_once():
         try:

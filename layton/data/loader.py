@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from layton.data.bad import BadImages
 from layton.data.mixing import MixedSource
@@ -84,6 +85,17 @@ class BatchLoader:
             persistent_workers=num_workers > 0,
             generator=torch.Generator(),  # the global generator is training's: a resumed run must find it untouched
         )
+
+    def close(self) -> None:
+        """End the worker processes; iterated again, new ones are begun.
+
+        Workers are kept from one epoch to the next. Left to the garbage collector they take ten seconds each to end:
+        it takes the queues first by which they are told.
+        """
+        iterator = self._loader._iterator
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
+            iterator._shutdown_workers()  # as Lightning does, of loaders that are torch's own
+        self._loader._iterator = None
 
     def _iterate(self) -> Iterator[dict[str, Any]]:
         for batch in self._loader:

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 
 from layton.data.bad import BadImages
-from layton.data.loader import OrderedLoader, ResumableLoader
+from layton.data.loader import BatchLoader, OrderedLoader, ResumableLoader
 from layton.data.mixing import MixedSource
 from layton.data.sources import SampleSource
 
@@ -70,6 +70,7 @@ class ImageDataModule(LightningDataModule):
         self.bad = BadImages(max_bad, tell=_say_bad)
         self._loader: ResumableLoader | None = None
         self._resume_from: dict[str, Any] | None = None
+        self._open: list[BatchLoader] = []
 
     def train_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
         """Loader of this rank over the mixed training sources; no loader without them."""
@@ -88,10 +89,12 @@ class ImageDataModule(LightningDataModule):
         )
         if self._loader is not None and self.trainer is not None and self.trainer.current_epoch > 0:
             loader.load_state_dict(self._loader.state_dict())  # reload_dataloaders_every_n_epochs
+            self._loader.close()
         if self._resume_from is not None:
             loader.load_state_dict(self._resume_from)
             self._resume_from = None
         self._loader = loader
+        self._open.append(loader)
         return loader
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,7 +127,7 @@ class ImageDataModule(LightningDataModule):
         if not sources:
             return []
         rank, world_size = self._ranks()
-        return OrderedLoader(
+        loader = OrderedLoader(
             MixedSource(sources, seed=self.seed, shuffle=False),
             batch_size=self.eval_batch_size,
             num_workers=self.num_workers,
@@ -133,6 +136,17 @@ class ImageDataModule(LightningDataModule):
             bad=self.bad,
             pin_memory=self.pin_memory,
         )
+        self._open.append(loader)
+        return loader
+
+    def teardown(self, stage: str) -> None:
+        """End all worker processes; called by Lightning.
+
+        Args:
+            stage: "fit", "validate" or "test".
+        """
+        while self._open:
+            self._open.pop().close()
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

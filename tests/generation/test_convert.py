@@ -67,7 +67,7 @@ def test_a_complete_generator_that_generate_loads(
     assert loaded.transformer.num_tokens == TOKENS  # the tokenizer's, without being told
     weights = convert_gpt(place / "gpt.safetensors", num_tokens=TOKENS).state_dict()
     assert all(value.equal(weights[name]) for name, value in loaded.transformer.state_dict().items())
-    pictures = ["--tokenizer", tokenizer, "--out", str(tmp_path / "pictures"), "--num-images", "2"]
+    pictures = ["--tokenizer", tokenizer, "--out", str(tmp_path / "pictures"), "--images-per-prompt", "2"]
     assert main(["generate", "a red circle", "--model", str(out), *pictures]) == 0
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
     with pytest.raises(ValueError, match="another tokenizer"):

@@ -61,7 +61,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     "words",
     [
         ["reconstruction", "--data", "scenes", "--count", "5", "--size", "32", "--objects", "3", "--batch-size", "2"],
-        ["codebook", "--data", "scenes", "--scenes", "5"],
+        ["codebook", "--data", "scenes", "--count", "5"],
     ],
 )
 def test_torchrun_gives_the_figures_of_one_process(words: list[str], tmp_path: Path) -> None:

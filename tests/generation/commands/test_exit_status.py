@@ -10,8 +10,8 @@ from layton.cli import main
 
 WRONG = [
     "generate",
-    "generate a --num-images 0",
-    "generate a --num-images 10001",
+    "generate a --images-per-prompt 0",
+    "generate a --images-per-prompt 10001",
     "generate a --batch-size 0",
     "generate a --seed -1",
     "generate a --steps 0",

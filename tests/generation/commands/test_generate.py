@@ -37,7 +37,7 @@ def test_names_are_plain_and_no_two_alike() -> None:
 
 def test_pictures_are_not_replaced_unless_told(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, figures = tmp_path / "out", tmp_path / "f.json"
-    words = ["generate", "a red circle", "--model", model, "--out", str(out), "--num-images", "3", "--batch-size", "2"]
+    words = ["generate", "a red circle", "--model", model, "--out", str(out), "--images-per-prompt", "3", "--batch-size", "2"]
     assert main([*words, "--seed", "4", "--json", str(figures)]) == 0
     first = {path.name: path.read_bytes() for path in out.iterdir()}
     assert sorted(first) == json.loads(figures.read_text())["files"]
@@ -81,8 +81,8 @@ def test_every_setting_of_sampling_reaches_the_picture(model: str, tmp_path: Pat
 def test_several_prompts_are_drawn_as_each_alone(model: str, tmp_path: Path, batch_size: int) -> None:
     listed, figures = tmp_path / "prompts.txt", tmp_path / "f.json"
     listed.write_text("a blue star\n\n  two red rings  \n", encoding="utf-8")
-    words = ["--model", model, "--seed", "5", "--num-images", "2"]
-    many = ["--prompt-file", str(listed), "--out", str(tmp_path / "many"), "--batch-size", str(batch_size)]
+    words = ["--model", model, "--seed", "5", "--images-per-prompt", "2"]
+    many = ["--prompts", str(listed), "--out", str(tmp_path / "many"), "--batch-size", str(batch_size)]
     assert main(["generate", "a red circle", *words, *many, "--json", str(figures)]) == 0
     told = json.loads(figures.read_text())
     assert told["settings"]["prompts"] == ["a red circle", "a blue star", "two red rings"]
@@ -101,9 +101,9 @@ def test_what_to_draw_has_to_be_said(model: str, tmp_path: Path, capsys: pytest.
     for given, status, message in (
         ([], 2, "say what to draw"),
         (["a star", " "], 2, "a prompt is empty"),
-        (["--prompt-file", str(tmp_path / "none.txt")], 1, "cannot be read"),
-        (["--prompt-file", str(blank)], 1, "no prompts"),
-        (["a star", "a ring", "--num-images", "5001"], 2, "2 prompts times 5001"),
+        (["--prompts", str(tmp_path / "none.txt")], 2, "no prompts file"),
+        (["--prompts", str(blank)], 1, "no prompts"),
+        (["a star", "a ring", "--images-per-prompt", "5001"], 2, "2 prompts times 5001"),
     ):
         assert main(["generate", *given, *words]) == status
         error = capsys.readouterr().err
@@ -112,7 +112,7 @@ def test_what_to_draw_has_to_be_said(model: str, tmp_path: Path, capsys: pytest.
 
 
 def test_a_cut_prompt_is_told_once_however_many_images(model: str, tmp_path: Path) -> None:
-    words = ["generate", "a red circle " * 50, "--model", model, "--out", str(tmp_path / "out"), "--num-images", "3"]
+    words = ["generate", "a red circle " * 50, "--model", model, "--out", str(tmp_path / "out"), "--images-per-prompt", "3"]
     with pytest.warns(PromptCutWarning) as told:
         assert main([*words, "--json", str(tmp_path / "f.json")]) == 0
     assert json.loads((tmp_path / "f.json").read_text())["cut"] == [str(told[0].message)]

@@ -95,7 +95,7 @@ def test_tokenize_fit_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "the checkpoint was trained with another tokenizer (fingerprint: stored" in capsys.readouterr().err
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
     figures = tmp_path / "figures.json"
-    command = ["generate", "a red circle", "--model", place, "--out", str(tmp_path / "out"), "--num-images", "2"]
+    command = ["generate", "a red circle", "--model", place, "--out", str(tmp_path / "out"), "--images-per-prompt", "2"]
     assert main([*command, "--seed", "5", "--json", str(figures)]) == 0
     files = sorted(path for path in (tmp_path / "out").iterdir())
     assert [path.name for path in files] == ["0000-a_red_circle-5.png", "0001-a_red_circle-6.png"]

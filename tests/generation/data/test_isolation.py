@@ -6,6 +6,7 @@ import pytest
 from laytongen_parts import tiny_tokenizer
 from poisoned import CRASHES, FAILS, poisoned_job
 
+from generation.data import isolation
 from generation.data.isolation import IsolatedRunner
 from generation.data.token_shards import read_shard, shard_files, verify
 from generation.data.tokenizing import TokenizeJob, tokenize_dataset
@@ -45,6 +46,7 @@ def test_what_is_no_images_fault_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: str, told: str
 ) -> None:
     monkeypatch.setenv("POISON", poison)
+    monkeypatch.setattr(isolation, "ALONE", 1)  # each trial begins a process
     with pytest.raises(ValueError, match=told):
         list(IsolatedRunner(poisoned_job)(tmp_path, range(1, 2)))
     assert not list(tmp_path.iterdir())

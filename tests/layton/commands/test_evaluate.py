@@ -54,7 +54,7 @@ def test_codebook_over_scenes_and_a_folder_together(run: Run, tokenizer: Path, p
     options = ["--split", "train", "--tokenizer", tokenizer, "--batch-size", 2, "--json", report]
     figures = []
     for data in (["scenes"], [photos], ["scenes", photos]):
-        number = ["--scenes", 5] if "scenes" in data else []
+        number = ["--count", 5] if "scenes" in data else []
         assert "perplexity" in run("evaluate", "codebook", "--data", *data, *options, *number)
         figures.append(json.loads(report.read_text()))
     scenes, stored, both = figures

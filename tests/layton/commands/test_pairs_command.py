@@ -26,7 +26,7 @@ def test_pairs_are_made_rebuilt_from_their_seeds_and_not_made_twice(
         prompts,
         "--split",
         "all",
-        "--num-pairs",
+        "--count",
         4,
         "--steps",
         2,
@@ -63,7 +63,7 @@ def test_pairs_are_made_as_distillation_wants_them(
 
 
 def test_a_run_file_finds_the_pairs_that_the_command_made(run: Run, pipeline: Path, tmp_path: Path) -> None:
-    options = ["--num-pairs", 4, "--steps", 2, "--guidance-scale", 1.0, "--solver", "euler"]
+    options = ["--count", 4, "--steps", 2, "--guidance-scale", 1.0, "--solver", "euler"]
     assert "4 pairs" in run("pairs", pipeline, "--out", tmp_path / "pairs", *options)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pairs").iterdir()}
     given = yaml.safe_load((CONFIGS / "reflow.yaml").read_text())["data"]["init_args"]["train"][0]["init_args"]

@@ -157,5 +157,5 @@ def test_evaluations_take_a_table_with_columns_of_other_names(tmp_path: Path) ->
     report, model = tmp_path / "codebook.json", tmp_path / "model"
     tiny_tokenizer().save_pretrained(model)
     words = ["evaluate", "codebook", "--tokenizer", str(model), "--json", str(report)]
-    assert main([*words, "--data", "scenes", str(tmp_path / "toys"), "--scenes", "3", "--image_column", "pixels"]) == 0
+    assert main([*words, "--data", "scenes", str(tmp_path / "toys"), "--count", "3", "--image_column", "pixels"]) == 0
     assert json.loads(report.read_text())["protocol"]["data"] == {"scenes": 3, "toys": 3}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import multiprocessing
 import warnings
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def test_lightning_resumes_at_the_exact_batch(tmp_path, workers):
         trainer(tmp_path, 12).fit(rest, data(workers), ckpt_path=tmp_path / f"step={stop}.ckpt", weights_only=True)
         assert rest.keys == whole.keys[stop:], f"stopped after {stop}"
         assert all(torch.equal(a, b) for a, b in zip(rest.parameters(), whole.parameters(), strict=True))
+        assert multiprocessing.active_children() == []  # no worker outlives its run
 
 
 @pytest.mark.parametrize("at_train_end", [True, False])

@@ -48,10 +48,10 @@ def test_mlcm_against_lcm_and_again_after_an_interruption(
             raise KeyboardInterrupt
 
         patch.setattr(Evaluator, "scene_scores", give_up)
-        assert reproduce("mlcm", teacher, "--images=5") == 130  # the first arm is trained, and its features drawn
+        assert reproduce("mlcm", teacher, "--count=5") == 130  # the first arm is trained, and its features drawn
     done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/**/*.safetensors")}
     assert sum("export" in path.parts for path in done) == 1 and any("features" in path.name for path in done)
-    assert reproduce("mlcm", teacher, "--images=5", "--json=result.json") == 0  # claims that do not hold are results
+    assert reproduce("mlcm", teacher, "--count=5", "--json=result.json") == 0  # claims that do not hold are results
     assert all(path.stat().st_mtime_ns == time for path, time in done.items())
     result = json.loads(Path("result.json").read_text())
     assert result == json.loads(Path("out/result.json").read_text())
@@ -129,7 +129,7 @@ def test_what_is_missing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert ("this claim needs" in error and "--pipeline" in error) or "--tokenizer" in error
     assert main(["reproduce", "nothing"]) == 2
     assert main(["reproduce", "mlcm", "--photographs", "x"]) == 2
-    assert main(["reproduce", "mlcm", "--images", "1"]) == 1
+    assert main(["reproduce", "mlcm", "--count", "1"]) == 1
     assert "images=1" in capsys.readouterr().err
 
 

@@ -194,6 +194,9 @@ def test_help_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        ("generate x --num-images 3", "(here it is --images_per_prompt)"),
+        ("reproduce mlcm --images 3", "(here it is --count)"),
+        ("evaluate sceneval --cfg_scale 3", "(here it is --guidance_scale)"),
         ("generate --bogus x", "unrecognized arguments: --bogus; `layton generate --help`"),
         ("tokenize scenes --out o --cuont 3", "did you mean --count?"),
         ("tokenize scenes --out o --count many", "--count: expected int. Got value: many"),
