@@ -37,8 +37,8 @@ def test_names_are_plain_and_no_two_alike() -> None:
 
 def test_pictures_are_not_replaced_unless_told(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, figures = tmp_path / "out", tmp_path / "f.json"
-    words = ["generate", "a red circle", "--model", model, "--out", str(out), "--images-per-prompt", "3", "--batch-size", "2"]
-    assert main([*words, "--seed", "4", "--json", str(figures)]) == 0
+    words = ["generate", "a red circle", "--model", model, "--out", str(out), "--images-per-prompt", "3"]
+    assert main([*words, "--batch-size", "2", "--seed", "4", "--json", str(figures)]) == 0
     first = {path.name: path.read_bytes() for path in out.iterdir()}
     assert sorted(first) == json.loads(figures.read_text())["files"]
     assert len(set(first.values())) == 3
@@ -112,9 +112,9 @@ def test_what_to_draw_has_to_be_said(model: str, tmp_path: Path, capsys: pytest.
 
 
 def test_a_cut_prompt_is_told_once_however_many_images(model: str, tmp_path: Path) -> None:
-    words = ["generate", "a red circle " * 50, "--model", model, "--out", str(tmp_path / "out"), "--images-per-prompt", "3"]
+    words = ["generate", "a red circle " * 50, "--model", model, "--out", str(tmp_path / "out")]
     with pytest.warns(PromptCutWarning) as told:
-        assert main([*words, "--json", str(tmp_path / "f.json")]) == 0
+        assert main([*words, "--images-per-prompt", "3", "--json", str(tmp_path / "f.json")]) == 0
     assert json.loads((tmp_path / "f.json").read_text())["cut"] == [str(told[0].message)]
     assert len([warning for warning in told if warning.category is PromptCutWarning]) == 1
 
