@@ -92,7 +92,7 @@ class Budget:
 
         def after_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
             nonlocal call
-            samples = len(next(_tensors((args, kwargs))))
+            samples = len(next(tensors_in((args, kwargs))))
             self.add(cost * samples, account)
             if call is not None:
                 call.samples = samples
@@ -140,7 +140,7 @@ class _Call:
 
     def await_gradients(self, output: object) -> None:
         if torch.is_grad_enabled():
-            for tensor in _tensors(output):
+            for tensor in tensors_in(output):
                 if tensor.requires_grad:
                     tensor.register_hook(self._came)
 
@@ -200,13 +200,13 @@ def count_flops(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def _tensors(value: object) -> Iterator[Tensor]:
+def tensors_in(value: object) -> Iterator[Tensor]:
     """Tensors in nested tuples, lists and dicts, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, Iterable) and not isinstance(value, str | bytes):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)

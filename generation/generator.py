@@ -15,13 +15,13 @@ from typing import Any, cast
 
 import torch
 
-from generation.data.token_shards import differences
 from generation.model.transformer import LaytonGenTransformer
 from generation.planner import PART as PLANNER_PART
 from generation.planner import LayoutPlanner
 from generation.sampling.codes import SamplingOptions
 from generation.text.encoders import TextEncoder
 from layton import assets
+from layton.data.cache import differences
 from layton.folder import CONFIG_NAME, JsonValue, class_name, load_config, read_class, resolve_class, save_config
 from layton.tokenizer import CLASS_NAME as TOKENIZER_CLASS
 from layton.tokenizer import LaytonTokenizer

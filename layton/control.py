@@ -25,7 +25,6 @@ from layton.modules import require_weights, variant_of
 Resize = Literal["nearest", "bilinear", "bicubic"]
 PAPER_CHANNELS = (32, 96, 256)
 HEARD = "controlnet.controlnet_cond_embedding.features."  # names of the weights by which features are heard
-SMALL_CHANNELS = (32, 64)  # for UNets about 64 to 128 wide: a sixth of the parameters
 
 
 class CodeEmbedding(nn.Module):

@@ -108,6 +108,36 @@ def _number_of(error: OSError | SafetensorError) -> int:
     return next((number for number in _FULL if f"(os error {number})" in str(error)), 0)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all; see `write_atomically`."""
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path | str, figures: Mapping[str, Any]) -> None:
+    """Write figures as JSON, whole or not at all; see `write_atomically`.
+
+    Args:
+        path: Target file; its folder is made.
+        figures: Plain data; paths become text, tensors and arrays lists.
+
+    Raises:
+        ValueError: A value that JSON cannot hold, numbers that are not finite included.
+    """
+    try:
+        text = json.dumps(figures, indent=2, allow_nan=False, default=_plain)
+    except TypeError as error:
+        raise ValueError(f"cannot write {path}: {error}") from error
+    write_text(Path(path), text + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # tensors, arrays and their scalars
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is not plain data")
+
+
 def share(file: Path) -> None:
     """Give a file the permissions that any new file would have: safetensors and temporary files come with fewer."""
     file.chmod(0o666 & ~_UMASK)
@@ -115,12 +145,7 @@ def share(file: Path) -> None:
 
 def save_config(folder: Path, config: Mapping[str, JsonValue]) -> None:
     """Write ``config`` as ``config.json`` into ``folder``."""
-    text = json.dumps(dict(config), indent=2) + "\n"
-
-    def write(part: Path) -> None:
-        part.write_text(text, encoding="utf-8")
-
-    write_atomically(folder / CONFIG_NAME, write)
+    write_text(folder / CONFIG_NAME, json.dumps(dict(config), indent=2) + "\n")
 
 
 def load_config(folder: Path, *, expected_class: str) -> dict[str, JsonValue]:

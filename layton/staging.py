@@ -50,6 +50,16 @@ def staged(out: Path, *, overwrite: bool = True) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def require_absent(out: Path) -> None:
+    """Stop before a folder or file is made that is there already.
+
+    Raises:
+        UsageError: It is.
+    """
+    if out.exists():
+        raise UsageError(f"{out} exists already: take another --out")
+
+
 def require_free(out: Path, names: Iterable[str]) -> None:
     """Stop before files are made that would replace others.
 

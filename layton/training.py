@@ -38,7 +38,7 @@ from layton.callbacks import (
 from layton.callbacks.checkpoint import CHECKPOINT_FOLDER
 from layton.config_folders import found_configs
 from layton.errors import UsageError
-from layton.folder import write_atomically
+from layton.folder import write_text
 from layton.lock import is_main_process, lock_folder
 from layton.quiet import cut_captions_told_once, no_advertisements
 from layton.run_files import allow_modules, check_run_files, nulls_as_files, refused_class_paths
@@ -67,7 +67,7 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write atomically."""
         text = self.parser.dump(self.config, skip_unset=False)
-        write_atomically(Path(trainer.default_root_dir) / RUN_CONFIG, lambda part: _write_text(part, text))
+        write_text(Path(trainer.default_root_dir) / RUN_CONFIG, text)
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):
                 logger.log_hyperparams({"config": text})
@@ -377,10 +377,6 @@ def _missing(configured: list[Callback], config: dict[str, Any], *, checkpointin
     if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in configured):
         added.append(RichProgressBar() if sys.stdout.isatty() else LineProgress())
     return [callback for callback in added if not any(type(c) is type(callback) for c in configured)]
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

@@ -18,19 +18,9 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
 
 from layton.encoder import ImageEncoder
-from layton.folder import (
-    WEIGHTS_NAME,
-    JsonValue,
-    class_name,
-    load_config,
-    load_into,
-    load_tensors,
-    save_config,
-    save_tensors,
-)
+from layton.folder import JsonValue, load_pretrained, save_pretrained
 
 VQ16_MULTIPLIERS = (1, 1, 2, 2, 4)
-VQ8_MULTIPLIERS = (1, 2, 2, 4)
 
 
 def check_shape(channels: int, multipliers: Sequence[int], norm_groups: int) -> tuple[int, ...]:
@@ -105,8 +95,7 @@ class VQGANEncoder(ImageEncoder):
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write ``config.json`` and ``model.safetensors``, floating-point tensors as ``dtype`` if given."""
-        save_tensors(Path(folder) / WEIGHTS_NAME, self.state_dict(), dtype=dtype)
-        save_config(Path(folder), {"class": class_name(type(self)), **self.config})
+        save_pretrained(self, self.config, folder, dtype=dtype)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -115,18 +104,7 @@ class VQGANEncoder(ImageEncoder):
         Raises:
             ValueError: Files are missing or the weights do not fit.
         """
-        root = Path(folder)
-        config = load_config(root, expected_class=class_name(cls))
-        encoder = cls(
-            code_dim=cast(int, config["code_dim"]),
-            channels=cast(int, config["channels"]),
-            multipliers=cast("list[int]", config["multipliers"]),
-            num_res_blocks=cast(int, config["num_res_blocks"]),
-            z_channels=cast(int, config["z_channels"]),
-            norm_groups=cast(int, config["norm_groups"]),
-        )
-        load_into(encoder, load_tensors(root / WEIGHTS_NAME), source=root / WEIGHTS_NAME)
-        return encoder.eval()
+        return load_pretrained(cls, folder)
 
 
 class VQGANDecoder(nn.Module):

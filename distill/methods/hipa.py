@@ -23,7 +23,6 @@ from distill.methods.one_step import one_step
 from distill.methods.pairs import TeacherSolver, pair_of
 from distill.schedules import NoiseSchedule, VPSchedule
 
-PAPER_RANK = 16
 PAPER_SHARE = 0.0038  # of the network's parameters: 3.3M of 866M
 HIPA_SOLVER = TeacherSolver("dpmpp_2m", num_steps=25, guidance_scale=7.5)
 

@@ -51,7 +51,7 @@ def app(
     if not 0 < port < 65536:
         raise UsageError(f"--port must lie in 1 to 65535, got {port}")
     from generation.pipeline import PromptCutWarning
-    from layton.sockets import listening
+    from generation.serving.sockets import listening
 
     listening(host, port).close()  # a port that is taken is told before models are loaded
     warnings.filterwarnings("ignore", category=PromptCutWarning)  # the page tells it

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from layton.errors import UsageError
-from layton.reports import write_json
+from layton.folder import write_json
 
 if TYPE_CHECKING:
     from generation.bench.decoding import BenchReport

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Literal
 
 from layton.errors import UsageError
 from layton.options import require_least
+from layton.staging import require_absent
 
 if TYPE_CHECKING:
     from generation.generator import Generator
     from generation.model.transformer import LaytonGenTransformer
-    from layton.convert import ConvertError
     from layton.tokenizer import LaytonTokenizer
 
-_SHOWN_PROBLEMS = 10
 _PUBLISHED = {"laytongen": (2.0, 0.1), "llamagen": (7.5, 1.0)}  # guidance and temperature
 
 
@@ -59,8 +58,7 @@ def convert_gpt(
     from layton.tokenizer import LaytonTokenizer
 
     require_least(1, {"num_heads": num_heads, "num_tokens": num_tokens})
-    if out.exists():
-        raise UsageError(f"{out} exists already")
+    require_absent(out)
     if sampling is not None and (tokenizer is None or text_encoder is None):
         raise UsageError("--sampling is of a generator, which needs --tokenizer and --text-encoder")
     kind: torch.dtype = getattr(torch, dtype)
@@ -69,7 +67,7 @@ def convert_gpt(
     try:
         model = convert(checkpoint, num_heads=num_heads, num_tokens=tokens, dtype=kind)
     except ConvertError as error:
-        sys.stderr.write(_problems(error))
+        sys.stderr.write(f"layton: {error.told()}\n")
         return 1
     missing = _missing(model, tokenizer=tokenizer, text_encoder=text_encoder)
     with staged(out) as folder:
@@ -119,10 +117,3 @@ def _generator(model: LaytonGenTransformer, tokenizer: LaytonTokenizer, text_enc
     guidance, temperature = _PUBLISHED[sampling]
     published = SamplingDefaults(guidance, temperature, top_k=min(1000, model.vocab_size))
     return Generator(model, encoder.eval(), GeneratorCard(facts, encoder.fingerprint(), published))
-
-
-def _problems(error: ConvertError) -> str:
-    shown = [f"  {problem}" for problem in error.problems[:_SHOWN_PROBLEMS]]
-    more = len(error.problems) - len(shown)
-    lines = [f"layton: {str(error).splitlines()[0]}", *shown, *([f"  and {more} more"] if more else [])]
-    return "\n".join(lines) + "\n"

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from layton.data.types import Split
 from layton.errors import UsageError
+from layton.folder import write_json
 from layton.options import require_least, require_shares
 from layton.progress import progress
-from layton.reports import write_json
 from layton.scenes.placed import placed_caption
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from generation.drawers import DrawerOptions, load_drawer
 from generation.sampling.choice import SamplingChoice
 from layton.data.types import Share
 from layton.errors import UsageError
+from layton.folder import write_json
 from layton.options import require_least
 from layton.progress import progress
 from layton.ranks import num_ranks
-from layton.reports import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,9 +8,9 @@ from pathlib import Path
 from generation.model.weight_types import Weights
 from layton.data.types import Split
 from layton.errors import UsageError
+from layton.folder import write_json
 from layton.options import require_least
 from layton.progress import progress
-from layton.reports import write_json
 
 
 def evaluate_next_codes(

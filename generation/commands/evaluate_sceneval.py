@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from generation.drawers import DrawerOptions, load_drawer
 from generation.sampling.choice import SamplingChoice
 from layton.errors import UsageError
+from layton.folder import write_json
 from layton.options import refuse_given, require_least
 from layton.progress import progress
-from layton.reports import write_json
 
 if TYPE_CHECKING:
     from layton.sceneval import SceneEvalReport

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from generation.model.weight_types import Weights
 from generation.sampling.choice import SamplingChoice, require_sampling
 from layton.errors import UsageError
+from layton.folder import write_json
 from layton.options import require_least
 from layton.progress import progress
-from layton.reports import write_json
 
 if TYPE_CHECKING:
     from generation.model.layout import PlacedObject
@@ -80,7 +80,7 @@ def generate(
     from generation.drawing import LaytonGenDrawer
     from generation.model.layout import read_layout
     from generation.pipeline import MAX_IMAGES
-    from layton.staging import staged
+    from layton.staging import require_free, staged
 
     require_least(1, {"images_per_prompt": images_per_prompt, "batch_size": batch_size, "steps": steps})
     require_least(0, {"seed": seed})
@@ -94,9 +94,8 @@ def generate(
     seeds = range(seed, seed + images_per_prompt)
     images = [(words, each) for words in wanted for each in seeds]
     names = [picture_name(number, *image) for number, image in enumerate(images)]
-    there = [name for name in names if (out / name).exists()]
-    if there and not overwrite:
-        raise UsageError(f"{out / there[0]} exists already: take another --out, or say --overwrite")
+    if not overwrite:
+        require_free(out, names)
     started = time.perf_counter()
     draw = LaytonGenDrawer.load(
         model,

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 from layton.data.types import Split
-from layton.errors import UsageError
 from layton.options import require_least, require_shares
 from layton.progress import progress
+from layton.staging import require_absent
 
 
 def rollouts(
@@ -57,8 +57,7 @@ def rollouts(
     require_least(1, {"count": count, "images_per_prompt": images_per_prompt, "batch_size": batch_size})
     require_least(0, {"offset": offset, "seed": seed})
     require_shares({"chinese": chinese, "reworded": reworded})
-    if out.exists():
-        raise UsageError(f"{out} exists already: take another --out")
+    require_absent(out)
     asked: dict[str, object] = {"split": split, "count": count, "offset": offset, "seed": seed}
     asked |= {"images_per_prompt": images_per_prompt, "chinese": chinese, "reworded": reworded}
     prompts = SceneCaptions(split=split, length=count, offset=offset, chinese=chinese, reworded=reworded)

@@ -63,7 +63,7 @@ def serve(
     from generation.serving.engine import load_engine
     from generation.serving.http import ServerLimits, build_app
     from generation.serving.server import run
-    from layton.sockets import listening
+    from generation.serving.sockets import listening
 
     with listening(host, port) as listener:  # before the model is loaded: a port that is taken is told at once
         engine = load_engine(

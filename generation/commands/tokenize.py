@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from generation.data.inputs import ImageOptions, JobOptions, absolute, make_job
 from layton.errors import UsageError
+from layton.folder import write_json
 from layton.options import require_least
 from layton.progress import progress
-from layton.reports import write_json
 
 if TYPE_CHECKING:
     from generation.data.tokenizing import ShardRunner, TokenizeReport

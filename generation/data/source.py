@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from generation.data.stored_text import MappedShards, StoredText
-from generation.data.token_shards import DRAWN_WRONG, TokenHeader, differences, read_shard, require_whole, shard_files
+from generation.data.token_shards import DRAWN_WRONG, TokenHeader, read_shard, require_whole, shard_files
 from generation.model.layout import LayoutShape, scenes_layout
+from layton.data.cache import differences
 from layton.data.prompts import SceneCaptions
 from layton.data.sources import SampleSource, say, say_contrary, walk
 from layton.data.texts import PackedTexts

@@ -28,10 +28,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from layton.data.cache import differences
 from layton.data.geometry import FitPolicy, Geometry
 from layton.data.images import DEFAULT_LIMITS
 from layton.data.texts import key_digests
-from layton.folder import told_of_runs, write_atomically
+from layton.folder import told_of_runs, write_atomically, write_text
 from layton.lock import FolderInUseError, lock_folder
 from layton.tokenizer import EncodedImages
 
@@ -214,15 +215,14 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
+def write_sorted_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write JSON with sorted keys, atomically."""
-    text = json.dumps(dict(values), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(dict(values), indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def write_manifest(folder: Path, values: Mapping[str, Any]) -> None:
     """Write ``manifest.json``, the last file of a dataset, which with it is finished; it says its own digest."""
-    write_json(folder / MANIFEST_NAME, {**values, _SEAL: _seal(values)})
+    write_sorted_json(folder / MANIFEST_NAME, {**values, _SEAL: _seal(values)})
 
 
 def _seal(values: Mapping[str, Any]) -> str:
@@ -316,7 +316,7 @@ def require_whole(folder: Path) -> None:
             if sha256_of(folder / name) != entry["sha256"]:
                 raise ValueError(f"{folder / name} is not what was written (sha256): `layton data verify {folder}`")
         with suppress(OSError):
-            write_json(folder / WHOLE_NAME, stamp)
+            write_sorted_json(folder / WHOLE_NAME, stamp)
 
 
 def _found_whole(folder: Path, stamp: Mapping[str, Any]) -> bool:
@@ -371,12 +371,6 @@ def _repeated(digests: Mapping[Path, NDArray[np.int64]]) -> list[str]:
                 faults.append(f"{path.name}: key {keys[row]!r} is in {owner[keys[row]]} too")
             owner[keys[row]] = path.name
     return faults
-
-
-def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Fields in which two mappings differ, in words; empty if they are equal."""
-    names = [name for name in sorted({*stored, *wanted}) if stored.get(name) != wanted.get(name)]
-    return "; ".join(f"{name}: stored {stored.get(name)!r}, wanted {wanted.get(name)!r}" for name in names)
 
 
 def _header_of(file: Any, path: Path) -> TokenHeader:

@@ -19,16 +19,16 @@ from generation.data.token_shards import (
     Precision,
     TokenHeader,
     TokenShard,
-    differences,
     read_json,
     read_shard,
     sha256_of,
     shard_name,
-    write_json,
     write_manifest,
     write_shard,
+    write_sorted_json,
 )
 from generation.text.encoders import TextEncoder
+from layton.data.cache import differences
 from layton.data.geometry import FitPolicy, fit_image
 from layton.data.images import ImageError, to_tensor
 from layton.data.sources import ImageSource, StoredSource
@@ -292,7 +292,7 @@ def _check_plan(out: Path, plan: dict[str, Any]) -> None:
         others = next((file.name for file in out.iterdir() if not file.name.startswith(".")), None)
         if others is not None:
             raise ValueError(f"{out} holds other files ({others}): token shards need a folder of their own")
-        write_json(path, plan)
+        write_sorted_json(path, plan)
         return
     stored = read_json(path)
     differs = differences(_flat(stored), _flat(plan))

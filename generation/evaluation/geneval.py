@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from layton.data.threads import batched
-from layton.folder import write_atomically
+from layton.folder import write_atomically, write_text
 from layton.ranks import num_ranks, own_rank, said_by_first
 from layton.reproduce.evaluation import Draw
 
@@ -145,7 +145,7 @@ def run_geneval(
         for place, n in enumerate(group if own_rank() == 0 else ()):
             for name, image in zip(names, images[place * images_per_prompt :], strict=False):
                 write_atomically(folders[n] / "samples" / name, partial(Image.fromarray(image).save, format="PNG"))
-            write_atomically(folders[n] / "metadata.jsonl", partial(_write_text, text=lines[n] + "\n"))
+            write_text(folders[n] / "metadata.jsonl", lines[n] + "\n")
         if on_progress is not None:
             on_progress(len(texts))
     return len(left) * images_per_prompt
@@ -198,7 +198,7 @@ def _claim(out: Path, record: Mapping[str, Any]) -> None:
     if not path.is_file():
         if out.is_dir() and any(folder.name.isdigit() for folder in out.iterdir()):
             raise ValueError(f"{out} holds images of a run without {SETTINGS_NAME}: take another folder")
-        write_atomically(path, partial(_write_text, text=text))
+        write_text(path, text)
         return
     try:
         stored = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -218,7 +218,3 @@ def _is_done(folder: Path, line: str, names: Sequence[str]) -> bool:
     if metadata.read_text(encoding="utf-8").strip() != line:
         raise ValueError(f"{folder} holds another prompt: the prompts file is not the one this run was begun with")
     return all((folder / "samples" / name).is_file() for name in names)
-
-
-def _write_text(path: Path, *, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

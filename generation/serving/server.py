@@ -22,7 +22,7 @@ def run(app: FastAPI, listener: socket.socket) -> None:
 
     Args:
         app: With its ``state.worker``.
-        listener: Of `layton.sockets.listening`.
+        listener: Of `generation.serving.sockets.listening`.
     """
     try:
         Server(app).run(sockets=[listener])

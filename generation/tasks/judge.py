@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from distill.held import Held
 from generation.caption_judge import CaptionJudge
 from generation.data.source import TokenShards
-from generation.data.token_shards import differences
 from generation.judge import Judge
 from generation.tasks.foresight import AnswerHead
 from generation.text.encoders import TextEncoder
+from layton.data.cache import differences
 from layton.data.sources import say, say_contrary, walk
 from layton.modules import weights_digest
 from layton.scenes import SHOWN_SIZES, sample_scene, seed_of_key

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from distill.held import Held
 from generation.data.source import TokenShards, require_layouts
-from generation.data.token_shards import differences
 from generation.generator import Generator, GeneratorCard, SamplingDefaults, TokenizerFacts, save_generator
 from generation.model.transformer import LaytonGenTransformer
 from generation.model.vocabulary import FactoredVocabulary
@@ -25,6 +24,7 @@ from generation.tasks.loss import contrast_loss, mean_of_valid, next_code_losses
 from generation.tasks.reading import ReadsText
 from generation.text.encoders import TextEncoder, TextFeatures, without_common_padding
 from layton import assets
+from layton.data.cache import differences
 from layton.data.sources import walk
 from layton.folder import load_config
 from layton.ldm.cache import require_codes

@@ -16,7 +16,7 @@ import os
 import socket
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import RawIOBase
 from pathlib import Path
@@ -27,6 +27,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from distill.budget import tensors_in
 from layton.folder import share
 
 _NOTE_SUFFIX = ".json"
@@ -371,15 +372,4 @@ def _alive(pid: int) -> bool:
 
 
 def _tensor_bytes(value: Any) -> int:
-    return sum(tensor.nbytes for tensor in _tensors(value))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
+    return sum(tensor.nbytes for tensor in tensors_in(value))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from layton.commands import COMMANDS
 from layton.errors import UsageError
 from layton.options import refuse_given, require_least
+from layton.staging import require_absent
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["auto", "layton", "llamagen", "gpt"]
 Precision = Literal["float32", "float16", "bfloat16"]
-_SHOWN_PROBLEMS = 10
 _IMAGE_SIZE, _OUTPUT_SIZE = 256, 1024
 
 
@@ -78,8 +78,7 @@ def convert(
     from layton.staging import staged
 
     require_least(1, {"image_size": image_size, "output_size": output_size})
-    if out.exists():
-        raise UsageError(f"{out} exists already")
+    require_absent(out)
     layton_only = {"lora": lora, "output_size": output_size, "vae": vae, "unet_config": unet_config}
     layton_only |= {"vae_config": vae_config, "scheduler_config": scheduler_config}
     files = {"unet": unet_config, "vae": vae_config, "scheduler": scheduler_config}
@@ -102,7 +101,7 @@ def convert(
                 write_released(parts, folder, settings, image_size=sides[0], output_size=sides[1])
                 lines = [f"{len(parts.unused)} tensors of the file are not needed"]
     except ConvertError as error:
-        sys.stderr.write(_problems(error))
+        sys.stderr.write(f"layton: {error.told()}\n")
         return 1
     sys.stdout.write("\n".join([*lines, str(out)]) + "\n")
     return 0
@@ -122,13 +121,12 @@ def convert_lora(adapter: Path, *, out: Path) -> int:
     from layton.convert.tlcm import convert_tlcm
     from layton.staging import staged
 
-    if out.exists():
-        raise UsageError(f"{out} exists already")
+    require_absent(out)
     try:
         with staged(out) as folder:
             sampling = convert_tlcm(adapter, folder)
     except ConvertError as error:
-        sys.stderr.write(_problems(error))
+        sys.stderr.write(f"layton: {error.told()}\n")
         return 1
     steps, guidance = sampling.step_counts, sampling.guidance or 1.0
     sys.stdout.write(f"{out}: for {min(steps)} to {max(steps)} steps, guidance {guidance:g}\n")
@@ -261,10 +259,3 @@ def _dtype(name: Precision) -> torch.dtype:
     import torch
 
     return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
-
-
-def _problems(error: Any) -> str:
-    first = str(error).splitlines()[0]
-    lines = [f"  {problem}" for problem in error.problems[:_SHOWN_PROBLEMS]]
-    more = len(error.problems) - _SHOWN_PROBLEMS
-    return "\n".join([f"layton: {first}", *lines, *([f"  and {more} more"] if more > 0 else [])]) + "\n"

@@ -9,8 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layton.folder import write_json
 from layton.progress import progress
-from layton.reports import write_json
 
 if TYPE_CHECKING:
     import numpy as np

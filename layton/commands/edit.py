@@ -65,8 +65,8 @@ def edit(
 
     from layton.data.images import load_image, to_image, to_tensor
     from layton.distillation.one_step_model import load_one_step_model
-    from layton.folder import write_atomically
     from layton.ldm.text import remark_on
+    from layton.pictures import save_png
     from layton.staging import require_free
 
     require_least(0, {"seed": seed, "softness": softness, "strength": strength})
@@ -113,8 +113,7 @@ def edit(
             )
         changed = _brought_back(original, square, result, geometry)
     picture = to_image(changed[0])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, lambda part: picture.save(part, format="PNG"))
+    save_png(picture, out)
     sys.stdout.write(f"{out}: {picture.width} x {picture.height} pixels\n")
 
 

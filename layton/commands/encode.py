@@ -9,9 +9,9 @@ from typing import Literal
 
 from layton.data.geometry import FitPolicy
 from layton.errors import UsageError
+from layton.folder import write_json
 from layton.options import require_least
 from layton.progress import progress
-from layton.reports import write_json
 
 
 def encode(

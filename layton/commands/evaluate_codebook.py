@@ -7,9 +7,9 @@ from pathlib import Path
 
 from layton.data.types import Share
 from layton.errors import UsageError
+from layton.folder import write_json
 from layton.options import require_least
 from layton.progress import progress
-from layton.reports import write_json
 
 
 def evaluate_codebook(

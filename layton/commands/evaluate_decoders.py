@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layton.data.types import Share
+from layton.folder import write_json
 from layton.options import require_least
 from layton.progress import progress
-from layton.reports import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -140,8 +140,6 @@ def evaluate_decoders(
     from layton.ranks import num_ranks
     from layton.sceneval.objects import objects_kept
 
-    if repeats < 1:
-        raise ValueError(f"repeats must be >= 1, got {repeats}")
     model = load_tokenizer(tokenizer, decoders=decoders, device=device, allow=allow)
     variants = variants_of(model, any_steps, seed=seed)
     images = open_images(data, split=split, count=count, size=size, batch_size=batch_size, image_column=image_column)

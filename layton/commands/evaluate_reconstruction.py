@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layton.data.types import Share
+from layton.folder import write_json
 from layton.options import refuse_given, require_least
 from layton.progress import progress
-from layton.reports import write_json
 
 if TYPE_CHECKING:
     import torch

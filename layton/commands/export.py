@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from layton.errors import UsageError
+from layton.staging import require_absent
 
 
 def export(checkpoint: Path, *, out: Path, averaged: bool = True, allow: list[str] | None = None) -> None:
@@ -23,8 +24,7 @@ def export(checkpoint: Path, *, out: Path, averaged: bool = True, allow: list[st
     from layton.tasks.base import LaytonTask
     from layton.training import load_task
 
-    if out.exists():
-        raise UsageError(f"{out} exists already")
+    require_absent(out)
     if checkpoint.is_dir():
         checkpoint = _newest(checkpoint)
         sys.stderr.write(f"layton: takes {checkpoint}\n")

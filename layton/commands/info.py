@@ -13,7 +13,7 @@ from typing import Any
 
 from layton.assets import ASSETS, resolve
 from layton.errors import UsageError
-from layton.reports import write_json
+from layton.folder import write_json
 
 _PACKAGES = ("layton", "torch", "torchvision", "lightning", "diffusers", "transformers", "peft", "webdataset")
 

@@ -21,12 +21,21 @@ from torch import Tensor
 CONTAINERS = ("model", "state_dict", "module", "ema")
 
 
+_SHOWN_PROBLEMS = 10
+
+
 class ConvertError(ValueError):
     """A checkpoint that cannot be converted; ``problems`` lists every reason, one readable line each."""
 
     def __init__(self, source: Path | str, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
         super().__init__(f"cannot convert {source}, {len(problems)} problem(s):\n  " + "\n  ".join(problems))
+
+    def told(self) -> str:
+        """What it says, of many problems the first ones."""
+        first, more = str(self).splitlines()[0], len(self.problems) - _SHOWN_PROBLEMS
+        shown = [f"  {problem}" for problem in self.problems[:_SHOWN_PROBLEMS]]
+        return "\n".join([first, *shown, *([f"  and {more} more"] if more > 0 else [])])
 
 
 def read_checkpoint(path: str | Path, *, averaged: bool = False) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from layton.data.bad import BadImages
 from layton.data.sources import SampleSource
 from layton.data.texts import PackedTexts
-from layton.folder import write_atomically
+from layton.folder import write_atomically, write_text
 from layton.lock import lock_folder
 
 Fingerprint = Mapping[str, str | int | float | bool]
@@ -133,8 +133,7 @@ class CachedTensors(SampleSource):
             "parts": writer.parts,
             "broken": broken.reasons,
         }
-        text = json.dumps(manifest, indent=1, sort_keys=True)
-        write_atomically(target / _MANIFEST, lambda part: part.write_text(text, encoding="utf-8"))
+        write_text(target / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
         (target / _BEGUN).unlink(missing_ok=True)
         return cls(folder, fingerprint=fingerprint, in_memory=in_memory)
 
@@ -267,8 +266,8 @@ class _PartWriter:
 
 def _begin(folder: Path, fingerprint: Fingerprint, broken: list[str]) -> None:
     """Write down by whom a folder's parts are made, and what was passed over so far."""
-    text = json.dumps({"fingerprint": dict(fingerprint), "broken": broken}, indent=1, sort_keys=True)
-    write_atomically(folder / _BEGUN, lambda part: part.write_text(text, encoding="utf-8"))
+    begun = {"fingerprint": dict(fingerprint), "broken": broken}
+    write_text(folder / _BEGUN, json.dumps(begun, indent=1, sort_keys=True))
 
 
 def _left_by(folder: Path, fingerprint: Fingerprint) -> tuple[list[Path], list[str]]:
@@ -318,14 +317,19 @@ def differing(stored: Fingerprint, wanted: Fingerprint) -> list[str]:
     return [name for name in sorted({*stored, *wanted}) if stored.get(name) != wanted.get(name)]
 
 
+def differences(stored: Fingerprint, wanted: Fingerprint) -> str:
+    """Fields in which two fingerprints differ, in words; empty if they are equal."""
+    names = differing(stored, wanted)
+    return "; ".join(f"{name}: stored {stored.get(name)!r}, wanted {wanted.get(name)!r}" for name in names)
+
+
 def require_same(folder: Path, stored: Fingerprint, wanted: Fingerprint) -> None:
     """Stop unless two fingerprints are equal.
 
     Raises:
         CacheMismatchError: They are not; every field that differs is named.
     """
-    if differs := differing(stored, wanted):
-        changes = "; ".join(f"{name}: stored {stored.get(name)!r}, wanted {wanted.get(name)!r}" for name in differs)
+    if changes := differences(stored, wanted):
         raise CacheMismatchError(f"{folder}: what lies there was made by something else ({changes})")
 
 

@@ -1,9 +1,8 @@
 """Loaders: batches from positions, with exact resume and an account of broken images across workers.
 
-`ResumableLoader` is stateful in the sense of Lightning's fit loop and of torchdata: `state_dict` after n batches, then
-`load_state_dict` in a new process, gives batch n + 1 and all that follow. It counts the batches handed out, not those
-that workers have prepared ahead. torchdata's StatefulDataLoader gives the same batches from the same sampler but stores
-the state of every worker and cannot resume with other numbers of workers or ranks.
+`ResumableLoader` is stateful in the sense of Lightning's fit loop: `state_dict` after n batches, then `load_state_dict`
+in a new process, gives batch n + 1 and all that follow, with another number of workers or ranks, too. It counts the
+batches handed out, not those that workers have prepared ahead.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from layton.data.bad import BadImages
@@ -209,7 +208,7 @@ class OrderedLoader(BatchLoader):
     ) -> None:
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"need batch_size >= 1 and 0 <= rank < world_size, got {batch_size}, {rank}, {world_size}")
-        batches = _OrderedBatches(range(rank, len(mixed), world_size), batch_size)
+        batches = BatchSampler(range(rank, len(mixed), world_size), batch_size, drop_last=False)
         super().__init__(mixed, batches, num_workers=num_workers, bad=bad, pin_memory=pin_memory)
 
     def __len__(self) -> int:
@@ -219,16 +218,3 @@ class OrderedLoader(BatchLoader):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """All batches from the first."""
         return self._iterate()
-
-
-class _OrderedBatches(Sampler[list[int]]):
-    def __init__(self, positions: range, batch_size: int) -> None:
-        self._positions = positions
-        self._batch_size = batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self._positions) // self._batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for start in range(0, len(self._positions), self._batch_size):
-            yield list(self._positions[start : start + self._batch_size])

@@ -6,7 +6,7 @@ of workers, of ranks or on the batch size: a run may resume on another machine a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch.utils.data import Sampler
@@ -17,8 +17,7 @@ class ResumableSampler(Sampler[list[int]]):
 
     Step k of an epoch takes the next `batch_size * world_size` positions, `batch_size` in a row for each rank. The rest
     at the end of an epoch that fills no step is left out, as with drop_last. One pass of iteration goes to the end of
-    the current epoch; the next one continues with the next epoch. Works in torch's DataLoader, and, through the state
-    of its iterator, in torchdata's StatefulDataLoader.
+    the current epoch; the next one continues with the next epoch.
 
     Args:
         length: Positions in an epoch.
@@ -49,11 +48,6 @@ class ResumableSampler(Sampler[list[int]]):
         """Positions that all ranks together take in one step."""
         return self.batch_size * self.world_size
 
-    @property
-    def epoch(self) -> int:
-        """Epoch of the next batch."""
-        return self.consumed // self.length
-
     def after(self, consumed: int) -> int:
         """Positions consumed after one more step: the next step's beginning, in the next epoch if this one is over.
 
@@ -76,19 +70,21 @@ class ResumableSampler(Sampler[list[int]]):
         """Steps in a whole epoch."""
         return self.length // self.step_size
 
-    def __iter__(self) -> PositionIterator:
-        """Iterate to the end of the current epoch."""
-        return PositionIterator(self)
+    def __iter__(self) -> Iterator[list[int]]:
+        """This rank's positions of each step to the end of the current epoch."""
+        consumed = self.consumed
+        end = (consumed // self.length + 1) * self.length
+        while consumed < end:
+            start = consumed + self.rank * self.batch_size
+            consumed = self.after(consumed)
+            yield list(range(start, start + self.batch_size))
+        self.consumed = end
 
-    def state_dict(self) -> dict[str, Any]:
-        """The number of positions consumed, and the epoch's length to check it against."""
-        return {"consumed": self.consumed, "length": self.length}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a saved state, also of another batch size or number of ranks.
 
         Args:
-            state_dict: What `state_dict` gave.
+            state_dict: ``consumed``, the positions consumed, and ``length``, that of the epoch.
 
         Raises:
             ValueError: If it belongs to an epoch of another length.
@@ -97,49 +93,3 @@ class ResumableSampler(Sampler[list[int]]):
         if length != self.length or not isinstance(consumed, int) or consumed < 0:
             raise ValueError(f"data state {state_dict} does not belong to an epoch of {self.length} samples")
         self.consumed = self.settle(consumed)
-
-
-class PositionIterator(Iterator[list[int]]):
-    """One pass over the rest of an epoch; see `ResumableSampler`.
-
-    Args:
-        sampler: What to iterate; it moves to the next epoch when the pass ends.
-    """
-
-    def __init__(self, sampler: ResumableSampler) -> None:
-        self.sampler = sampler
-        self.consumed = sampler.consumed
-        self._end = self._epoch_end()
-
-    def __iter__(self) -> PositionIterator:
-        """Itself."""
-        return self
-
-    def __next__(self) -> list[int]:
-        """This rank's positions of the next step."""
-        if self.consumed >= self._end:
-            self.sampler.consumed = self._end
-            raise StopIteration
-        start = self.consumed + self.sampler.rank * self.sampler.batch_size
-        self.consumed = self.sampler.after(self.consumed)
-        return list(range(start, start + self.sampler.batch_size))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position, and the end of the pass (at the very end of an epoch both are equal)."""
-        return {"consumed": self.consumed, "length": self.sampler.length, "end": self._end}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a saved state.
-
-        Args:
-            state_dict: What `state_dict` gave.
-
-        Raises:
-            ValueError: If it belongs to an epoch of another length.
-        """
-        self.sampler.load_state_dict({name: state_dict.get(name) for name in ("consumed", "length")})
-        self.consumed = self.sampler.consumed
-        self._end = int(state_dict["end"])
-
-    def _epoch_end(self) -> int:
-        return (self.consumed // self.sampler.length + 1) * self.sampler.length

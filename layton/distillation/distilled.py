@@ -47,7 +47,7 @@ from distill.models import FlowTransformerDenoiser, UNetDenoiser
 from distill.stacked import StackedUNet2DConditionModel
 from layton.control import base_state_dict
 from layton.distillation.few_step_schedulers import FlowMatchUNetScheduler, few_step_scheduler
-from layton.folder import CONFIG_NAME, load_tensors, save_config, save_tensors, write_atomically
+from layton.folder import CONFIG_NAME, load_tensors, save_config, save_tensors, write_atomically, write_text
 from layton.ldm.teacher import pipeline_variant
 
 FEW_STEP_NAME = "few_step.json"
@@ -103,12 +103,7 @@ def network_of(denoiser: Denoiser) -> Network:
 
 def save_sampling(sampling: FewStepSampling, folder: str | Path) -> None:
     """Write ``few_step.json``."""
-    text = json.dumps(sampling.to_json(), indent=2) + "\n"
-
-    def write(part: Path) -> None:
-        part.write_text(text, encoding="utf-8")
-
-    write_atomically(Path(folder) / FEW_STEP_NAME, write)
+    write_text(Path(folder) / FEW_STEP_NAME, json.dumps(sampling.to_json(), indent=2) + "\n")
 
 
 def load_sampling(folder: str | Path) -> FewStepSampling:

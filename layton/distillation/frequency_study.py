@@ -21,7 +21,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from distill.frequency import radial_power_spectrum, swap_bands
-from layton.folder import write_atomically
+from layton.folder import write_text
+from layton.pictures import save_png
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Distance () of images (B, 3, H, W) in [-1, 1] from others."""
@@ -114,8 +115,7 @@ def write_study(
         num_pictures: How many of them to show.
     """
     root = Path(folder)
-    text = json.dumps(asdict(study), indent=1) + "\n"
-    write_atomically(root / "study.json", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(root / "study.json", json.dumps(asdict(study), indent=1) + "\n")
     count = len(study.spectra["many_steps"])
     places = [(index + 0.5) / count for index in range(count)]
     decibels = {name: (places, _decibels(values)) for name, values in study.spectra.items()}
@@ -177,11 +177,6 @@ def picture_of(rows: Sequence[Tensor]) -> Image.Image:
     tiled = rearrange(torch.stack(list(rows)), "r b c h w -> (r h) (b w) c")
     array = ((tiled.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
     return Image.fromarray(array)
-
-
-def save_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG atomically."""
-    write_atomically(path, lambda part: image.save(part, format="PNG"))
 
 
 def _mean_squared_error(images: Tensor, targets: Tensor) -> Tensor:

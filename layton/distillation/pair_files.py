@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from layton.data.cache import CacheMismatchError, Fingerprint, differing, require_same
-from layton.folder import write_atomically
+from layton.folder import write_atomically, write_text
 
 PLAN_NAME, CACHE_NAME = "plan.json", "cache.json"
 
@@ -35,8 +35,7 @@ def claim_folder(root: Path, fingerprint: Fingerprint) -> None:
     if not path.is_file():
         if any(root.glob("part-*.safetensors")):
             raise CacheMismatchError(f"{root} holds parts of a cache, and no {PLAN_NAME} that says what made them")
-        text = json.dumps(dict(fingerprint), indent=1, sort_keys=True)
-        write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+        write_text(path, json.dumps(dict(fingerprint), indent=1, sort_keys=True))
         return
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))

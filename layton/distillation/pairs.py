@@ -28,7 +28,7 @@ from layton.data.loader import collate
 from layton.data.randomness import mix
 from layton.data.sources import SampleSource
 from layton.distillation.pair_files import CACHE_NAME, claim_folder, is_there, write_part
-from layton.folder import write_atomically
+from layton.folder import write_text
 from layton.lock import lock_folder
 from layton.precision import quick_dtype
 
@@ -177,8 +177,7 @@ def generate_pairs(
     names = sorted(["latent", "seed", *plan.keep])
     parts = [{"file": _name(part), "samples": len(_indices(plan, part))} for part in range(plan.num_parts)]
     manifest = {"format": _FORMAT, "fingerprint": fingerprint, "tensors": names, "parts": parts}
-    text = json.dumps(manifest, indent=1, sort_keys=True)
-    write_atomically(root / "cache.json", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(root / "cache.json", json.dumps(manifest, indent=1, sort_keys=True))
     return PairSource(str(root))
 
 

@@ -12,14 +12,12 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.held import Held
+from distill.methods.latent_perceptual import unit
 from layton import assets
-from layton.folder import load_config, load_into, load_tensors, save_config, save_tensors
-
-CLASS_NAME = "layton.losses.perceptual.PerceptualNet"
+from layton.folder import load_pretrained, save_pretrained
 
 
 class PerceptualNet(nn.Module):
@@ -54,8 +52,7 @@ class PerceptualNet(nn.Module):
 
     def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
         """Write config and weights into ``folder``."""
-        save_config(Path(folder), {"class": CLASS_NAME, "widths": list(self.widths)})
-        save_tensors(Path(folder) / "model.safetensors", self.state_dict(), dtype=dtype)
+        save_pretrained(self, {"widths": list(self.widths)}, folder, dtype=dtype)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> PerceptualNet:
@@ -64,14 +61,7 @@ class PerceptualNet(nn.Module):
         Raises:
             ValueError: If the folder does not hold such a network.
         """
-        path = assets.resolve(folder, part="perceptual")
-        config = load_config(path, expected_class=CLASS_NAME)
-        widths = config["widths"]
-        if not isinstance(widths, list):
-            raise ValueError(f"{path}: widths must be a list, got {widths!r}")
-        net = cls(tuple(int(width) for width in widths if isinstance(width, int)))
-        load_into(net, {k: v.float() for k, v in load_tensors(path / "model.safetensors").items()}, source=path)
-        return net
+        return load_pretrained(cls, assets.resolve(folder, part="perceptual"))
 
 
 class PictureDistance(nn.Module, ABC):
@@ -129,8 +119,3 @@ def random_part(images: Tensor, side: int, generator: torch.Generator) -> tuple[
         start = int(torch.randint(room + 1, (), generator=generator, device=generator.device))
         spans.append(slice(start, start + side))
     return (slice(None), slice(None), *spans)
-
-
-def unit(features: Tensor) -> Tensor:
-    """Features (B, C, h, w) of unit length along the channels, float32."""
-    return F.normalize(features.float(), dim=1, eps=1e-4)

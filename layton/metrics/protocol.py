@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -95,28 +94,3 @@ class Protocol:
         return {
             k: dict(v) if isinstance(v, Mapping) else list(v) if isinstance(v, tuple) else v for k, v in fields.items()
         }
-
-    def to_json(self) -> str:
-        """The record as JSON with sorted keys: equal protocols give equal text."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> Protocol:
-        """Reads what `to_json` wrote.
-
-        Raises:
-            ValueError: It is not JSON, or the fields are not those of a protocol.
-        """
-        values = json.loads(text)
-        known = {f.name for f in dataclasses.fields(cls)}
-        if not isinstance(values, dict) or not values.keys() <= known:
-            unknown = sorted(values.keys() - known) if isinstance(values, dict) else type(values).__name__
-            raise ValueError(f"not a protocol: unknown fields {unknown}")
-        if values.get("image_size") is not None:
-            values["image_size"] = tuple(values["image_size"])
-        return cls(**values)
-
-    def differences(self, other: Protocol) -> dict[str, tuple[object, object]]:
-        """Fields that differ, with both values: figures may be compared only where this is empty or understood."""
-        a, b = self.to_dict(), other.to_dict()
-        return {name: (a[name], b[name]) for name in a if a[name] != b[name]}

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from layton.folder import write_atomically
 from layton.metrics.aggregate import Measurement
 from layton.metrics.codebook import CodebookReport
 from layton.metrics.frechet import BootstrapSpread
@@ -103,10 +100,6 @@ class ReconstructionReport:
             "absent": dict(self.absent),
         }
 
-    def save(self, path: Path) -> None:
-        """Writes the report as JSON, whole or not at all."""
-        save_json(path, self.to_dict())
-
     def summary(self) -> str:
         """A few lines for people: the main figures of the model and of the references."""
         rows: list[tuple[str, ...]] = [("", "PSNR dB", "SSIM", "EPD", "FD-effnet")]
@@ -128,17 +121,3 @@ def _cell(measurement: Measurement | None, digits: int) -> str:
     if measurement is None:
         return "absent"
     return f"{measurement.mean:.{digits}f} +- {measurement.standard_error:.{digits}f}"
-
-
-def save_json(path: Path, values: Mapping[str, object]) -> None:
-    """Writes JSON (no NaN, no infinity) atomically: a reader finds the old file or the whole new one.
-
-    Raises:
-        ValueError: A value is not finite.
-    """
-    text = json.dumps(dict(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-    def write(part: Path) -> None:
-        part.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)

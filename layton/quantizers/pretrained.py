@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from layton.folder import CONFIG_NAME, WEIGHTS_NAME, class_name, resolve_class, write_atomically
+from layton.folder import CONFIG_NAME, WEIGHTS_NAME, class_name, resolve_class, write_atomically, write_text
 
 if TYPE_CHECKING:
     from layton.quantizers.base import Quantizer
@@ -29,8 +29,7 @@ def save_quantizer(quantizer: Quantizer, folder: str | os.PathLike[str]) -> None
     name = kind.__name__ if kind.__module__.startswith(f"{__package__}.") else class_name(kind)
     config = {"class": name, **quantizer.config(), "fingerprint": quantizer.fingerprint()}
     write_atomically(folder / WEIGHTS_NAME, lambda path: save_file(weights, path, metadata={"format": "pt"}))
-    text = json.dumps(config, indent=2) + "\n"
-    write_atomically(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
 
 
 def load_quantizer(folder: str | os.PathLike[str], classes: Mapping[str, type[Quantizer]], base: type) -> Quantizer:

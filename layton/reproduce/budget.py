@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils.hooks import RemovableHandle
 
-from distill.budget import BACKWARD, Budget, Handle, count_flops
+from distill.budget import BACKWARD, Budget, Handle, count_flops, tensors_in
 from distill.denoiser import Denoiser
 from distill.held import held_modules
 from distill.methods.discriminator import Discriminator
 from distill.methods.preference import PreferenceTerm
-from layton.folder import write_atomically
+from layton.folder import write_text
 from layton.losses.pixel_supervision import PixelSupervision
 from layton.ranks import all_reduce_counts, all_reduce_sum, own_rank
 
@@ -108,8 +108,7 @@ class BudgetStop(Callback):
             "trained_parameters": sum(parameter.numel() for parameter in learning.values()),
             "seconds": round(self._elapsed(), 1),
         }
-        text = json.dumps(found, indent=1) + "\n"
-        write_atomically(Path(trainer.default_root_dir) / SPENT_FILE, lambda part: _write(part, text))
+        write_text(Path(trainer.default_root_dir) / SPENT_FILE, json.dumps(found, indent=1) + "\n")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hooks behind."""
@@ -174,7 +173,7 @@ class ImageMeter:
             self._costs[key] = count_flops(lambda: module.forward(*args, **kwargs)) / self._unit
         cost = self._costs[key]
         self.budget.add(cost, IMAGES)
-        differentiable = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+        differentiable = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
         if torch.is_grad_enabled() and differentiable:
             register_multi_grad_hook(differentiable, lambda _: self.budget.add(BACKWARD * cost, IMAGES), mode="any")
 
@@ -228,19 +227,4 @@ def _samples(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 
 
 def _shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-    return tuple(next(_tensors((args, kwargs))).shape)
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    return tuple(next(tensors_in((args, kwargs))).shape)

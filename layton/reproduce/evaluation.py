@@ -195,6 +195,6 @@ def unadapted_drawer(pipeline: Path, *, guidance_scale: float) -> TextToImage:
 
 
 def _write_json(path: Path, figures: dict[str, Any]) -> None:
-    from layton.reports import write_json
+    from layton.folder import write_json
 
     write_json(path, figures)

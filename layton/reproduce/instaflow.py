@@ -115,7 +115,7 @@ def _straightness(measured: Measured, context: Context) -> dict[str, float]:
     """S of the teacher, plain and under the guidance that its pairs were made with, and of reflowed models."""
     path = context.out / "evaluation" / "straightness.json"
     if not path.is_file():
-        from layton.reports import write_json
+        from layton.folder import write_json
 
         reflowed = context.out / "teachers" / METHOD.name
         guidance = _pairs_guidance(context.configs / REFLOW.config)

@@ -172,7 +172,7 @@ def _absolute(name: str, report: Mapping[str, Any], decibels: float) -> list[Che
 
 def _evaluated(arm: Arm, steps: int, context: Context, places: Mapping[str, Path]) -> dict[str, Any]:
     """Reconstruction figures of an arm, by data; read from disk where they were measured before."""
-    from layton.reports import write_json
+    from layton.folder import write_json
 
     photographs = list(context.options.get("photographs", ()))
     folder = context.out / "evaluation" / f"{arm.name}-{steps}"

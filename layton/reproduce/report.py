@@ -113,7 +113,7 @@ class Outcome:
 
     def save(self, path: Path, context: Context) -> None:
         """Write the outcome as JSON, whole or not at all."""
-        from layton.reports import write_json
+        from layton.folder import write_json
 
         write_json(path, self.to_dict(context))
 

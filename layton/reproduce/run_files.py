@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from layton.folder import write_atomically
+from layton.folder import write_text
 
 
 def read_run(path: Path, *overlays: Path | None) -> dict[str, Any]:
@@ -56,8 +56,7 @@ def batch_size_of(run: Mapping[str, Any]) -> int:
 
 def write_run(run: Mapping[str, Any], path: Path) -> None:
     """Write a run file, whole or not at all."""
-    text = yaml.safe_dump(dict(run), sort_keys=False, allow_unicode=True)
-    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(path, yaml.safe_dump(dict(run), sort_keys=False, allow_unicode=True))
 
 
 def _read(path: Path) -> dict[str, Any]:

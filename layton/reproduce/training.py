@@ -170,6 +170,6 @@ def claim_out(context: Context, *, claim: str, teacher: str) -> None:
                 f"{context.out} holds a measurement with another {', '.join(changed)}: take another --out, or remove it"
             )
         return
-    from layton.reports import write_json
+    from layton.folder import write_json
 
     write_json(path, plan)

@@ -79,7 +79,6 @@ CHINESE_COLOURS: Final[dict[Colour, str]] = {
 MIN_DIAMETER: Final = 0.12
 MAX_DIAMETER: Final = 0.35
 MAX_OBJECTS: Final = 5
-MAX_OVERLAP: Final = 0.10
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from layton.folder import write_atomically
+from layton.folder import write_atomically, write_text
 from layton.sceneval.spec import PromptSpec
 
 _SAMPLE: Final = re.compile(r"\d+\.png")
@@ -54,7 +54,7 @@ def write_folder(out: Path, index: int, spec: PromptSpec, images: Sequence[NDArr
     """
     folder = out / f"{index:05d}"
     (folder / "samples").mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "metadata.jsonl", lambda part: part.write_text(spec.to_json() + "\n", encoding="utf-8"))
+    write_text(folder / "metadata.jsonl", spec.to_json() + "\n")
     for number, image in enumerate(images):
         picture = Image.fromarray(image)
         write_atomically(folder / "samples" / f"{number:04d}.png", partial(picture.save, format="PNG"))

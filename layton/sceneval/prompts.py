@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Final
 
-from layton.folder import write_atomically
+from layton.folder import write_text
 from layton.scenes.captions import CHINESE_PREFIXES, INVERSE, PREFIXES, Language, Wording, describe
 from layton.scenes.layout import as_position, sample_scene
 from layton.scenes.placed import placed_caption
@@ -134,9 +134,7 @@ def _draw(task: Task, wanted: dict[bool, int], split: Split, offset: int) -> lis
 
 def write_prompts(path: Path, prompts: Iterable[PromptSpec]) -> None:
     """Write a prompts file, one JSON object a line, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(prompt.to_json() + "\n" for prompt in prompts)
-    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(path, "".join(prompt.to_json() + "\n" for prompt in prompts))
 
 
 def read_prompts(path: Path) -> list[PromptSpec]:

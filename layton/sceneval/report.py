@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,10 +72,6 @@ class SceneEvalReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they are written to JSON."""
         return asdict(self)
-
-    def to_json(self) -> str:
-        """Indented JSON."""
-        return json.dumps(self.to_dict(), indent=2)
 
 
 @dataclass(frozen=True, slots=True)

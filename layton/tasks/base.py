@@ -25,7 +25,7 @@ from layton.losses.published import PublishedPerceptualLoss
 from layton.ranks import all_gather_items
 from layton.sharding import FullySharded, WholeWeights, is_sharded, own_class
 from layton.tasks.guard import StepGuard
-from layton.tasks.seeding import Randomness, derive_seed
+from layton.tasks.seeding import Randomness
 
 __all__ = ["LRSchedulerCallable", "LaytonTask", "OptimizerCallable"]
 
@@ -130,10 +130,6 @@ class LaytonTask(LightningModule, ABC):
         generator = torch.Generator(device=device if device is not None else self.device)
         return generator.manual_seed(self._randomness.derived("step_generator", stream))
 
-    def seed_for(self, *parts: int | str) -> int:
-        """Seed of the whole run for a purpose, whatever the step: 63-bit, from (run seed, parts)."""
-        return derive_seed(self._randomness.seed, "run", *parts)
-
     @property
     def stage(self) -> str:
         """``train``, ``val`` or ``test``: the prefix of logged names."""
@@ -220,11 +216,8 @@ class LaytonTask(LightningModule, ABC):
         """Log what `log_losses` and `log_measure` were given."""
         super().on_validation_epoch_end()
         own = {name: (float(total), count) for name, (total, count) in self._sums.items()}
-        ranks: list[dict[str, tuple[float, int]]] = [own]
         self._sums = {}
-        if self.trainer.world_size > 1:
-            ranks = [{} for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(ranks, own)
+        ranks = all_gather_items([own])
         for name in sorted({name for found in ranks for name in found}):
             totals, counts = zip(*(found[name] for found in ranks if name in found), strict=True)
             self.log(f"{self.stage}/{name}", sum(totals) / sum(counts), prog_bar=name == "loss")

@@ -28,7 +28,7 @@ from generation.decoders.pairs import DecoderPairs, read_teacher
 from generation.decoders.task import BUDGET, OneStepDecoderTask
 from generation.generator import save_generator
 from layton.cli import main
-from layton.control import SMALL_CHANNELS, copy_encoder
+from layton.control import copy_encoder
 from layton.data.cache import CacheMismatchError
 from layton.data.images import to_tensor
 from layton.data.loader import collate
@@ -126,7 +126,7 @@ def test_shipped_runs_stay_in_the_budget(name: str) -> None:
     settings = LoraSettings(lora["rank"], lora["alpha"], tuple(lora.get("targets", LoraSettings().targets)))
     with torch.device("meta"):
         unet = build_unet()
-        branch = copy_encoder(unet, code_dim=8, hidden_channels=SMALL_CHANNELS)
+        branch = copy_encoder(unet, code_dim=8, hidden_channels=(32, 64))
     total = 0
     for network in (unet, branch):
         for path, module in network.named_modules():

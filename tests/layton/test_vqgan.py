@@ -7,7 +7,7 @@ import torch
 
 from layton.convert import ConvertError, convert_vqgan
 from layton.convert.llamagen import official_name, vqgan_layout
-from layton.vqgan import VQ8_MULTIPLIERS, VQGANDecoder, VQGANEncoder
+from layton.vqgan import VQGANDecoder, VQGANEncoder
 
 SMALL = {"channels": 32, "multipliers": (1, 2), "num_res_blocks": 1, "z_channels": 16, "code_dim": 4}
 
@@ -32,7 +32,7 @@ def test_published_size_of_vq16():
     count = sum(p.numel() for half in halves for p in half.parameters()) + 16384 * 8
     assert round(count / 1e6) == 72
     with torch.device("meta"):
-        assert VQGANEncoder(multipliers=VQ8_MULTIPLIERS).downsample_factor == 8
+        assert VQGANEncoder(multipliers=(1, 2, 2, 4)).downsample_factor == 8
 
 
 def test_wrong_sizes_are_refused():

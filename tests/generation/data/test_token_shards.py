@@ -24,9 +24,9 @@ from generation.data.token_shards import (
     shard_files,
     shard_name,
     verify,
-    write_json,
     write_manifest,
     write_shard,
+    write_sorted_json,
 )
 from generation.data.tokenizing import ShardResult, ShardWriter, TokenizeJob, tokenize_dataset
 from generation.text.encoders import TransformersTextEncoder
@@ -306,7 +306,7 @@ def test_datasets_that_name_no_precision_are_of_fp32(tokenizer: LaytonTokenizer,
         values = read_json(tmp_path / name)
         del values["header"]["precision"]
         values.pop("sha256", None)  # nor do they say a digest
-        write_json(tmp_path / name, values)
+        write_sorted_json(tmp_path / name, values)
     assert verify(tmp_path) == []
     assert tokenize_dataset(scenes_job(tokenizer, count=4), tmp_path).reused == 1
     with pytest.raises(ValueError, match="precision: stored 'fp32'"):

@@ -28,8 +28,8 @@ from generation.serving import server as serving
 from generation.serving.engine import Engine, load_engine
 from generation.serving.http import ServerLimits, build_app
 from generation.serving.server import Server
+from generation.serving.sockets import listening
 from layton.cli import main
-from layton.sockets import listening
 from layton.tokenizer import LaytonTokenizer
 
 DRAW, ENCODE, DECODE = "/v1/images/generations", "/v1/encode", "/v1/decode"

@@ -4,7 +4,6 @@ from collections import Counter
 
 import pytest
 import torch
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from layton.data.bad import BadImages, TooManyBadImagesError
 from layton.data.loader import OrderedLoader, ResumableLoader, collate
@@ -79,24 +78,6 @@ def test_loading_does_not_touch_the_random_state_of_training():
     for workers in (0, 1):
         take(ResumableLoader(mixed(), batch_size=4, num_workers=workers), 6)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 with torch 2.14
-@pytest.mark.parametrize("workers", [0, 2])
-def test_torchdata_gives_and_resumes_the_same_batches(workers):
-    def loader():
-        return StatefulDataLoader(
-            mixed(), batch_sampler=ResumableSampler(23, 4), num_workers=workers, collate_fn=collate
-        )
-
-    expected = take(ResumableLoader(mixed(), batch_size=4), 14)
-    assert take(loader(), 14) == expected
-    for stop in (3, 8):
-        first = loader()
-        assert take(first, stop) == expected[:stop]
-        second = loader()
-        second.load_state_dict(first.state_dict())
-        assert take(second, 14 - stop) == expected[stop:]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -94,7 +94,7 @@ def test_folders_round_trip_and_strangers_are_skipped(tmp_path: Path) -> None:
 
 def test_the_report_is_json() -> None:
     report = run_sceneval(perfect, PROMPTS, 1)
-    data = json.loads(report.to_json())
+    data = report.to_dict()
     assert data["overall"] == 1.0
     assert [t["task"] for t in data["tasks"]] == list(TASKS)
     assert "not comparable with GenEval" in data["protocol"]

@@ -1,4 +1,4 @@
-"""The toy module is named `toy` in run files; Lightning's and torchdata's own deprecations are not ours to fix."""
+"""The toy module is named `toy` in run files; Lightning's own deprecations are not ours to fix."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 THEIRS = (
-    "ignore:'set_vital' is deprecated:UserWarning",  # torchdata 0.11 with torch >= 2.14
     "ignore:.*isinstance.treespec, LeafSpec.*",  # lightning 2.6 with torch >= 2.14
     "ignore:.*does not have many workers.*",
     "ignore:.*is smaller than the logging interval.*",
