@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from layton.commands import COMMANDS, Command
-from layton.config_folders import config_folders
 from layton.errors import UsageError
 from layton.quiet import warnings_in_a_line
+from layton.run.config_folders import config_folders
 from layton.usage import innermost_reason
 
 TRAINING = {
@@ -80,11 +80,11 @@ def _dispatch(words: list[str], allowed: list[str]) -> int:
 
 def _train(name: str, rest: list[str], allowed: list[str]) -> int:
     if rest in (["-h"], ["--help"]):
-        from layton.short_options import short_help
+        from layton.run.short_options import short_help
 
         sys.stdout.write(short_help(name))
         return 0
-    from layton.training import run
+    from layton.run.training import run
 
     if rest == ["--help", "all"]:
         rest = rest[:1]

@@ -13,8 +13,8 @@ import yaml  # type: ignore[import-untyped]
 from layton.assets import find_pipeline
 from layton.data.stored import source_of
 from layton.errors import UsageError
-from layton.run_files import moved, set_scenes
-from layton.short_options import MEANT, plain_name, taken
+from layton.run.files import moved, set_scenes
+from layton.run.short_options import MEANT, plain_name, taken
 from layton.usage import did_you_mean
 
 HELP = """usage: layton distill METHOD [--pipeline FOLDER] [--prompts FILE] [--run_dir DIR] [--max_steps N] [OVERRIDES]
@@ -258,7 +258,7 @@ def _require_known(words: Sequence[str]) -> None:
     options = [plain_name(word.partition("=")[0]) for word in words if word.startswith("--")]
     if not options:
         return
-    from layton.training import run_options
+    from layton.run.training import run_options
 
     known = run_options()
     for option in options:

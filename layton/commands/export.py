@@ -21,8 +21,8 @@ def export(checkpoint: Path, *, out: Path, averaged: bool = True, allow: list[st
     from lightning.pytorch.utilities.model_helpers import is_overridden
 
     from layton.callbacks import export_atomically
+    from layton.run.training import load_task
     from layton.tasks.base import LaytonTask
-    from layton.training import load_task
 
     require_absent(out)
     if checkpoint.is_dir():

@@ -8,9 +8,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from layton.config_folders import config_folders
 from layton.errors import UsageError
 from layton.reproduce.claim import ScaleName
+from layton.run.config_folders import config_folders
 
 if TYPE_CHECKING:
     from layton.reproduce.claim import Context

@@ -14,9 +14,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from distill.budget import flop_counter
 from distill.held import held_modules
 from layton.quiet import silent_lightning
+from layton.run.training import build_run
 from layton.tasks.base import LaytonTask
 from layton.tasks.manual import ManualTask
-from layton.training import build_run
 
 
 def run_needs(
@@ -27,7 +27,7 @@ def run_needs(
     Args:
         config: run files.
         data: data file; without one no step is made.
-        changes: see `layton.training.build_run`.
+        changes: see `layton.run.training.build_run`.
         allow: modules, beside this library's, that they may name.
 
     Returns:

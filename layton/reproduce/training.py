@@ -11,7 +11,7 @@ from typing import Any
 from layton.distillation.distilled import student_pipeline
 from layton.reproduce.claim import QUICK_OVERLAY, Arm, Context, Stage
 from layton.reproduce.run_files import assign, batch_size_of, read_run, write_run
-from layton.run_files import moved, set_scenes
+from layton.run.files import moved, set_scenes
 
 SPENT_FILE = "spent.json"
 RUN_FILE = "run.yaml"
@@ -90,7 +90,7 @@ def _train_stage(run: Mapping[str, Any], arm: Arm, stage: Stage, context: Contex
         return
     context.say(f"{arm.name}, {stage.name}: training")
     write_run(run, folder / RUN_FILE)
-    from layton.training import run as fit
+    from layton.run.training import run as fit
 
     status = fit("fit", ["--config", str(folder / RUN_FILE), "--run_dir", str(folder), "--resume", "auto"])
     if status:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from layton import config_folders as places
+from layton.run import config_folders as places
 from layton.cli import _take_values
 from layton.commands.reproduce import find_claim_configs
-from layton.run_files import nulls_as_files
-from layton.training import run
+from layton.run.files import nulls_as_files
+from layton.run.training import run
 
 
 def test_allow_is_read_in_both_forms_and_taken_away() -> None:
@@ -24,7 +24,7 @@ def test_claims_are_found_among_installed_run_files(tmp_path: Path, monkeypatch:
     installed = tmp_path / "share" / "layton" / "configs" / "reproduce" / "mlcm"
     installed.mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(places, "__file__", str(tmp_path / "site" / "layton" / "config_folders.py"))
+    monkeypatch.setattr(places, "__file__", str(tmp_path / "site" / "layton" / "run" / "config_folders.py"))
     monkeypatch.setattr(places.sysconfig, "get_path", lambda *_: str(tmp_path))
     assert find_claim_configs("mlcm") == installed
     run = installed / "mlcm.yaml"

@@ -30,8 +30,8 @@ from layton.ldm.conditions import PromptEncoder
 from layton.ldm.drawing import TextToImage
 from layton.ldm.teacher import open_pipeline
 from layton.ldm.text import build_text_encoder, build_tokenizer, tell_places
+from layton.run.training import load_task
 from layton.tasks.distill import DistillTask
-from layton.training import load_task
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 TEACHER = "--model.init_args.pipeline=elsewhere"

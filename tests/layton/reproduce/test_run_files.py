@@ -17,7 +17,7 @@ from layton.reproduce import hipa, instaflow, layton_claim, mlcm, mlcm_ablation,
 from layton.reproduce.claim import SCALE_FILE, Arm, Context, Pairs, Phase, Scale, ScaleName, Stage
 from layton.reproduce.run_files import assign, read_run
 from layton.reproduce.training import TEACHER_PLACE, resolved_run
-from layton.run_files import moved, set_scenes
+from layton.run.files import moved, set_scenes
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "reproduce"
 ARMS = {

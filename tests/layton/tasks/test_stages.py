@@ -21,11 +21,11 @@ from layton.ldm.autoencoder import Autoencoder, build_autoencoder
 from layton.ldm.cache import load_code_parts
 from layton.pixel_decoder import PixelDecoder
 from layton.quantizers import CosineVQ
+from layton.run.training import load_task
 from layton.tasks.decoder import DecoderTask
 from layton.tasks.text_to_image import TextToImageTask, draw
 from layton.tasks.tokenizer import TokenizerTask
 from layton.tokenizer import LaytonTokenizer
-from layton.training import load_task
 
 STEPS = 2
 SIZE = 64

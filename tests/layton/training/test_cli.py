@@ -19,16 +19,16 @@ from lightning.pytorch.strategies import DDPStrategy
 from toy import write_run
 
 import layton.cli
-import layton.run_files
+import layton.run.files
 from layton.callbacks import CheckpointError, SafeCheckpointIO, newest_good_checkpoint
 from layton.cli import _one_line, main
 from layton.folder import load_tensors
 from layton.ldm.conditions import PromptEncoder
 from layton.lock import lock_folder
 from layton.quiet import warnings_in_a_line
+from layton.run.short_options import said_in_full
+from layton.run.training import _quiet, _several_devices, _strategy_of, load_task
 from layton.sharding import FullySharded
-from layton.short_options import said_in_full
-from layton.training import _quiet, _several_devices, _strategy_of, load_task
 
 
 def fit(run: Path, *args: str) -> int:
@@ -311,7 +311,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_info_counts_the_parameters_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layton.run_files, "ALLOWED_MODULES", (*layton.run_files.ALLOWED_MODULES, "toy"))
+    monkeypatch.setattr(layton.run.files, "ALLOWED_MODULES", (*layton.run.files.ALLOWED_MODULES, "toy"))
     report = tmp_path / "info.json"
     assert main(["info", "--config", str(write_run(tmp_path)), "--json", str(report)]) == 0
     found = json.loads(report.read_text())
@@ -325,7 +325,7 @@ def test_info_counts_the_parameters_of_a_run(tmp_path: Path, monkeypatch: pytest
 
 
 def test_info_counts_the_work_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layton.run_files, "ALLOWED_MODULES", (*layton.run_files.ALLOWED_MODULES, "toy"))
+    monkeypatch.setattr(layton.run.files, "ALLOWED_MODULES", (*layton.run.files.ALLOWED_MODULES, "toy"))
     report, whole = tmp_path / "info.json", write_run(tmp_path).read_text()
     start, end = whole.index("data:"), whole.index("trainer:")
     path = tmp_path / "own.yaml"

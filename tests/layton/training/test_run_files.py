@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from toy import RUN
 
-import layton.training  # noqa: F401 (what the command itself imports must not count)
+import layton.run.training  # noqa: F401 (what the command itself imports must not count)
 from layton.cli import main
-from layton.run_files import MAX_BYTES
+from layton.run.files import MAX_BYTES
 
 EVIL_MODULE = "from pathlib import Path\nPath(__file__).with_name('canary').touch()\nclass Task: pass\n"
 

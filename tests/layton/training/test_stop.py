@@ -156,6 +156,9 @@ def test_a_run_that_ran_out_of_time_is_not_exported(tmp_path: Path) -> None:
 
 
 def test_ranks_that_do_not_agree_stop_before_they_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layton.tasks.base.all_gather_items", lambda items: [*items, {**items[0], "step": 5}])
+    def with_another(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [*items, {name: 5 if name == "step" else value for name, value in items[0].items()}]
+
+    monkeypatch.setattr("layton.tasks.base.all_gather_items", with_another)
     with pytest.raises(ValueError, match="ranks do not agree on where the run is"):
         train(tmp_path, [])

@@ -26,7 +26,7 @@ ALLOWED_MODULES = (
     "lightning.fabric",
     "lightning.pytorch.cli.ReduceLROnPlateau",
 )
-_REFUSED_MODULES = ("*", "lightning.pytorch.cli", "lightning.fabric.utilities", "layton.training", "layton.cli")
+_REFUSED_MODULES = ("*", "lightning.pytorch.cli", "lightning.fabric.utilities", "layton.run", "layton.cli")
 SCENES_SOURCE = "layton.data.sources.ScenesSource"
 SCENE_CAPTIONS = "layton.data.prompts.SceneCaptions"
 SCENE_CASES = "layton.distillation.task_sources.SceneCases"

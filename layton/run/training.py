@@ -36,14 +36,14 @@ from layton.callbacks import (
     newest_good_checkpoint,
 )
 from layton.callbacks.checkpoint import CHECKPOINT_FOLDER
-from layton.config_folders import found_configs
 from layton.errors import UsageError
 from layton.folder import write_text
 from layton.lock import is_main_process, lock_folder
 from layton.quiet import cut_captions_told_once, no_advertisements
-from layton.run_files import allow_modules, check_run_files, nulls_as_files, refused_class_paths
+from layton.run.config_folders import found_configs
+from layton.run.files import allow_modules, check_run_files, nulls_as_files, refused_class_paths
+from layton.run.short_options import MEANT, SHORT, said_in_full
 from layton.sharding import FullySharded
-from layton.short_options import MEANT, SHORT, said_in_full
 from layton.tasks.base import LaytonTask
 from layton.usage import innermost_reason, usage_error
 
