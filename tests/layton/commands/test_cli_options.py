@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from layton.run import config_folders as places
 from layton.cli import _take_values
 from layton.commands.reproduce import find_claim_configs
+from layton.run import config_folders as places
 from layton.run.files import nulls_as_files
 from layton.run.training import run
 
