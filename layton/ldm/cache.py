@@ -75,7 +75,7 @@ class CachedLatents(SampleSource):
         count = len(source) if num_samples is None else num_samples
         fingerprint: dict[str, str | int | float | bool] = {
             "autoencoder": autoencoder_digest(Path(autoencoder)),
-            "tokenizer": "" if tokenizer is None else _codes_by(Path(tokenizer), Path(folder)),
+            "tokenizer": "" if tokenizer is None else codes_digest(Path(tokenizer)),
             "source": type(source).__name__,
             "num_samples": count,
             **_looks(source, count),
@@ -85,7 +85,6 @@ class CachedLatents(SampleSource):
             fingerprint["code_size"] = side
         if images == "stored":
             fingerprint["images"] = True
-        fingerprint |= _precision_of(Path(folder))
         self._cache = CachedTensors.open_or_build(
             partial(_batches, source, count, batch_size),
             _Encode(autoencoder, tokenizer, keep_images=images == "stored"),
@@ -169,26 +168,6 @@ def _looks(source: ImageSource, count: int) -> dict[str, str]:
         # to a hundredth, so that another machine's rounding makes no difference
         "brightness": " ".join(f"{float(sample['image'].mean()):.2f}" for sample in seen),
     }
-
-
-def _precision_of(folder: Path) -> dict[str, str]:
-    """The number format that an older cache says it was encoded in: no difference between caches."""
-    stored = _stored_in(folder)
-    return {"precision": str(stored["precision"])} if "precision" in stored else {}
-
-
-def _codes_by(tokenizer: Path, folder: Path) -> str:
-    """What made codes, as a cache that is there may say it: older ones say it by all weights of the tokenizer."""
-    now, stored = codes_digest(tokenizer), _stored_in(folder).get("tokenizer", "")
-    return str(stored) if stored not in ("", now) and stored == digest(tokenizer) else now
-
-
-def _stored_in(folder: Path) -> dict[str, Any]:
-    manifest = folder / "cache.json"
-    if not manifest.is_file():
-        return {}
-    found: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8")).get("fingerprint", {})
-    return found
 
 
 class _Encode:
