@@ -14,6 +14,7 @@ from distill.noise import Generators, gaussian_like
 from distill.samplers import renoise_sample
 from layton.ldm.autoencoder import Autoencoder
 from layton.ldm.crops import LatentCrop
+from layton.losses.perceptual import PictureDistance
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,7 +60,7 @@ class PixelSupervision(nn.Module):
         steps: Sequence[int] = (1, 2),
         crop: int | None = 8,
         margin: int = 2,
-        perceptual: nn.Module | None = None,
+        perceptual: PictureDistance | None = None,
         perceptual_weight: float = 0.1,
         l1_weight: float = 1.0,
         l2_weight: float = 1.0,
@@ -111,10 +112,16 @@ class PixelSupervision(nn.Module):
         crop = None
         if self.crop is not None:
             crop = LatentCrop.draw((latents.shape[-2], latents.shape[-1]), self.crop, generator)
-        return terms | self.compare(autoencoder, latents, example, crop=crop)
+        return terms | self.compare(autoencoder, latents, example, crop=crop, generator=generator)
 
     def compare(
-        self, autoencoder: Autoencoder, latents: Tensor, example: PixelExample, *, crop: LatentCrop | None
+        self,
+        autoencoder: Autoencoder,
+        latents: Tensor,
+        example: PixelExample,
+        *,
+        crop: LatentCrop | None,
+        generator: torch.Generator,
     ) -> dict[str, Tensor]:
         """Terms between what latents (B, C, h, w) decode to and the picture, within a square of it or everywhere."""
         decoded = self._pixels(autoencoder, latents, crop)
@@ -126,7 +133,7 @@ class PixelSupervision(nn.Module):
         error = decoded - target
         terms = {"pixel_l1": error.abs().mean(), "pixel_l2": error.square().mean()}
         if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(decoded, target)
+            terms["perceptual"] = self.perceptual(decoded, target, generator=generator)
         return terms
 
     def _pixels(self, autoencoder: Autoencoder, latents: Tensor, crop: LatentCrop | None) -> Tensor:

@@ -36,6 +36,7 @@ from layton.ldm.cache import CachedLatents, codes_digest, digest
 from layton.ldm.crops import LatentCrop
 from layton.ldm.pipeline import build_scheduler
 from layton.ldm.unet import build_unet
+from layton.losses.perceptual import PictureDistance
 from layton.losses.pixel_supervision import PixelExample, PixelSupervision, last_step_sample
 from layton.pixel_decoder import PixelDecoder
 from layton.quantizers import CosineVQ
@@ -225,6 +226,13 @@ class Flat(torch.nn.Module):
         return latents[:, :3].repeat_interleave(8, dim=-1).repeat_interleave(8, dim=-2)
 
 
+class FirstDraw(PictureDistance):
+    """What a distance that chooses is given to choose by."""
+
+    def forward(self, images: Tensor, targets: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        return torch.rand((), generator=generator)
+
+
 @pytest.mark.parametrize("place", [(0, 0), (3, 5), (8, 8)])
 def test_a_crop_is_that_part_of_the_picture(place: tuple[int, int]) -> None:
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -234,8 +242,10 @@ def test_a_crop_is_that_part_of_the_picture(place: tuple[int, int]) -> None:
     assert torch.equal(part, crop.of(whole, factor=8))
     target = torch.zeros_like(whole)
     example = PixelExample(latents, Condition(), target)
-    loss = PixelSupervision(crop=8, margin=2)
-    terms = loss.compare(Flat(), latents, example, crop=crop)  # type: ignore[arg-type]
+    loss = PixelSupervision(crop=8, margin=2, perceptual=FirstDraw())
+    generator = torch.Generator().manual_seed(3)
+    terms = loss.compare(Flat(), latents, example, crop=crop, generator=generator)  # type: ignore[arg-type]
+    assert terms["perceptual"] == torch.rand((), generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(terms["pixel_l2"], crop.of(whole - target, factor=8).square().mean())
 
 
