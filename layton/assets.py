@@ -30,7 +30,7 @@ def resolve(name: Path | str, *, part: str = "") -> Path:
     Raises:
         ValueError: If neither exists.
     """
-    folder = Path(name)
+    folder = Path(name).expanduser()
     if folder.is_dir():
         return folder / part if (folder / part).is_dir() else folder
     embedded = ASSETS / str(name) / part

@@ -240,24 +240,28 @@ def require_match(
         raise ValueError(f"{source} does not fit {target}:\n  " + "\n  ".join(problems))
 
 
-def weights_hashes(state: Mapping[str, Tensor]) -> tuple[str, str]:
-    """Hashes of weights, as they are when stored in fp16 and in bf16, 16 hex digits each.
+def weights_hashes(state: Mapping[str, Tensor]) -> tuple[str, str, str]:
+    """Hashes of weights, as they are when stored in fp16, in bf16, and first in fp16 and then in bf16; 16 hex digits.
 
-    Weights that are read back from fp16 or from fp32 have the first one, from bf16 the second. Of each tensor its name,
-    its shape and up to 1,024 of its numbers count: quick also for SDXL.
+    Those of weights that were stored in one of these ways have one in common with those of the weights as they were:
+    rounded twice, numbers are others than rounded once. Of each tensor its name, its shape and up to 1,024 of its
+    numbers count: quick also for SDXL.
     """
     samples = {
         f"{name} {tuple(tensor.shape)}": tensor.detach().flatten()[:: max(1, tensor.numel() // _SAMPLED)][:_SAMPLED]
         for name, tensor in sorted(state.items())
     }
     found = []
-    for dtype in (torch.float16, torch.bfloat16):
+    for dtypes in ((torch.float16,), (torch.bfloat16,), (torch.float16, torch.bfloat16)):
         total = hashlib.sha256()
         for name, values in samples.items():
+            stored = values.cpu()
+            for dtype in dtypes:
+                stored = stored.to(dtype)
             total.update(name.encode())
-            total.update(values.cpu().to(dtype).to(torch.float16).contiguous().numpy().tobytes())
+            total.update(stored.to(torch.float16).contiguous().numpy().tobytes())
         found.append(total.hexdigest()[:16])
-    return found[0], found[1]
+    return found[0], found[1], found[2]
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, source: Path | str) -> None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -93,6 +93,19 @@ class CodeDecoder(nn.Module, ABC):
     def sampling_record(self) -> dict[str, JsonValue]:
         """How it is sampled beside steps and scale, as it is saved and as evaluations record it."""
         return {}
+
+    def require_beside(self, decoders: Mapping[str, CodeDecoder]) -> None:
+        """Stop unless the decoders that this one builds on are there, with the weights that it learnt by.
+
+        Args:
+            decoders: All of the tokenizer's, by name.
+
+        Raises:
+            ValueError: One is missing, or has learnt something else since.
+        """
+        missing = next((needed for needed in self.needs if needed not in decoders), None)
+        if missing is not None:
+            raise ValueError(f"it builds on the decoder {missing!r}, which was not loaded")
 
     @abstractmethod
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:

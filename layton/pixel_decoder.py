@@ -96,6 +96,12 @@ class PixelDecoder(nn.Module):
         return load_pretrained(cls, folder)
 
 
+def reader_fingerprints(decoder: PixelDecoder) -> tuple[str, ...]:
+    """`CodeReader.fingerprints` of a decoder that stays as it is."""
+    parts = ("embed.", "transformer.")
+    return weights_hashes({name: value for name, value in decoder.state_dict().items() if name.startswith(parts)})
+
+
 class CodeReader(nn.Module):
     """The frozen transformer of a trained pixel decoder, which has learnt what codes mean together.
 
@@ -117,7 +123,7 @@ class CodeReader(nn.Module):
         features: Tensor = self.transformer(self.embed(embeddings))
         return features
 
-    def fingerprints(self) -> tuple[str, str]:
+    def fingerprints(self) -> tuple[str, ...]:
         """See `layton.folder.weights_hashes`: what has learnt by one reader cannot listen to another."""
         return weights_hashes(self.state_dict())
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, cast
@@ -14,8 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from layton import assets
-from layton.data.geometry import FitPolicy, Geometry, fit_image
+from layton.data.geometry import FIT_POLICIES, FitPolicy, Geometry, fit_image
 from layton.data.images import plain_rgb, to_image, to_tensor
+from layton.data.values import require_values
 from layton.encoder import ImageEncoder
 from layton.folder import JsonValue, class_name, load_config, resolve_class, save_config
 from layton.interface import CodeDecoder, Generators, ImageTokenizer
@@ -43,6 +43,10 @@ class EncodedImages:
     def __len__(self) -> int:
         """Number of images."""
         return len(self.geometries)
+
+    def __iter__(self) -> Iterator[EncodedImages]:
+        """The images one by one."""
+        return (self[place] for place in range(len(self)))
 
     def __getitem__(self, chosen: int | slice) -> EncodedImages:
         """Some of the images, or one.
@@ -96,6 +100,11 @@ class LaytonTokenizer(ImageTokenizer):
         self.num_tokens = side * side
         self.vocab_size = quantizer.vocab_size
 
+    def __repr__(self) -> str:
+        """What it is, in a line: all its layers are thousands."""
+        names = ", ".join(self.decoders) or "none"
+        return f"LaytonTokenizer({self.image_size} px, {self.num_tokens} of {self.vocab_size} codes, decoders: {names})"
+
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
@@ -133,11 +142,9 @@ class LaytonTokenizer(ImageTokenizer):
             raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
         if not len(images):
             raise ValueError("there must be at least one image, got none")
-        low, high = (float(value) for value in images.aminmax())
-        if not -1.01 <= low <= high <= 1.01:
-            raise ValueError(f"images must lie in [-1, 1], got [{low:g}, {high:g}] (uint8 or [0, 1] images?)")
-        if 0 <= low < 0.1 and high > 0.9 and not _is_of_bytes(images):  # as ToTensor's, whose codes would all be wrong
-            warnings.warn(f"images span [{low:.2f}, {high:.2f}]: encode takes [-1, 1], not [0, 1]", stacklevel=3)
+        require_values(images)
+        if policy not in FIT_POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(FIT_POLICIES)}, got {policy!r}")
         if images.shape[2:] != (self.image_size, self.image_size):
             plan = Geometry.plan((images.shape[2], images.shape[3]), self.image_size, policy=policy)
             images = plan.apply(images.float())  # no type of two bytes is resized on every device
@@ -185,7 +192,7 @@ class LaytonTokenizer(ImageTokenizer):
             embeddings, num_steps=num_steps, conditioning_scale=conditioning_scale, generator=generator
         )
 
-    def encode_images(self, images: Sequence[Image.Image], *, policy: FitPolicy = "crop") -> EncodedImages:
+    def encode_images(self, images: Iterable[Image.Image], *, policy: FitPolicy = "crop") -> EncodedImages:
         """PIL images of any sizes to codes, with the record that `decode_images` undoes.
 
         Args:
@@ -196,11 +203,12 @@ class LaytonTokenizer(ImageTokenizer):
         Raises:
             ValueError: If there is no image, or the policy is unknown.
         """
-        if isinstance(images, Image.Image) or not all(isinstance(image, Image.Image) for image in images):
+        given = [] if isinstance(images, Image.Image) else list(images)
+        if isinstance(images, Image.Image) or not all(isinstance(image, Image.Image) for image in given):
             raise TypeError("images must be a list of PIL images; `layton.data.images.load_image` reads files safely")
-        if not images:
+        if not given:
             raise ValueError("no images to encode")
-        fitted = [fit_image(plain_rgb(image), self.image_size, policy=policy) for image in images]
+        fitted = [fit_image(plain_rgb(image), self.image_size, policy=policy) for image in given]
         squares = torch.stack([to_tensor(square) for square, _ in fitted])
         return EncodedImages(self.encode(squares), tuple(geometry for _, geometry in fitted))
 
@@ -217,6 +225,8 @@ class LaytonTokenizer(ImageTokenizer):
 
         Of codes (B, N) alone, such as a language model wrote, they are squares.
         """
+        if not isinstance(encoded, Tensor | EncodedImages):
+            raise TypeError(f"decode_images takes what encode_images gave, or codes; got {type(encoded).__name__}")
         codes = encoded if isinstance(encoded, Tensor) else encoded.codes
         squares = self.decode(
             codes,
@@ -241,8 +251,10 @@ class LaytonTokenizer(ImageTokenizer):
         """Images (B, 3, H, W) in [-1, 1] through their codes and back, at the same size. See `encode`, `decode`.
 
         Raises:
-            ValueError: If images are not square (`encode_images` records what must be undone).
+            ValueError: If they are no tensor, or not square (`encode_images` records what must be undone).
         """
+        if not isinstance(images, Tensor):
+            raise ValueError(f"reconstruct takes a tensor, encode_images PIL images; got {type(images).__name__}")
         if images.shape[-1] != images.shape[-2]:
             raise ValueError(f"reconstruct takes square images, got {tuple(images.shape)}")
         squares = self.decode(
@@ -269,28 +281,29 @@ class LaytonTokenizer(ImageTokenizer):
             dtype: Floating-point type on disk (the codebook is always float32).
 
         Raises:
-            ValueError: If a decoder builds on another one that is not there.
+            ValueError: A decoder builds on another one that is not there, or was trained since; or a part is of a kind
+                that cannot be loaded again. Nothing is written then.
         """
-        for name in self.decoders:
-            missing = [needed for needed in self.decoder(name).needs if needed not in self.decoders]
-            if missing:
-                raise ValueError(f"decoder {name!r} builds on the decoder {missing[0]!r}, which was not loaded")
-        root = Path(folder)
-        self.encoder.save_pretrained(root / "encoder", dtype=dtype)
-        self.quantizer.save_pretrained(root / "quantizer")
-        classes: dict[str, JsonValue] = {}
-        for name in self.decoders:
-            decoder = self.decoder(name)
-            decoder.save_pretrained(root / "decoders" / name, dtype=dtype)
-            classes[name] = class_name(type(decoder))
+        decoders = {name: self.decoder(name) for name in self.decoders}
+        classes: dict[str, JsonValue] = {name: _class_of(part, CodeDecoder) for name, part in decoders.items()}
         config: dict[str, JsonValue] = {
             "class": CLASS_NAME,
             "image_size": self.image_size,
-            "encoder": class_name(type(self.encoder)),
-            "quantizer": class_name(type(self.quantizer)),
+            "encoder": _class_of(self.encoder, ImageEncoder),
+            "quantizer": _class_of(self.quantizer, Quantizer),
             "decoders": classes,
             "default_decoder": self.default_decoder,
         }
+        for name, decoder in decoders.items():
+            try:
+                decoder.require_beside(decoders)
+            except ValueError as error:
+                raise ValueError(f"the decoder {name!r} cannot be saved so: {error}; del it from decoders") from error
+        root = Path(folder).expanduser()
+        self.encoder.save_pretrained(root / "encoder", dtype=dtype)
+        self.quantizer.save_pretrained(root / "quantizer")
+        for name, decoder in decoders.items():
+            decoder.save_pretrained(root / "decoders" / name, dtype=dtype)
         if self.ldm is not None and self.ldm.resolve() != (root / LDM_FOLDER).resolve():
             shutil.copytree(self.ldm, root / LDM_FOLDER, dirs_exist_ok=True)
         save_config(root, config)
@@ -366,10 +379,13 @@ class LaytonTokenizer(ImageTokenizer):
         return tokenizer.eval()
 
 
-def _is_of_bytes(images: Tensor) -> bool:
-    """Whether all values are those of bytes brought to [-1, 1], as of a bright picture."""
-    values = (images.float() + 1) * 127.5
-    return bool(((values - values.round()).abs() < 1e-3).all())
+def _class_of(part: nn.Module, kind: type) -> str:
+    if not isinstance(part, kind):
+        raise ValueError(
+            f"{type(part).__name__} is no {kind.__name__} and could not be loaded again (torch.compile(part) wraps it, "
+            "part.compile() does not)"
+        )
+    return class_name(type(part))
 
 
 def best_decoder(names: Collection[str]) -> str:

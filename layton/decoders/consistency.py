@@ -12,10 +12,10 @@ from torch import Tensor
 
 from distill.denoiser import Condition
 from distill.few_step import FewStepSampling
-from layton.decoders.difference import Difference, fold_adapters
-from layton.decoders.latent import LatentDecoder, check_times, read_network
+from layton.decoders.difference import Difference, fingerprints, fold_adapters
+from layton.decoders.latent import LatentDecoder, check_times, read_network, require_alike
 from layton.folder import WEIGHTS_NAME, JsonValue, class_name, load_config, save_config, save_tensors
-from layton.interface import Generators
+from layton.interface import CodeDecoder, Generators
 from layton.ladd import LADD, READER, read_codes
 from layton.ldm.autoencoder import Autoencoder
 
@@ -67,6 +67,14 @@ class ConsistencyDecoder(LatentDecoder):
         self.default_steps = self.check_steps(self.steps[-1] if default_steps is None else default_steps)
         self.difference = difference
         self.needs = (*self.needs, *(() if difference is None else (difference.base,)))
+
+    def require_beside(self, decoders: Mapping[str, CodeDecoder]) -> None:
+        """See `CodeDecoder.require_beside`."""
+        super().require_beside(decoders)
+        if self.difference is not None:
+            base = cast(LatentDecoder, decoders[self.difference.base])
+            for part, found in fingerprints(base.network).items():
+                require_alike(self.difference.fingerprints.get(part, ()), found, self.difference.base)
 
     def sample(self, x_T: Tensor, embeddings: Tensor, *, num_steps: int, generator: Generators) -> Tensor:
         """Multistep consistency sampling at the trained times."""

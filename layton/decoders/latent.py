@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 
 from distill.noise import gaussian_like
 from layton.control import load_unet
+from layton.decoders.light import LightDecoder
 from layton.interface import CodeDecoder, Generators, default_generators
 from layton.ladd import LADD
 from layton.ldm.autoencoder import Autoencoder
+from layton.pixel_decoder import reader_fingerprints
 
 SAMPLING_FOLDER = "sampling"
 
@@ -35,6 +38,14 @@ class LatentDecoder(CodeDecoder):
         self.autoencoder = autoencoder.requires_grad_(False).eval()
         self.latents_per_token = latents_per_token
         self.needs = () if network.reader_name is None else (network.reader_name,)
+
+    def require_beside(self, decoders: Mapping[str, CodeDecoder]) -> None:
+        """See `CodeDecoder.require_beside`."""
+        super().require_beside(decoders)
+        reader, name = self.network.reader, self.network.reader_name
+        if reader is not None and name is not None:
+            beside = cast(LightDecoder, decoders[name]).network
+            require_alike(reader.fingerprints(), reader_fingerprints(beside), name)
 
     @property
     def default_scale(self) -> float:
@@ -116,6 +127,16 @@ def read_network(folder: Path, ldm: str | Path | None, *, reader: str | Path | N
         raise ValueError(f"{folder}: this decoder needs the latent diffusion model it was trained on")
     unet = load_unet(Path(ldm) / "unet").float()
     return LADD.from_pretrained(folder, unet=unet, reader=reader), Autoencoder.from_pretrained(Path(ldm) / "vae")
+
+
+def require_alike(learnt: Collection[str], now: Collection[str], name: str) -> None:
+    """Stop unless two lists of `layton.folder.weights_hashes` are of the same weights.
+
+    Raises:
+        ValueError: They are not.
+    """
+    if not set(learnt) & set(now):
+        raise ValueError(f"it learnt by a decoder {name!r} of other weights than the one beside it has now")
 
 
 def check_times(times: Sequence[float], *, num_steps: int, last: float) -> tuple[float, ...]:

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from layton.data.values import require_values
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -194,3 +196,5 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
 def _check(images: Tensor) -> None:
     if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[-2:]) < MIN_SIDE:
         raise ValueError(f"expected images (B, 3, H, W) with sides of at least {MIN_SIDE}, got {tuple(images.shape)}")
+    if len(images):
+        require_values(images)

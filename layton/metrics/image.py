@@ -13,6 +13,8 @@ from einops import reduce
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from layton.data.values import require_values
+
 DATA_RANGE = 2.0
 """Range of images in [-1, 1]."""
 PSNR_CAP = 100.0
@@ -37,10 +39,11 @@ def round_to_uint8(images: Tensor) -> Tensor:
 
 
 def check_pair(images: Tensor, originals: Tensor, *, min_side: int = 1) -> None:
-    """Checks that two batches are RGB images of one shape.
+    """Checks that two batches are RGB images of one shape, and the originals in [-1, 1].
 
     Raises:
-        ValueError: Shapes differ, are not (B, 3, H, W), or a side is shorter than ``min_side``.
+        ValueError: Shapes differ, are not (B, 3, H, W), or a side is shorter than ``min_side``; or there are no floats,
+            or originals beyond [-1, 1].
     """
     if images.shape != originals.shape:
         raise ValueError(f"images {tuple(images.shape)} and originals {tuple(originals.shape)} differ in shape")
@@ -48,6 +51,10 @@ def check_pair(images: Tensor, originals: Tensor, *, min_side: int = 1) -> None:
         raise ValueError(f"expected images (B, 3, H, W), got {tuple(images.shape)}")
     if min(images.shape[-2:]) < min_side:
         raise ValueError(f"images must be at least {min_side} pixels on each side, got {tuple(images.shape[-2:])}")
+    if not images.is_floating_point():
+        raise ValueError(f"images must be floats in [-1, 1], got {images.dtype}")
+    if len(originals):
+        require_values(originals, what="originals")
 
 
 def psnr(images: Tensor, originals: Tensor, *, data_range: float = DATA_RANGE) -> Tensor:

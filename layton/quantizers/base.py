@@ -29,8 +29,8 @@ class QuantizerOutput:
 
     Attributes:
         codes: (B, N) int64 in [0, V), row-major over the h x w grid, N = h * w.
-        embeddings: (B, d, h, w) code embeddings; in training the gradient passes to the features (straight through,
-            or by the rotation trick).
+        embeddings: (B, d, h, w) code embeddings; the gradient passes to the features: straight through, or in
+            training by the rotation trick, too.
         loss: () auxiliary loss, already weighted; zero in evaluation.
     """
 
@@ -104,6 +104,10 @@ class Quantizer(nn.Module, ABC):
     def _search(self, features: Tensor) -> Tensor:
         """Codes (n,) int64 of finite fp32 features (n, d), outside autocast, in memory that does not grow with n V."""
 
+    def _aligned(self, features: Tensor) -> Tensor:
+        """What embeddings stand for (B, d, h, w), through which their gradient reaches the features in evaluation."""
+        return features
+
     def _embed(self, codes: Tensor) -> Tensor:
         """Embeddings (B, N, d) of valid codes (B, N)."""
         return nn.functional.embedding(codes, self.codebook)
@@ -124,6 +128,9 @@ class Quantizer(nn.Module, ABC):
         if not self.training:
             codes = self.encode(features)
             embeddings = self.codes_to_embeddings(codes, (features.shape[2], features.shape[3]))
+            if torch.is_grad_enabled() and features.requires_grad:
+                aligned = self._aligned(features.float())
+                embeddings = aligned + (embeddings - aligned).detach()
             return QuantizerOutput(codes, embeddings.to(features.dtype), features.new_zeros((), dtype=torch.float32))
         with torch.autocast(device_type=features.device.type, enabled=False):
             output = self._quantize(features.float())

@@ -159,6 +159,9 @@ class FSQQuantizer(Quantizer):
         _, codes = self.vq(features[None])
         return codes[0].long()
 
+    def _aligned(self, features: Tensor) -> Tensor:
+        return self._quantize(features).embeddings
+
     def _quantize(self, features: Tensor) -> QuantizerOutput:
         tokens, finite = _finite_tokens(features)
         quantized, codes = self.vq(tokens)

@@ -126,6 +126,9 @@ class _LearnedCodebookVQ(Quantizer):
     def _search(self, features: Tensor) -> Tensor:
         return nearest_codes(nn.functional.normalize(features, dim=1), self.codebook, metric=self.metric, check=False)
 
+    def _aligned(self, features: Tensor) -> Tensor:
+        return nn.functional.normalize(features, dim=1)
+
     def _quantize(self, features: Tensor) -> QuantizerOutput:
         batch, _, height, _ = features.shape
         tokens = nn.functional.normalize(rearrange(features, "b d h w -> b (h w) d"), dim=2)

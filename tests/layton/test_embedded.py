@@ -60,6 +60,22 @@ def test_the_default_decoder_is_the_distilled_one(mini: LaytonTokenizer) -> None
     assert set(mini.decoders) == {"light", "diffusion", "consistency", "instaflow", "hipa"}
 
 
+def test_saved_in_any_type_it_loads_again_and_trained_decoders_are_not_saved_under_others(
+    mini: LaytonTokenizer, tmp_path: Path
+) -> None:
+    mini.save_pretrained(tmp_path / "narrow", dtype=torch.bfloat16)  # from fp16: rounded twice
+    narrow = LaytonTokenizer.from_pretrained(tmp_path / "narrow")
+    assert set(narrow.decoders) == set(mini.decoders)
+    for name, first in (("diffusion", "consistency"), ("light", "diffusion")):
+        weights = next(p for n, p in narrow.decoder(name).named_parameters() if "transformer" in n or "controlnet" in n)
+        weights.data.add_(1.0)
+        with pytest.raises(ValueError, match=rf"'{first}' cannot be saved so: it learnt by a decoder '{name}'"):
+            narrow.save_pretrained(tmp_path / "none")
+        for other in ("consistency", "instaflow", "hipa") if name == "diffusion" else ():
+            del narrow.decoders[other]
+    assert not (tmp_path / "none").exists()
+
+
 def test_plain_diffusers_draws_with_the_text_to_image_model() -> None:
     from diffusers import StableDiffusionPipeline
 

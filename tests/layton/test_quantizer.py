@@ -98,6 +98,16 @@ def test_gradient_reaches_the_features_through_embeddings_and_loss(quantizer):
         assert features.grad.abs().sum() > 0
 
 
+def test_gradient_reaches_the_features_in_evaluation_as_in_training(quantizer):
+    features = draw(2, quantizer.code_dim, 4, 4).requires_grad_()
+    towards = draw(2, quantizer.code_dim, 4, 4, seed=1)
+    output = quantizer.eval()(features)
+    with torch.no_grad():
+        torch.testing.assert_close(output.embeddings, quantizer(features).embeddings)
+    (output.embeddings * towards).sum().backward()
+    assert features.grad.abs().sum() > 0 and features.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["cosine", "euclidean_learned", "simvq", "lfq"])
 def test_every_code_survives_a_trip_through_its_embedding(name):
     quantizer = MAKERS[name]()

@@ -273,14 +273,41 @@ def test_a_saved_tokenizer_comes_with_the_diffusion_model_of_its_decoders(tmp_pa
         LaytonTokenizer.from_pretrained(tmp_path / "copy", decoders=names)
 
 
+def test_a_compiled_part_is_not_saved_as_what_cannot_be_loaded(tmp_path: Path) -> None:
+    model = tiny()
+    model.encoder = torch.compile(model.encoder)
+    with pytest.raises(ValueError, match=r"OptimizedModule is no ImageEncoder.*part.compile\(\) does not"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_encoder_learns_through_the_codes_in_eval_mode_too() -> None:
+    model = tiny().eval()
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).mul(2).sub(1)
+    features = model.encoder(images)
+    quantized = model.quantizer(features)
+    assert torch.equal(quantized.codes, model.encode(images))
+    (model.decoder("light").decode(quantized.embeddings) - images).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.encoder.parameters())
+
+
 def test_what_is_no_picture_is_told() -> None:
     model = tiny()
     size = model.image_size
-    with pytest.warns(UserWarning, match=r"takes \[-1, 1\], not \[0, 1\]"):
+    with pytest.warns(UserWarning, match=r"in \[-1, 1\], not \[0, 1\]"):
         model.encode(torch.linspace(0, 1, 3 * size * size).view(1, 3, size, size))
     for wrong in ("a.jpg", ["a.jpg"], Image.new("RGB", (8, 8))):
         with pytest.raises(TypeError, match="list of PIL images"):
             model.encode_images(wrong)
+    for wrong in (torch.zeros(1, 3, size, size, dtype=torch.uint8), torch.zeros(1, 3, size, size) > 1):
+        with pytest.raises(ValueError, match=r"must be floats in \[-1, 1\]"):
+            model.encode(wrong)
+    with pytest.raises(ValueError, match="policy must be one of"):
+        model.encode(torch.zeros(1, 3, size, size), policy="squeeze")
+    with pytest.raises(TypeError, match="decode_images takes what encode_images gave"):
+        model.decode_images([1, 2])
+    with pytest.raises(ValueError, match="reconstruct takes a tensor"):
+        model.reconstruct([Image.new("RGB", (8, 8))])
     with pytest.raises(ValueError, match="at least one image"):
         model.decode(torch.zeros(0, model.num_tokens, dtype=torch.long))
 
