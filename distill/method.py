@@ -41,9 +41,10 @@ class DistillBatch:
 
     condition: Condition  # of batch size B
     null: Condition  # what guidance guides away from, batch size B or 1; empty where the use knows no guidance
-    latent_shape: tuple[int, int, int]  # (C, h, w)
+    latent_shape: tuple[int, ...]  # (C, h, w)
     x_0: Tensor | None = None  # (B, C, h, w) clean latents; None in image-free training
     noise: Tensor | None = None  # (B, C, h, w) what a teacher turned into x_0, or what the student is to; only in pairs
+    size: int | None = None  # B, where neither an unconditional network's condition nor clean latents say it
 
     def __post_init__(self) -> None:
         if self.noise is not None and (self.x_0 is None or self.noise.shape != self.x_0.shape):
@@ -56,11 +57,13 @@ class DistillBatch:
     def batch_size(self) -> int:
         """B."""
         size = self.condition.batch_size
-        if size is not None:
-            return size
-        if self.x_0 is None:
-            raise ValueError("a batch needs a condition or clean latents: its size is unknown")
-        return len(self.x_0)
+        if size is None and self.x_0 is not None:
+            size = len(self.x_0)
+        if size is None:
+            size = self.size
+        if size is None:
+            raise ValueError("a batch needs a condition, clean latents or a size: how many samples it is of is unknown")
+        return size
 
 
 @dataclass(frozen=True, slots=True, eq=False)

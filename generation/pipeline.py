@@ -54,11 +54,20 @@ UNPLANNED = (
     "nobody plans where objects stand in an image of which codes are known: give layouts, such as those of the result "
     "that the codes come from (layouts=result.layouts), or [None] to tell nothing"
 )
+_TOLD_WORDS = 8
 StepEnd = Callable[["LaytonGenPipeline", int, int, dict[str, Any]], object]
 
 
-class PromptCutWarning(UserWarning):
+class PromptWarning(UserWarning):
+    """Something of a prompt was not heard."""
+
+
+class PromptCutWarning(PromptWarning):
     """A prompt was longer than the text encoder reads."""
+
+
+class UnreadWordsWarning(PromptWarning):
+    """Words of a prompt are not in the model's vocabulary, where that is a small one of its own."""
 
 
 @dataclass
@@ -262,6 +271,10 @@ class LaytonGenPipeline:
         draw = partial(self.draw_codes, sampling=sampling, guidance=guidance, callback=callback_on_step_end)
         each = self.candidates(candidates)
         at_once = max(1, batch_size // each)
+        unread = self.text_encoder.unread(prompts)
+        if unread:
+            some = ", ".join(unread[:_TOLD_WORDS]) + ", ..." * (len(unread) > _TOLD_WORDS)
+            warnings.warn(f"not in this model's vocabulary: {some}", UnreadWordsWarning, stacklevel=2)
         codes: list[Tensor] = []
         cuts: dict[int, TextCut] = {}
         pictures: list[Any] = []
@@ -292,7 +305,7 @@ class LaytonGenPipeline:
             images=join(pictures, output_type),
             codes=torch.cat(codes),
             cut=tuple(cuts.values()),
-            unread=self.text_encoder.unread(prompts),
+            unread=unread,
             layouts=tuple(told),
         )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from distill.lazy import lazily
 
 if TYPE_CHECKING:
     from layton.codes_file import load_codes, save_codes
@@ -11,11 +12,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LaytonTokenizer", "__version__", "load_codes", "save_codes"]
 __version__ = "0.1.0"
-_PLACES = {"LaytonTokenizer": "tokenizer", "load_codes": "codes_file", "save_codes": "codes_file"}
-
-
-def __getattr__(name: str) -> object:
-    """Import what is first asked for: ``import layton`` alone stays light (PEP 562)."""
-    if name in _PLACES:
-        return getattr(import_module(f"layton.{_PLACES[name]}"), name)
-    raise AttributeError(f"module 'layton' has no attribute {name!r}")
+__getattr__, __dir__ = lazily(
+    __name__, {"LaytonTokenizer": "tokenizer", "load_codes": "codes_file", "save_codes": "codes_file"}
+)

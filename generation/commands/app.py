@@ -50,11 +50,11 @@ def app(
         raise UsageError("layton app needs gradio: pip install 'layton[app]'")
     if not 0 < port < 65536:
         raise UsageError(f"--port must lie in 1 to 65535, got {port}")
-    from generation.pipeline import PromptCutWarning
+    from generation.pipeline import PromptWarning
     from generation.serving.sockets import listening
 
     listening(host, port).close()  # a port that is taken is told before models are loaded
-    warnings.filterwarnings("ignore", category=PromptCutWarning)  # the page tells it
+    warnings.filterwarnings("ignore", category=PromptWarning)  # the page tells it
     page = build_page(Studio.load(tokenizer, device=device, allow=allow))
     page.queue(max_size=_MAX_WAITING).launch(server_name=host, server_port=port, max_file_size=_MAX_FILE)
 

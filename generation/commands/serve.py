@@ -59,7 +59,7 @@ def serve(
     if not timeout > 0:
         raise UsageError(f"--timeout must be above 0, got {timeout}")
     require_sampling(sampling)
-    from generation.pipeline import PromptCutWarning
+    from generation.pipeline import PromptWarning
     from generation.serving.engine import load_engine
     from generation.serving.http import ServerLimits, build_app
     from generation.serving.server import run
@@ -75,7 +75,7 @@ def serve(
             device=device,
             allow=allow or (),
         )
-        warnings.filterwarnings("ignore", category=PromptCutWarning)  # remarks tell it, to whom it concerns
+        warnings.filterwarnings("ignore", category=PromptWarning)  # remarks tell it, to whom it concerns
         app = build_app(engine, ServerLimits(batch_size, queue, timeout, max_megabytes))
         where = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         sys.stderr.write(f"layton: {model} on {where}, what it takes in /openapi.json; Ctrl-C ends it\n")

@@ -119,7 +119,7 @@ class LaytonGenTask(ReadsText):
                 raise ValueError(f"the transformer has {len(transformer.blocks)} blocks, got {foresight}")
             self.foresight_head = AnswerHead(transformer.width, foresight.sizes)
         self.sampling = sampling or SamplingDefaults()
-        self._told_of_cuts = False
+        self._told_of_cuts, self._codes_seen = False, False
         self._planner = None if planner is None else Held(planner)
         self._check_parts()
         if planner is not None:
@@ -219,9 +219,21 @@ class LaytonGenTask(ReadsText):
     def codes_of(self, batch: dict[str, Any]) -> Tensor:
         """Codes (B, N) int64 of a batch, encoded in fp32 if it holds images."""
         if "codes" in batch:
-            return batch["codes"].long()
+            return self._checked(batch["codes"].long(), windows="positions" in batch)
         with torch.autocast(self.device.type, enabled=False):
             return self.tokenizer.encode(batch["image"].float())
+
+    def _checked(self, codes: Tensor, *, windows: bool) -> Tensor:
+        """Codes that are whole images' (or windows of them); values are looked at once, as that waits for a GPU."""
+        facts = self.facts
+        if codes.ndim != 2 or not (windows or codes.shape[1] == facts.num_tokens):
+            raise ValueError(f"codes must be (B, {facts.num_tokens}), got {tuple(codes.shape)}")
+        if not self._codes_seen and codes.numel():
+            low, high = (int(value) for value in codes.aminmax())
+            if not 0 <= low <= high < facts.vocab_size:
+                raise ValueError(f"codes must be in [0, {facts.vocab_size - 1}], got {low} to {high}")
+            self._codes_seen = True
+        return codes
 
     def _whole(self, batch: dict[str, Any]) -> Tensor:
         """Codes (B, N) for a preview; around windows stands code 0."""

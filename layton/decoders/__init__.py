@@ -5,8 +5,9 @@ Files name the classes as ``layton.decoders.NAME``, wherever in this package the
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from distill.lazy import lazily
 
 if TYPE_CHECKING:
     from layton.decoders.consistency import ConsistencyDecoder
@@ -23,9 +24,4 @@ _PLACES = {
     "SAMPLING_FOLDER": "latent",
 }
 
-
-def __getattr__(name: str) -> object:
-    """Import a decoder when it is first asked for: the light one does without diffusers (PEP 562)."""
-    if name in _PLACES:
-        return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazily(__name__, _PLACES)  # the light one is there without diffusers

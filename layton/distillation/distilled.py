@@ -303,7 +303,8 @@ def load_distilled(
     """Put a distilled student into a pipeline, with a scheduler that takes its times and refuses others.
 
     Call the pipeline with ``**pipeline_arguments(sampling, num_steps)`` afterwards. A LoRA joins those already loaded
-    and is switched on beside them; scale it with ``pipeline.set_adapters`` or ``cross_attention_kwargs``.
+    and is switched on beside them, but takes the place of one of its own name; scale it, or switch between several,
+    with ``pipeline.set_adapters`` or ``cross_attention_kwargs``.
 
     Args:
         pipeline: A pipeline with the teacher's UNet or transformer; changed in place.
@@ -358,6 +359,8 @@ def _load_lora(pipeline: DiffusionPipeline, path: Path, part: str, adapter_name:
         key.removeprefix(part + "."): value for key, value in load_tensors(path).items() if key.startswith(part + ".")
     }
     _check_layers(network, saved, path)
+    if adapter_name in getattr(network, "peft_config", {}):
+        pipeline.delete_adapters(adapter_name)
     before = active_adapters(network)
     with warnings.catch_warnings():
         # peft warns of a second adapter, which is what is wanted here.

@@ -5,8 +5,9 @@ Names are imported on first use: torchmetrics and timm are slow to load and `imp
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from distill.lazy import lazily
 
 if TYPE_CHECKING:
     from layton.metrics.codebook import CodebookReport, CodebookStatistics
@@ -62,9 +63,4 @@ __all__ = [
     "ssim",
 ]
 
-
-def __getattr__(name: str) -> object:
-    """Imports a public name from its module on first use."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__, __dir__ = lazily(__name__, _HOME)

@@ -259,27 +259,50 @@ def build_run(
     return RunParts(cli.model, cli.datamodule, steps if steps > 0 else None, trainer["accumulate_grad_batches"] or 1)
 
 
-def load_task(path: Path | str, *, averaged: bool = True, allow: Iterable[str] = ()) -> LaytonTask:
-    """Rebuild a task from a checkpoint that ``layton fit`` wrote, with all its parts and weights.
+def load_task(
+    path: Path | str, task: LaytonTask | None = None, *, averaged: bool = True, allow: Iterable[str] = ()
+) -> LaytonTask:
+    """Rebuild a task from a checkpoint, with all its parts and weights.
 
     Unlike Lightning's ``load_from_checkpoint`` it checks the file's digest, and the class names in it before importing.
 
     Args:
         path: the checkpoint.
+        task: built as the run's was, for a checkpoint of a run that ``layton fit`` did not make; it is filled. By
+            default one is made of what the checkpoint says.
         averaged: with the averaged weights if the run kept an EMA, else with those in training.
         allow: further modules that the checkpoint may name.
 
     Returns:
-        The task on the CPU, in evaluation mode.
+        The task, in evaluation mode; one that was made is on the CPU.
 
     Raises:
         CheckpointError: the file is damaged, not of this library, or names a class that is not allowed.
+        RuntimeError: it does not fit the task that was given.
     """
     checkpoint = SafeCheckpointIO().load_checkpoint(path)
+    if task is None:
+        task = _task_of(checkpoint, path, allow)
+    else:
+        task.on_load_checkpoint(checkpoint)
+        task.load_state_dict(checkpoint["state_dict"], strict=task.strict_loading)
+    states = [state for key, state in checkpoint["callbacks"].items() if key.startswith("EMA") and state]
+    if averaged and states:
+        named = dict(task.named_parameters())
+        with torch.no_grad():
+            for key, tensor in zip(states[0]["names"], states[0]["average"]["shadow_params"], strict=True):
+                named[key].copy_(tensor)
+    return task.eval()
+
+
+def _task_of(checkpoint: dict[str, Any], path: Path | str, allow: Iterable[str]) -> LaytonTask:
     parameters = checkpoint.get("hyper_parameters", {})
     name = parameters.get("_class_path")
     if not isinstance(name, str):
-        raise CheckpointError(f"{path} was not written by `layton fit`: it does not say which task it holds")
+        raise CheckpointError(
+            f"{path} was not written by `layton fit`: it does not say which task it holds; load_task(path, task) does "
+            "with one that is built as the run's was"
+        )
     refused = refused_class_paths(parameters, allowed=allow_modules(allow))
     if refused:
         raise CheckpointError(f"{path} names classes outside the allowed modules: {', '.join(refused)}")
@@ -292,16 +315,9 @@ def load_task(path: Path | str, *, averaged: bool = True, allow: Iterable[str] =
         raise CheckpointError(f"{path} names {name}, which is not a LaytonTask")
     try:
         with _quiet():
-            task = task_class.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+            return task_class.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     except ArgumentError as error:
         raise CheckpointError(f"{path} cannot be built by this version: {innermost_reason(str(error))}") from error
-    states = [state for key, state in checkpoint["callbacks"].items() if key.startswith("EMA") and state]
-    if averaged and states:
-        named = dict(task.named_parameters())
-        with torch.no_grad():
-            for key, tensor in zip(states[0]["names"], states[0]["average"]["shadow_params"], strict=True):
-                named[key].copy_(tensor)
-    return task.eval()
 
 
 class _PartsOnly(TrainingCLI):

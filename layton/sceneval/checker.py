@@ -9,6 +9,7 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from layton.scenes.world import Relation
 from layton.sceneval.detection import FoundObject, find_objects
@@ -33,11 +34,11 @@ class CheckResult:
     found: tuple[FoundObject, ...]
 
 
-def check(image: NDArray[np.uint8], spec: PromptSpec) -> CheckResult:
+def check(image: NDArray[np.uint8] | Image.Image, spec: PromptSpec) -> CheckResult:
     """Find the objects of an image and compare them with a prompt's specification.
 
     Args:
-        image: uint8 (H, W, 3), sRGB.
+        image: uint8 (H, W, 3) or a PIL image in RGB, sRGB.
         spec: what it must show.
 
     Returns:

@@ -47,11 +47,12 @@ class FoundObject:
     score: float
 
 
-def find_objects(image: NDArray[np.uint8], *, min_score: float = MIN_SCORE) -> list[FoundObject]:
+def find_objects(image: NDArray[np.uint8] | Image.Image, *, min_score: float = MIN_SCORE) -> list[FoundObject]:
     """Find every object.
 
     Args:
-        image: uint8 (H, W, 3), sRGB. Made for scenes of 64 to 1024 pixels; sides above 256 are reduced first.
+        image: uint8 (H, W, 3) or a PIL image in RGB, sRGB. Made for scenes of 64 to 1024 pixels; sides above 256 are
+            reduced first.
         min_score: in [0, 1]; a patch that no shape explains at least this well is left out.
 
     Returns:
@@ -60,6 +61,7 @@ def find_objects(image: NDArray[np.uint8], *, min_score: float = MIN_SCORE) -> l
     Raises:
         ValueError: if the image is not uint8 (H, W, 3) with sides of at least 16.
     """
+    image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < 16:
         raise ValueError(f"image must be uint8 (H, W, 3) with H, W >= 16, got {image.dtype} {image.shape}")
     pixels = _reduce(image).astype(np.float32)

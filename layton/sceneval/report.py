@@ -187,7 +187,7 @@ def run_sceneval(
         images = generate([prompts[n // images_per_prompt].prompt for n in numbers], [seed + n for n in numbers])
         if len(images) != len(numbers):
             raise ValueError(f"asked for {len(numbers)} images, got {len(images)}")
-        waiting += images
+        waiting += [np.asarray(image) for image in images]
         while len(waiting) >= images_per_prompt:
             ready, waiting = waiting[:images_per_prompt], waiting[images_per_prompt:]
             spec = prompts[len(verdicts)]

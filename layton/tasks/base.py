@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from distill.held import held_modules
 from layton.data.sources import SampleSource
+from layton.data.values import require_values
 from layton.folder import class_name, weights_hashes
 from layton.losses.published import PublishedPerceptualLoss
 from layton.ranks import all_gather_items
@@ -69,6 +70,7 @@ class LaytonTask(LightningModule, ABC):
         self._looked_at_captions = False
         self._whole_weights = WholeWeights()
         self._hashes_of_frozen: list[str] | None = None
+        self._images_seen = False
         self._cycles: list[tuple[OneCycleLR, dict[str, Any]]] = []
         if _given_hyperparameters.get() is not None:
             # Built by the command line: the parsed run file (plain data) goes into the checkpoint and
@@ -254,6 +256,17 @@ class LaytonTask(LightningModule, ABC):
                 "each image, in captions.jsonl or metadata.jsonl, or are the names of folders (classes: true)"
             )
         self._looked_at_captions = True
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Look at the first batch: images that are not in [-1, 1] would train, to nothing.
+
+        Raises:
+            ValueError: With the range that they span.
+        """
+        images = batch.get("image") if isinstance(batch, Mapping) else None
+        if isinstance(images, Tensor) and images.numel() and not self._images_seen:
+            require_values(images)
+        self._images_seen = True
 
     def on_fit_start(self) -> None:
         """Say which perceptual measures were found, and warn of training in half precision.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ class TokenizerTask(LaytonTask):
         """Loss of one batch through the codes, ()."""
         decoded = self.reconstruct(batch["image"])
         loss = self._losses(batch["image"], decoded, decoded.new_zeros(()))
-        for name, mask in source_masks(batch["key"]).items():
+        for name, mask in source_masks(batch.get("key", ())).items():
             self.log_measure(f"psnr_{name}", psnr(decoded[mask], batch["image"][mask]))
         return loss
 
@@ -232,7 +233,7 @@ def tell_health(task: LaytonTask, quantizer: Quantizer) -> None:
         task.log_dict({"train/usage": health.usage, "train/perplexity": health.perplexity})
 
 
-def source_masks(keys: list[str]) -> dict[str, Tensor]:
+def source_masks(keys: Sequence[str]) -> dict[str, Tensor]:
     """Which samples of a batch are Scenes and which are photographs, (B,) bool each; empty kinds are left out."""
-    scenes = torch.tensor([seed_of_key(key) is not None for key in keys])
+    scenes = torch.tensor([seed_of_key(key) is not None for key in keys], dtype=torch.bool)
     return {name: mask for name, mask in (("scenes", scenes), ("photos", ~scenes)) if mask.any()}

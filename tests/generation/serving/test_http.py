@@ -99,7 +99,7 @@ def test_it_draws_what_the_pipeline_draws(client: httpx.Client, folder: Path) ->
         assert np.array_equal(pixels(base64.b64decode(each["b64_json"])), np.asarray(picture))
 
 
-@pytest.mark.filterwarnings("ignore::generation.pipeline.PromptCutWarning")
+@pytest.mark.filterwarnings("ignore::generation.pipeline.PromptWarning")
 def test_it_says_what_it_did_not_read(client: httpx.Client) -> None:
     remarks = client.post(DRAW, json={"prompt": "a red cat " * 40}).json()["remarks"]
     assert len(remarks) == 1 and "cat" in remarks[0] and "tokens are read" in remarks[0]

@@ -40,7 +40,7 @@ def test_text_is_drawn_by_what_lies_beside_the_tokenizer(both: Path, tokenizer: 
         alone.draw("a red star", DIFFUSION)
 
 
-@pytest.mark.filterwarnings("ignore::generation.pipeline.PromptCutWarning")
+@pytest.mark.filterwarnings("ignore::generation.pipeline.PromptWarning")
 def test_what_is_not_read_of_a_prompt_is_told_on_the_page(tmp_path: Path) -> None:
     studio = Studio.load(str(write_model(tmp_path)))
     _, remarks = studio.draw("a red star " * 99, LAYTONGEN)
