@@ -67,7 +67,7 @@ class SafeCheckpoint(ModelCheckpoint):
             )
         self.periodic = monitor is None
         self._in_background = in_background
-        self._loops_at_step: dict[str, Any] | None = None
+        self._loops_at_step: tuple[int, dict[str, Any]] = (-1, {})  # and of which step
         self._began, self._ends = 0, False
         super().__init__(
             dirpath=dirpath,
@@ -109,12 +109,14 @@ class SafeCheckpoint(ModelCheckpoint):
         fetcher = trainer.fit_loop._data_fetcher
         if fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher):
             # Validation follows. Saved during it, the run must resume as if saved here.
-            self._loops_at_step = deepcopy(trainer._checkpoint_connector._get_loops_state_dict())
+            loops = deepcopy(trainer._checkpoint_connector._get_loops_state_dict())
+            self._loops_at_step = (trainer.global_step, loops)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A periodic file made during validation, or after it, gets the progress of the training step before it."""
-        if self.periodic and (trainer.validating or self._ends) and self._loops_at_step is not None:
-            checkpoint["loops"] = self._loops_at_step
+        step, loops = self._loops_at_step
+        if self.periodic and (trainer.validating or self._ends) and step == trainer.global_step:
+            checkpoint["loops"] = loops
 
     @property
     def last_saved(self) -> str:
@@ -139,7 +141,7 @@ class SafeCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note where this part of the run begins, and leave behind what an earlier branch saved of later steps."""
         super().on_train_start(trainer, pl_module)
-        self._began, self._loops_at_step = trainer.global_step, None
+        self._began, self._loops_at_step = trainer.global_step, (-1, {})
         if self.dirpath is not None and trainer.ckpt_path and trainer.is_global_zero:
             left = leave_behind(Path(self.dirpath), Path(str(trainer.ckpt_path)))
             if left:

@@ -282,7 +282,9 @@ class _HashingFile:
         view = memoryview(data).cast("B")
         if self.error is None:
             try:
-                self._file.write(view)
+                rest = view
+                while rest:  # a raw file takes 2 GB at most at once, and what there is room for
+                    rest = rest[self._file.write(rest) :]
             except OSError as error:
                 self.error = error
         self._hash.update(view)

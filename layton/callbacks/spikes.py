@@ -84,7 +84,9 @@ class LossSpikes(Callback):
         """Look at the loss while the step can still be skipped."""
         if not pl_module.automatic_optimization:
             return
-        value = float(loss.detach()) * trainer.accumulate_grad_batches
+        scaler = getattr(trainer.precision_plugin, "scaler", None)  # of 16-mixed, by which losses are magnified
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        value = float(loss.detach()) * trainer.accumulate_grad_batches / scale
         if self._look(value) and self.skip and isinstance(pl_module, LaytonTask):
             pl_module.reject_step(f"loss spike {value:.4g}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import pickle
 import random
@@ -20,6 +22,7 @@ from layton.callbacks.checkpoint_io import (
     KILL_POINT_VARIABLE,
     CheckpointError,
     SafeCheckpointIO,
+    _HashingFile,
     newest_good_checkpoint,
     sweep_orphans,
 )
@@ -145,7 +148,8 @@ def test_full_disk_leaves_the_previous_file_and_says_what_was_needed(tmp_path: P
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        for limit in (0, 1, 100, 1000, 4096, 10_000, 65_536, 100_000, 300_000, 399_999):
+        size = (tmp_path / "last.ckpt").stat().st_size
+        for limit in (0, 1, 100, 1000, 4096, 10_000, 65_536, 100_000, 300_000, 399_999, size - 1):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
             try:
                 with pytest.raises(CheckpointError, match=r"last\.ckpt \(0\.4 MB needed\)"):
@@ -156,6 +160,23 @@ def test_full_disk_leaves_the_previous_file_and_says_what_was_needed(tmp_path: P
     finally:
         signal.signal(signal.SIGXFSZ, previous)
     assert SafeCheckpointIO().load_checkpoint(target)["global_step"] == 1
+
+
+class Slow(io.BytesIO):
+    """Takes a few bytes at once, as a raw file takes 2 GB."""
+
+    def write(self, data: Any) -> int:
+        return super().write(data[:1000])
+
+
+def test_what_a_file_takes_in_parts_arrives_whole() -> None:
+    slow = Slow()
+    file = _HashingFile(slow)  # type: ignore[arg-type]
+    torch.save(state(1, 10_000), file)  # type: ignore[arg-type]
+    assert file.error is None and file.size == len(slow.getvalue())
+    assert file.digest() == hashlib.sha256(slow.getvalue()).hexdigest()
+    slow.seek(0)
+    assert torch.load(slow, weights_only=True)["global_step"] == 1
 
 
 def test_every_flipped_byte_and_every_cut_is_noticed(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from toy import ToyPart, ToyTask, assert_same, toy_data
 
 from layton.callbacks import EMA, LossSpikes, SafeCheckpoint, newest_good_checkpoint
@@ -36,6 +37,19 @@ class Weights(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, task: Any, *args: Any) -> None:
         self.after.append({name: tensor.clone() for name, tensor in task.state_dict().items()})
+
+
+def test_losses_that_are_magnified_for_half_precision_are_told_as_they_are(tmp_path: Path) -> None:
+    task = SpikyTask(part=ToyPart(), optimizer=partial(torch.optim.SGD, lr=0.0))
+    scaling = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+    trainer = Trainer(
+        default_root_dir=tmp_path, max_steps=32, logger=False, limit_val_batches=0, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, plugins=[scaling], callbacks=[LossSpikes()],
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="loss spike before step 31") as told:
+        trainer.fit(task, toy_data())
+    (spike,) = (str(each.message) for each in told if "loss spike" in str(each.message))
+    assert float(spike.split(": ")[1].split(",")[0]) == pytest.approx(10 * task.losses[29], rel=0.5)
 
 
 def train(folder: Path, *, skip: bool, steps: int = 40, offset: int = 0, seed: int = 0) -> tuple[Any, Weights, Any]:

@@ -155,6 +155,31 @@ def test_a_run_that_ran_out_of_time_is_not_exported(tmp_path: Path) -> None:
     assert (tmp_path / "whole" / "export").is_dir()
 
 
+class StopAfter(Callback):
+    """Ends the run with an epoch, as `EarlyStopping` on a measure of training does."""
+
+    def on_train_epoch_end(self, trainer: Trainer, task: Any) -> None:
+        trainer.should_stop = trainer.current_epoch == 2
+
+
+def test_a_run_that_ends_long_after_its_validation_goes_on_from_its_end(tmp_path: Path) -> None:
+    def run(*extra: Callback) -> Trainer:
+        saving = SafeCheckpoint(every_n_train_steps=1000)
+        trainer = Trainer(
+            default_root_dir=tmp_path, accelerator="cpu", max_epochs=4, check_val_every_n_epoch=2, logger=False,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[saving, *extra],
+        )  # fmt: skip
+        task = ToyTask(part=ToyPart(), optimizer=partial(torch.optim.AdamW, lr=1e-2))
+        trainer.fit(task, toy_data(), ckpt_path=newest_good_checkpoint(tmp_path / "checkpoints"))
+        return trainer
+
+    assert run(StopAfter()).global_step == 15  # the third epoch, no validation since the second
+    (file,) = (tmp_path / "checkpoints").glob("*.ckpt")
+    progress = torch.load(file, weights_only=True)["loops"]["fit_loop"]["epoch_progress"]["current"]
+    assert progress["processed"] == 3
+    assert run().global_step == 20
+
+
 def test_ranks_that_do_not_agree_stop_before_they_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def with_another(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [*items, {name: 5 if name == "step" else value for name, value in items[0].items()}]
