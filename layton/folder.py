@@ -157,7 +157,7 @@ def load_config(folder: Path, *, expected_class: str) -> dict[str, JsonValue]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise ValueError(_no_part(path.parent))
-    config = _read_json(path)
+    config = read_json(path)
     if config.get("class") != expected_class:
         raise ValueError(f"{path} describes {config.get('class')!r}, not {expected_class!r}")
     return config
@@ -180,7 +180,12 @@ def told_of_runs(folder: Path) -> str:
     )
 
 
-def _read_json(path: Path) -> dict[str, JsonValue]:
+def read_json(path: Path) -> dict[str, JsonValue]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: It is none.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -283,7 +288,7 @@ def read_class(folder: Path | str) -> str:
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
         raise ValueError(_no_part(path.parent))
-    name = _read_json(path).get("class")
+    name = read_json(path).get("class")
     if not isinstance(name, str):
         raise ValueError(f"{path} names no class")
     return name

@@ -111,7 +111,7 @@ class StoredSource(ImageSource):
 
     def settings(self) -> str:
         """Whether some are mirrored, which neither their size nor their brightness shows."""
-        return f"flip {self.transform.flip:g}" if self.transform.flip else ""
+        return self.transform.settings()
 
     @property
     @abstractmethod
@@ -233,6 +233,10 @@ class ScenesSource(ImageSource):
         self.related = related
         self.places = places
         self.transform = transform
+
+    def settings(self) -> str:
+        """Whether some are mirrored; see `ImageSource.settings`."""
+        return "" if self.transform is None else self.transform.settings()
 
     def __len__(self) -> int:
         """Number of scenes."""

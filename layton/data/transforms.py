@@ -25,6 +25,10 @@ class SampleTransform(ABC):
     size: int
     flip: float = 0.0  # how often it mirrors
 
+    def settings(self) -> str:
+        """See `layton.data.sources.ImageSource.settings`."""
+        return f"flip {self.flip:g}" if self.flip else ""
+
     @abstractmethod
     def __call__(self, image: Image.Image, *, seed: int) -> Tensor:
         """Transform one image.

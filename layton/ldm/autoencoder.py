@@ -176,7 +176,8 @@ def standardise_latents(model: AutoencoderKL, mean: Tensor, std: Tensor) -> Auto
     """A copy of ``model`` whose latent channels have zero mean and unit variance, with the same reconstructions.
 
     Stable Diffusion's pipeline knows one scale for all channels; a channel of small variance would then drown in the
-    diffusion noise. The affine map is folded into the 1x1 convolutions before and after the latent instead.
+    diffusion noise. The affine map is folded into the 1x1 convolutions before and after the latent instead. Models
+    without these (SD3's, FLUX's) get the one scale by which all channels together have unit power.
 
     Args:
         model: The model that makes the latents.
@@ -184,10 +185,13 @@ def standardise_latents(model: AutoencoderKL, mean: Tensor, std: Tensor) -> Auto
         std: Their standard deviation (C,).
 
     Returns:
-        The new model, of scale 1; ``decode(encode(x))`` is unchanged up to rounding.
+        The new model, of scale 1 where there are such convolutions; ``decode(encode(x))`` is unchanged up to rounding.
     """
     std = std.clamp(min=1e-4)
     model = copy.deepcopy(model)
+    if model.quant_conv is None or model.post_quant_conv is None:
+        model.register_to_config(scaling_factor=float((mean.square() + std.square()).mean().rsqrt()), shift_factor=None)
+        return model
     model.register_to_config(scaling_factor=1.0, shift_factor=None)
     before, after = model.quant_conv, model.post_quant_conv
     channels = len(mean)

@@ -21,12 +21,14 @@ from layton.data.loader import collate
 from layton.data.randomness import mix
 from layton.data.sources import ImageSource, SampleSource, StoredSource, walk
 from layton.devices import choose_device
-from layton.folder import CONFIG_NAME, read_class, resolve_class
+from layton.folder import CONFIG_NAME, JsonValue, load_tensors, read_class, read_json, resolve_class, weights_hashes
 from layton.ldm.autoencoder import Autoencoder
 from layton.precision import exact_float32, quick_dtype
 
 Images = Literal["none", "read", "stored"]
 _CAPTIONS = 64  # of so many a cache's fingerprint knows the captions
+_PIECE = 2**24
+_NOT_READING = ("architectures", "dtype", "torch_dtype", "transformers_version")
 
 
 class CachedLatents(SampleSource):
@@ -71,7 +73,7 @@ class CachedLatents(SampleSource):
         autoencoder = str(find_autoencoder(autoencoder))
         tokenizer = None if tokenizer is None else str(resolve(tokenizer))
         self._source, self._images, self._fresh_captions = source, images, fresh_captions
-        self._tokenizer = tokenizer
+        self._tokenizer, self.encoded_by = tokenizer, Path(autoencoder)
         count = len(source) if num_samples is None else num_samples
         fingerprint: dict[str, str | int | float | bool] = {
             "autoencoder": autoencoder_digest(Path(autoencoder)),
@@ -139,6 +141,28 @@ def require_codes(sources: Iterable[SampleSource], fingerprint: str) -> None:
             )
 
 
+def require_latents(sources: Iterable[SampleSource], autoencoder: Path) -> None:
+    """Refuse caches, among sources and what they are made of, whose latents another autoencoder made.
+
+    One that differs in its decoder only is no other.
+
+    Args:
+        sources: What a run reads.
+        autoencoder: Folder of the one that it decodes by.
+
+    Raises:
+        ValueError: With both folders.
+    """
+    for source in walk(sources):
+        if not isinstance(source, CachedLatents) or source.autoencoder == autoencoder_digest(autoencoder):
+            continue
+        if not encoder_hashes(source.encoded_by) & encoder_hashes(autoencoder):
+            raise ValueError(
+                f"the data's latents were made by the autoencoder in {source.encoded_by}, and the run decodes by the "
+                f"one in {autoencoder}, whose encoder is another: nothing that it learns would fit"
+            )
+
+
 def name_for(source: ImageSource) -> str:
     """8 hex digits that tell these images and captions from others, for the name of a cache."""
     return hashlib.sha256(json.dumps(_looks(source, len(source))).encode()).hexdigest()[:8]
@@ -151,7 +175,8 @@ def _looks(source: ImageSource, count: int) -> dict[str, str]:
     """
     seen = [_original(source, index) for index in sorted({0, count // 2, count - 1})]
     stored = [part for part in walk([source]) if isinstance(part, StoredSource)]
-    said = source.settings() or " ".join(found for part in stored if (found := part.settings()))
+    parts = (part for part in walk([source]) if isinstance(part, ImageSource))
+    said = source.settings() or " ".join(found for part in parts if (found := part.settings()))
     settings = {"settings": said} if said else {}
     if stored:
         content = "".join(part.stamp() for part in stored)
@@ -282,9 +307,15 @@ def codes_digest(tokenizer: Path) -> str:
     Raises:
         ValueError: If one of them is missing.
     """
-    return hashlib.sha256("".join(digest(tokenizer / part) for part in ("encoder", "quantizer")).encode()).hexdigest()[
-        :16
-    ]
+    parts = [digest(tokenizer / part) for part in ("encoder", "quantizer")]
+    levels = _config_in(tokenizer / "quantizer").get("levels")  # of FSQ, which no weight tells
+    parts += [] if levels is None else [str(levels)]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+
+
+def _config_in(folder: Path) -> dict[str, JsonValue]:
+    path = folder / CONFIG_NAME
+    return read_json(path) if path.is_file() else {}
 
 
 def digest(folder: Path) -> str:
@@ -298,8 +329,39 @@ def digest(folder: Path) -> str:
         raise ValueError(f"no safetensors weights in {folder}")
     total = hashlib.sha256()
     for file in files:
-        total.update(file.read_bytes())
+        with file.open("rb") as opened:
+            while piece := opened.read(_PIECE):
+                total.update(piece)
     return total.hexdigest()[:16]
+
+
+def words_digest(root: Path) -> str:
+    """16 hex digits over what decides, beside weights, how a pipeline reads captions: tokenizers and configurations."""
+    total = hashlib.sha256()
+    for file in sorted(file for part in root.glob("tokenizer*") for file in part.rglob("*") if file.is_file()):
+        total.update(file.read_bytes())
+    for file in sorted(root.glob(f"text_encoder*/{CONFIG_NAME}")):
+        said = {name: value for name, value in read_json(file).items() if name[0] != "_" and name not in _NOT_READING}
+        total.update(json.dumps(said, sort_keys=True).encode())
+    return total.hexdigest()[:16]
+
+
+def encoder_hashes(folder: Path) -> frozenset[str]:
+    """What tells the half of an autoencoder that makes latents, and how these are scaled, from others.
+
+    Copies stored in other types have one in common (`layton.folder.weights_hashes`).
+
+    Raises:
+        ValueError: There are no weights.
+    """
+    files = sorted(folder.rglob("*.safetensors"))
+    if not files:
+        raise ValueError(f"no safetensors weights in {folder}")
+    state = {name: value for file in files for name, value in load_tensors(file).items()}
+    parts = {name: value for name, value in state.items() if name.startswith(("encoder.", "quant_conv."))}
+    config = _config_in(folder)
+    scaled = f"{config.get('scaling_factor', 1)} {config.get('shift_factor') or 0}"
+    return frozenset(f"{found} {scaled}" for found in weights_hashes(parts))
 
 
 def autoencoder_digest(folder: Path) -> str:
@@ -308,8 +370,7 @@ def autoencoder_digest(folder: Path) -> str:
     Raises:
         ValueError: There are no weights.
     """
-    weights, path = digest(folder), folder / CONFIG_NAME
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    weights, config = digest(folder), _config_in(folder)
     scale, shift = config.get("scaling_factor"), config.get("shift_factor")
     if scale in (None, 1) and shift in (None, 0):
         return weights

@@ -47,6 +47,7 @@ def save_pipeline(
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     unet: UNet2DConditionModel,
+    scheduler: Any = None,
 ) -> None:
     """Write the five parts and ``model_index.json``.
 
@@ -56,13 +57,14 @@ def save_pipeline(
         text_encoder: Text encoder.
         tokenizer: Its tokenizer.
         unet: Denoiser.
+        scheduler: Of diffusers, with the noise that the denoiser knows; `build_scheduler`'s by default.
     """
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=build_scheduler(),
+        scheduler=build_scheduler() if scheduler is None else scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

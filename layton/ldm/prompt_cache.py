@@ -17,7 +17,7 @@ from layton.data.cache import CachedTensors
 from layton.data.randomness import mix
 from layton.data.sources import SampleSource
 from layton.devices import choose_device
-from layton.ldm.cache import digest
+from layton.ldm.cache import digest, words_digest
 from layton.ldm.conditions import PromptEncoder, latent_shape_of, pixels_per_latent
 from layton.ldm.teacher import open_outline, open_pipeline
 
@@ -61,6 +61,7 @@ class CachedPrompts(SampleSource):
         count = len(source) if num_samples is None else num_samples
         root = find_pipeline(pipeline)
         fingerprint: dict[str, str | int | float | bool] = {
+            "words": words_digest(root),
             "encoders": "-".join(digest(root / name) for name in _ENCODERS if (root / name).is_dir()),
             "source": type(source).__name__,
             "num_samples": count,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from layton.ldm.cache import digest
 from layton.reproduce.claim import LATENT_SCENES, Arm, Claim, Context, Phase, Stage
 from layton.reproduce.report import Check, Outcome, Row
 from layton.reproduce.students import Measured, measure_students
@@ -18,7 +19,7 @@ class Setting:
     """A row of the table.
 
     Attributes:
-        name: Its folder, and its run file laid over ``base.yaml``.
+        name: Of its folder, and of its run file, which is laid over ``base.yaml``.
         title: What it changes.
         paper: The paper's figures for it, in words.
         phases: Step numbers that the budget decides.
@@ -38,10 +39,15 @@ class Setting:
         """Whether a network is needed that is not there."""
         return bool(self.needs) and not Path(self.needs).is_dir()
 
+    @property
+    def arm_name(self) -> str:
+        """Its name and, where it needs a network, that one's digest: with another one it is trained anew."""
+        return f"{self.name}-{digest(Path(self.needs))[:8]}" if self.needs else self.name
+
     def arm(self, steps: int) -> Arm:
         """How it is trained, and measured in a number of steps."""
         stage = Stage("train", BASE, overlay=f"{self.name}.yaml", phases=self.phases, scenes=LATENT_SCENES)
-        return Arm(self.name, "method", (stage,), steps=(steps,))
+        return Arm(self.arm_name, "method", (stage,), steps=(steps,))
 
 
 def measure_table(
@@ -62,7 +68,7 @@ def measure_table(
     outcome = measure_students(claim, context)
     rows = []
     for setting in present:
-        found = outcome.figures[f"{setting.name}-{steps}"]
+        found = outcome.figures[f"{setting.arm_name}-{steps}"]
         scenes = found["sceneval"]["overall"]
         ours = {"SceneEval": sum(scenes) / len(scenes), "FD-effnet": found["fd_effnet"], "coverage": found["coverage"]}
         rows.append(Row(setting.title, setting.paper, ours))

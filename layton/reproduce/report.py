@@ -120,7 +120,7 @@ class Outcome:
     def summary(self, context: Context) -> str:
         """A table for people."""
         lines = [f"{self.title} ({self.source})"]
-        if context.scale.name != "full":
+        if context.scale.label != "full":
             lines.append(f"*** {context.scale.label} ***")
         for check in self.checks:
             spread = "" if check.spread is None else f" +- {check.spread:.3f}"

@@ -54,8 +54,9 @@ class AutoencoderTask(LaytonTask):
         self.autoencoder = autoencoder
         self.decoder_only = decoder_only
         if decoder_only:
-            autoencoder.model.encoder.requires_grad_(False)
-            autoencoder.model.quant_conv.requires_grad_(False)
+            for part in (autoencoder.model.encoder, autoencoder.model.quant_conv):
+                if part is not None:  # SD3's and FLUX's have no second one
+                    part.requires_grad_(False)
         self.perceptual = perceptual
         self.weights = {"l1": l1_weight, "l2": l2_weight, "kl": kl_weight}
         if perceptual is not None:

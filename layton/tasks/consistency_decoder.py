@@ -20,7 +20,7 @@ from layton.assets import DIFFUSION, LDM, LIGHT, resolve
 from layton.decoders.consistency import ConsistencyDecoder, sampling_at
 from layton.decoders.difference import Adaptation, adapt, copy_sharing
 from layton.decoders.latent import read_network
-from layton.ldm.cache import load_code_parts, require_codes
+from layton.ldm.cache import load_code_parts, require_codes, require_latents
 from layton.ldm.unet import use_fast_attention
 from layton.losses.pixel_supervision import PixelExample, PixelSupervision
 from layton.losses.reconstruction import psnr
@@ -116,6 +116,7 @@ class ConsistencyDecoderTask(ManualTask):
         self.default_steps, self.latents_per_token = default_steps, latents_per_token
         self.gradient_clip = gradient_clip
         # Heads on the teacher's features by default: these cost no second copy and need no checkpoint.
+        self._autoencoder_folder = resolve(ldm, part=LDM) / "vae"
         self._take(resolve(ldm, part=LDM), resolve(decoder, part=DIFFUSION), adaptation or Adaptation(), reader)
         if gradient_checkpointing:
             self.ladd.enable_gradient_checkpointing()
@@ -164,7 +165,8 @@ class ConsistencyDecoderTask(ManualTask):
         return list(self.difference.tensors(self.ladd).values())  # type: ignore[arg-type]
 
     def setup(self, stage: str) -> None:
-        """Refuse codes of another tokenizer."""
+        """Refuse latents of another autoencoder, and codes of another tokenizer."""
+        require_latents(self.sources(), self._autoencoder_folder)
         require_codes(self.sources(), self.quantizer.fingerprint())
 
     def on_fit_start(self) -> None:

@@ -17,7 +17,7 @@ from layton.decoders import DiffusionDecoder
 from layton.folder import WEIGHTS_NAME, load_config, load_tensors
 from layton.ladd import CLASS_NAME, LADD, require_reader
 from layton.ldm.autoencoder import Autoencoder
-from layton.ldm.cache import at_code_size, code_size, load_code_parts, require_codes
+from layton.ldm.cache import at_code_size, code_size, load_code_parts, require_codes, require_latents
 from layton.ldm.unet import use_fast_attention
 from layton.losses.reconstruction import psnr
 from layton.pixel_decoder import CodeReader
@@ -101,11 +101,13 @@ class DecoderTask(LaytonTask):
             # The null caption is this LDM's own: it may have learnt on since.
             state = self.ladd.branch_state_dict() | load_tensors(weights) | {"null_embeds": self.ladd.null_embeds}
             self.ladd.load_branch_state_dict(state, source=weights)
-        self._autoencoder = Held(Autoencoder.from_pretrained(Path(ldm) / "vae"), frozen=True)
+        self._autoencoder_folder = Path(ldm) / "vae"
+        self._autoencoder = Held(Autoencoder.from_pretrained(self._autoencoder_folder), frozen=True)
         self.preview_steps, self.time_shift = preview_steps, time_shift
 
     def setup(self, stage: str) -> None:
-        """Refuse codes of another tokenizer."""
+        """Refuse latents of another autoencoder, and codes of another tokenizer."""
+        require_latents(self.sources(), self._autoencoder_folder)
         if not self.train_tokenizer:
             require_codes(self.sources(), self.quantizer.fingerprint())
         use_fast_attention(self.ladd.unet, self.ladd.controlnet)

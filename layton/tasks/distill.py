@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -35,12 +34,12 @@ from distill.recompute import Recompute, set_recompute
 from distill.schedules import NoiseSchedule
 from distill.stacked import StackedUNet2DConditionModel, stack
 from layton.assets import find_pipeline
-from layton.data.sources import SampleSource, walk
+from layton.data.sources import walk
 from layton.distillation.distilled import begin_with, network_of, save_distilled, student_pipeline
 from layton.distillation.pair_data import TeacherPairs, teacher_told
 from layton.distillation.task_pairs import TaskPairs
 from layton.ldm.autoencoder import Autoencoder
-from layton.ldm.cache import CachedLatents, autoencoder_digest
+from layton.ldm.cache import require_latents
 from layton.ldm.conditions import NETWORK_GUIDANCE, PromptEncoder, latent_shape_of
 from layton.ldm.prompt_cache import condition_of_batch
 from layton.ldm.teacher import open_pipeline
@@ -226,21 +225,13 @@ class DistillTask(ManualTask):
             if not isinstance(getattr(self.method, "solver", None), TeacherSolver):
                 raise ValueError(f"{type(self.method).__name__} does not learn from pairs, and TaskPairs are such")
             self._start_from("image")
-        self._compare_autoencoders(sources)
+        require_latents(sources, self._teacher_folder / "vae")
         # Checkpoints are meant to hold the weights after the step.
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         for network in (self.student, self.teacher, self.networks.target):
             inner = network.denoiser if isinstance(network, AdapterView) else network
             if isinstance(inner, UNetDenoiser):
                 use_fast_attention(inner.unet)
-
-    def _compare_autoencoders(self, sources: Iterable[SampleSource]) -> None:
-        made_by = {source.autoencoder for source in sources if isinstance(source, CachedLatents)}
-        if made_by and (strange := made_by - {autoencoder_digest(self._teacher_folder / "vae")}):
-            rank_zero_warn(
-                f"the data's latents were made by an autoencoder ({', '.join(sorted(strange))}) whose files are not "
-                f"those in {self._teacher_folder / 'vae'}: unless the weights are the same, the student learns nonsense"
-            )
 
     def _start_from(self, start: Start) -> None:
         self.sampling = self.previews.sampling = replace(self.sampling, start=start)

@@ -19,9 +19,11 @@ from distill.parameterization import prediction_type_from_config
 from distill.samplers import sample
 from distill.schedules import schedule_from_config
 from distill.timesteps import timesteps
+from layton.assets import find_autoencoder
 from layton.decoders.rebase import read_adaptors
 from layton.distillation.distilled import save_lora
 from layton.ldm.autoencoder import Autoencoder
+from layton.ldm.cache import require_latents
 from layton.ldm.pipeline import build_scheduler, save_pipeline
 from layton.ldm.positions import PlaceTeacher
 from layton.ldm.teacher import open_pipeline
@@ -46,7 +48,8 @@ class TextToImageTask(LaytonTask):
 
     Args:
         autoencoder: Folder of the AutoencoderKL that made the latents; it goes into the exported pipeline.
-        pretrained: Exported pipeline whose UNet and text encoder go on learning; their sizes are then its own.
+        pretrained: Exported pipeline whose UNet and text encoder go on learning; their sizes are then its own, and so
+            are what the network predicts and the schedule of the noise.
         lora: Train adaptors of this shape on the UNet of ``pretrained``, and none of its own weights; they are folded
             into it when it is exported, and lie beside it as ``lora/``, so that they can be taken out again.
         start: Export of a run with the same ``pretrained`` and ``lora``, whose adaptors and text encoder go on; its
@@ -107,13 +110,15 @@ class TextToImageTask(LaytonTask):
             raise ValueError(f"place_weight must be >= 0, and above 0 only with places, got {place_weight}")
         if object_weight <= 0 or (object_weight != 1 and place_weight == 0):
             raise ValueError(f"object_weight must be > 0, and 1 without place_weight, got {object_weight}")
-        self._autoencoder = Held(Autoencoder.from_pretrained(autoencoder), frozen=True)
+        self._autoencoder_folder = find_autoencoder(autoencoder)
+        self._autoencoder = Held(Autoencoder.from_pretrained(self._autoencoder_folder), frozen=True)
         if pretrained is not None:
             pipeline = open_pipeline(pretrained)
             text = (pipeline.tokenizer, pipeline.text_encoder) if start is None else read_text_parts(Path(start))
             self.text = TextConditioner(*text).requires_grad_(True).train()
-            unet = pipeline.unet.requires_grad_(True).train()
+            unet, self._scheduler = pipeline.unet.requires_grad_(True).train(), pipeline.scheduler
         else:
+            self._scheduler = build_scheduler()
             tokenizer = build_tokenizer()
             self.text = TextConditioner(tokenizer, build_text_encoder(tokenizer, width=text_width, depth=text_depth))
             unet = build_unet(
@@ -133,14 +138,15 @@ class TextToImageTask(LaytonTask):
                 load_adapter_state_dict(unet, state, "default")
         self.teacher = PlaceTeacher(unet, self.text.tokenizer) if place_weight > 0 else None
         self.place_weight, self.object_weight = place_weight, object_weight
-        config = dict(build_scheduler().config)
+        config = dict(self._scheduler.config)
         self.denoiser = UNetDenoiser(unet, schedule_from_config(config), prediction_type_from_config(config))
         self.lora = lora
         self.caption_dropout, self.time_shift, self.logit_normal = caption_dropout, time_shift, logit_normal
         self.preview_steps, self.preview_guidance = preview_steps, preview_guidance
 
     def setup(self, stage: str) -> None:
-        """Pick the attention that is quick."""
+        """Refuse latents of another autoencoder, and pick the attention that is quick."""
+        require_latents(self.sources(), self._autoencoder_folder)
         use_fast_attention(self.denoiser.unet)
 
     def why_not_sharded(self) -> str | None:
@@ -216,6 +222,7 @@ class TextToImageTask(LaytonTask):
             text_encoder=self.text.text_encoder,
             tokenizer=self.text.tokenizer,
             unet=unet,
+            scheduler=self._scheduler,
         )
 
 

@@ -257,6 +257,8 @@ def test_mirrored_images_have_caches_of_their_own(tmp_path: Path) -> None:
     ]
     assert len(set(names)) == 3
     assert name_for(ImageFolderSource(str(tmp_path), transform=Fit(64), split=None)) == names[0]  # as before
+    scenes = [name_for(ScenesSource(length=8, size=64, transform=RandomCrop(64, flip=flip))) for flip in (0.0, 1.0)]
+    assert scenes[0] != scenes[1]
 
 
 def test_fresh_captions_of_cached_latents_are_the_sources_own_with_each_seed(tmp_path: Path) -> None:
