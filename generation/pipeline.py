@@ -54,7 +54,7 @@ UNPLANNED = (
     "nobody plans where objects stand in an image of which codes are known: give layouts, such as those of the result "
     "that the codes come from (layouts=result.layouts), or [None] to tell nothing"
 )
-_TOLD_WORDS = 8
+_TOLD_WORDS, _TOLD_LETTERS = 8, 40
 StepEnd = Callable[["LaytonGenPipeline", int, int, dict[str, Any]], object]
 
 
@@ -273,7 +273,8 @@ class LaytonGenPipeline:
         at_once = max(1, batch_size // each)
         unread = self.text_encoder.unread(prompts)
         if unread:
-            some = ", ".join(unread[:_TOLD_WORDS]) + ", ..." * (len(unread) > _TOLD_WORDS)
+            some = ", ".join(word[:_TOLD_LETTERS] for word in unread[:_TOLD_WORDS])
+            some += ", ..." * (len(unread) > _TOLD_WORDS)
             warnings.warn(f"not in this model's vocabulary: {some}", UnreadWordsWarning, stacklevel=2)
         codes: list[Tensor] = []
         cuts: dict[int, TextCut] = {}

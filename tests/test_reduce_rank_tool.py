@@ -27,7 +27,7 @@ def reduce(folder: Path, out: Path, rank: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_student_draws_as_before_where_a_smaller_rank_is_enough(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny.stable_diffusion("v_prediction").save_pretrained(tmp_path / "teacher")
     student = networks_for(
@@ -54,8 +54,12 @@ def test_a_student_draws_as_before_where_a_smaller_rank_is_enough(
     torch.testing.assert_close(*drawn, atol=1e-4, rtol=1e-4)
     sizes = [(tmp_path / name / LORA_NAME).stat().st_size for name in ("student", "small")]
     assert sizes[1] < sizes[0]
-    with pytest.raises(ValueError, match="of rank 2: nothing to reduce to 3"):
-        reduce(tmp_path / "small", tmp_path / "smaller", 3, monkeypatch)
+    for rank in (3, 0):
+        with pytest.raises(SystemExit) as ended:
+            reduce(tmp_path / "small", tmp_path / "smaller", rank, monkeypatch)
+        assert ended.value.code == 1
+        assert f"of rank 2: nothing to reduce to {rank}" in capsys.readouterr().err
+    assert not (tmp_path / "smaller").exists()
 
 
 def test_a_decoder_reconstructs_alike_with_a_smaller_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

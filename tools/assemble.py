@@ -20,12 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 
 from generation.decoders import HiPADecoder, InstaFlowDecoder
 from generation.generator import PART, load_generator, save_generator
 from generation.planner import LayoutPlanner
+from layton.control import load_unet
 from layton.decoders import ConsistencyDecoder, DiffusionDecoder, LightDecoder
 from layton.interface import CodeDecoder
 from layton.ladd import LADD
@@ -77,7 +78,7 @@ def main() -> None:
     diffusers_logging.disable_progress_bar()
     try:
         write(arguments, part)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         shutil.rmtree(part, ignore_errors=True)
         parser.exit(1, f"{error}\n")
     part.rename(arguments.out)
@@ -114,7 +115,7 @@ def all_decoders(arguments: argparse.Namespace) -> dict[str, CodeDecoder]:
     light = light_folder(arguments.tokenizer)
     decoders = own_decoders(arguments.tokenizer)
     if arguments.decoder is not None:
-        unet = UNet2DConditionModel.from_pretrained(arguments.ldm / "unet")
+        unet = load_unet(arguments.ldm / "unet")
         network = LADD.from_pretrained(arguments.decoder, unet=unet, reader=light)
         network.conditioning_scale = arguments.condition_scale
         decoders["diffusion"] = DiffusionDecoder(

@@ -29,8 +29,11 @@ def main() -> None:
     if arguments.out.exists():
         parser.error(f"{arguments.out} exists")
     is_student = (arguments.folder / FEW_STEP_NAME).is_file()
-    with staged(arguments.out) as part:
-        (reduce_student if is_student else reduce_decoder)(arguments.folder, part, arguments.rank)
+    try:
+        with staged(arguments.out) as part:
+            (reduce_student if is_student else reduce_decoder)(arguments.folder, part, arguments.rank)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{error}\n")
 
 
 def reduce_decoder(folder: Path, out: Path, rank: int) -> None:
@@ -65,7 +68,7 @@ def reduce_student(folder: Path, out: Path, rank: int) -> None:
 
 
 def _require_larger(found: int | None, rank: int, folder: Path) -> None:
-    if found is None or found <= rank:
+    if found is None or not 1 <= rank < found:
         raise ValueError(f"{folder} has adaptors of rank {found}: nothing to reduce to {rank}")
 
 

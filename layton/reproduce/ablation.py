@@ -42,7 +42,7 @@ class Setting:
     @property
     def arm_name(self) -> str:
         """Its name and, where it needs a network, that one's digest: with another one it is trained anew."""
-        return f"{self.name}-{digest(Path(self.needs))[:8]}" if self.needs else self.name
+        return f"{self.name}-{digest(Path(self.needs))[:8]}" if self.needs and not self.missing else self.name
 
     def arm(self, steps: int) -> Arm:
         """How it is trained, and measured in a number of steps."""

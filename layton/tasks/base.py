@@ -264,8 +264,9 @@ class LaytonTask(LightningModule, ABC):
             ValueError: With the range that they span.
         """
         images = batch.get("image") if isinstance(batch, Mapping) else None
-        if isinstance(images, Tensor) and images.numel() and not self._images_seen:
-            require_values(images)
+        if self._images_seen or not isinstance(images, Tensor) or not bool(images.isfinite().all()):
+            return  # what is not finite is the guard's
+        require_values(images)
         self._images_seen = True
 
     def on_fit_start(self) -> None:

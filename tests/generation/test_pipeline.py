@@ -17,10 +17,12 @@ from generation.generator import find_generator, find_tokenizer, load_generator,
 from generation.model.packing import packed
 from generation.model.quantization import set_weights
 from generation.model.weight_types import Weights
-from generation.pipeline import LaytonGenPipeline, PromptCutWarning
+from generation.pipeline import LaytonGenPipeline, PromptCutWarning, UnreadWordsWarning
 from layton import assets
 
 PROMPTS = ["a red circle", "", "two blue stars", "写 😀\n\0"]
+
+unread = pytest.mark.filterwarnings("ignore::generation.pipeline.UnreadWordsWarning")
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,7 @@ def seeds(*numbers: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(number) for number in numbers]
 
 
+@unread
 def test_codes_depend_on_prompt_and_seed_alone(pipe: LaytonGenPipeline) -> None:
     alone = [pipe(p, generator=seeds(i), output_type="codes").codes for i, p in enumerate(PROMPTS)]
     together = pipe(PROMPTS, generator=seeds(0, 1, 2, 3), output_type="codes").codes
@@ -78,10 +81,12 @@ def test_guidance_of_one_is_none_and_more_of_it_changes_codes(pipe: LaytonGenPip
 
 
 def test_words_that_the_model_does_not_know_are_named(pipe: LaytonGenPipeline) -> None:
-    result = pipe(["a red circle", "a cat and two red cats"], output_type="codes")
+    with pytest.warns(UnreadWordsWarning, match="not in this model's vocabulary: cat, cats"):
+        result = pipe(["a red circle", "a cat and two red cats"], output_type="codes")
     assert result.unread == ("cat", "cats") and not pipe("two stars", output_type="codes").unread
 
 
+@unread
 def test_a_long_prompt_is_cut_and_says_so(pipe: LaytonGenPipeline) -> None:
     with pytest.warns(PromptCutWarning, match="32 of its 10002 tokens"):
         result = pipe(["a", "x" * 10_000], output_type="codes")
@@ -149,6 +154,7 @@ def test_another_tokenizer_or_text_encoder_is_refused(tmp_path: Path) -> None:
         load_generator(model / "laytongen", text_encoder=tiny_text_encoder(seed=5))
 
 
+@unread
 def test_no_part_sees_more_than_a_batch(pipe: LaytonGenPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: dict[str, list[int]] = {"encode": [], "decode": []}
     encode, decode = pipe.text_encoder.encode, pipe.tokenizer.decode
@@ -174,12 +180,13 @@ def test_no_part_sees_more_than_a_batch(pipe: LaytonGenPipeline, monkeypatch: py
         assert sum(sizes["decode"]) == 14
 
 
+@unread
 def test_a_cut_prompt_is_told_once_and_by_its_own_number(pipe: LaytonGenPipeline) -> None:
     with pytest.warns(PromptCutWarning) as told:
         result = pipe(["a", "b", "x" * 99], num_images_per_prompt=3, output_type="codes", batch_size=2)
     assert [cut.index for cut in result.cut] == [2]
     assert len([each for each in told if each.category is PromptCutWarning]) == 1
-    assert "prompt 2 was cut" in str(told[0].message)
+    assert any("prompt 2 was cut" in str(each.message) for each in told)
 
 
 def test_an_empty_prompt_is_no_condition_as_in_training(pipe: LaytonGenPipeline) -> None:

@@ -107,6 +107,16 @@ def test_missing_samples_count_nothing(place: Path) -> None:
     torch.testing.assert_close(task.validation_step(each, 0), task.validation_step(half, 0))
 
 
+def test_codes_that_are_no_images_are_refused(place: Path) -> None:
+    task, batch = task_of(place), batch_of(place)
+    for length in (TOKENS - 1, TOKENS + 1):
+        wrong = {**batch, "codes": torch.zeros(8, length, dtype=torch.long)}
+        with pytest.raises(ValueError, match=rf"codes must be \(B, {TOKENS}\), got \(8, {length}\)"):
+            task.training_step(wrong, 0)
+    with pytest.raises(ValueError, match=r"codes must be in \[0, \d+\], got -1 to"):
+        task.training_step({**batch, "codes": batch["codes"] - batch["codes"].min() - 1}, 0)
+
+
 def test_an_empty_caption_is_no_caption(place: Path) -> None:
     task, batch = task_of(place).eval(), batch_of(place)
     few = {name: value[:2] for name, value in batch.items()}

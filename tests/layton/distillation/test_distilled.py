@@ -269,6 +269,20 @@ def test_a_second_lora_at_the_same_time(tmp_path):
     assert (both - alone).abs().max() > 1e-3
 
 
+def test_loaded_once_more_a_student_takes_its_own_place(tmp_path):
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        networks = train_like(tiny.tiny_sd(), LoraSettings(rank=4 + seed))
+        save_distilled(networks.student, tmp_path / str(seed), record("sd"))
+    pipe, fresh = tiny.tiny_sd(), tiny.tiny_sd()
+    for folder in ("0", "1", "1"):
+        sampling = load_distilled(pipe, tmp_path / folder)
+    load_distilled(fresh, tmp_path / "1")
+    assert pipe.get_active_adapters() == ["distilled"]
+    arguments = pipeline_arguments(sampling, 2)
+    assert_close(run("sd", pipe, arguments), run("sd", fresh, arguments), **CLOSE)
+
+
 @pytest.mark.parametrize("kind", ["sd", "sd3", "flux"])
 def test_a_students_picture_depends_on_prompt_and_seed_alone(kind, tmp_path):
     pipe = small_pipelines.build(kind)

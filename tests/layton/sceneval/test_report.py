@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from layton.scenes import TASKS, render, sample_scene
 from layton.sceneval import PromptSpec, Requirement, run_sceneval, score_folder, spec_of_scene, summarise
@@ -51,6 +52,8 @@ def test_scores_are_means_of_images_then_of_tasks() -> None:
 
 def test_a_perfect_and_a_half_right_generator() -> None:
     assert run_sceneval(perfect, PROMPTS, 2).overall == 1.0
+    assert run_sceneval(lambda *asked: np.stack(perfect(*asked)), PROMPTS, 2).overall == 1.0
+    assert run_sceneval(lambda *asked: [Image.fromarray(one) for one in perfect(*asked)], PROMPTS, 2).overall == 1.0
     half = run_sceneval(every_other, PROMPTS, 2)
     assert half.overall == 0.5
     assert half.any_correct == 1.0

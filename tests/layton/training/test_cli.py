@@ -16,7 +16,7 @@ import pytest
 import small_pipelines as tiny
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from toy import write_run
+from toy import ToyPart, ToyTask, write_run
 
 import layton.cli
 import layton.run.files
@@ -131,6 +131,9 @@ def test_a_task_comes_back_from_its_checkpoint_alone(tmp_path: Path) -> None:
     assert all(torch.equal(averaged.get_parameter(f"part.{name}"), tensor) for name, tensor in exported.items())
     with pytest.raises(CheckpointError, match=r"toy\.ToyTask"):
         load_task(path)
+    given = ToyTask(ToyPart(6), optimizer=torch.optim.SGD)  # as of a run that the command line did not make
+    assert load_task(path, given) is given
+    assert all(torch.equal(tensor, averaged.state_dict()[name]) for name, tensor in given.state_dict().items())
     for moved, told in (("layton.nowhere.Task", "does not have"), ("layton.lock.lock_folder", "not a LaytonTask")):
         older = torch.load(path, weights_only=True)
         older["hyper_parameters"]["_class_path"] = moved
