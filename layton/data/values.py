@@ -6,15 +6,16 @@ import warnings
 
 from torch import Tensor
 
-_SLACK = 0.01  # of networks' answers, and of what was resized
+LOOSE = 0.25  # by which bicubic resizing and networks' answers may go beyond
 
 
-def require_values(images: Tensor, *, what: str = "images", stacklevel: int = 4) -> None:
+def require_values(images: Tensor, *, what: str = "images", slack: float = 0.01, stacklevel: int = 4) -> None:
     """Refuse images that are not floats in [-1, 1], and warn of some that seem to be in [0, 1].
 
     Args:
         images: Of any shape, not empty.
         what: They are called in the message.
+        slack: How far beyond is no matter.
         stacklevel: Of the warning: the line that is shown is the caller's caller's.
 
     Raises:
@@ -23,7 +24,7 @@ def require_values(images: Tensor, *, what: str = "images", stacklevel: int = 4)
     if not images.is_floating_point():
         raise ValueError(f"{what} must be floats in [-1, 1], got {images.dtype}")
     low, high = (float(value) for value in images.detach().aminmax())
-    if not -1 - _SLACK <= low <= high <= 1 + _SLACK:
+    if not -1 - slack <= low <= high <= 1 + slack:
         raise ValueError(f"{what} must lie in [-1, 1], got [{low:g}, {high:g}] (uint8 or [0, 1] images?)")
     if 0 <= low < 0.1 and high > 0.9 and not _is_of_bytes(images):  # as ToTensor's
         warnings.warn(

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from layton.data.values import require_values
+from layton.data.values import LOOSE, require_values
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -197,4 +197,4 @@ def _check(images: Tensor) -> None:
     if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[-2:]) < MIN_SIDE:
         raise ValueError(f"expected images (B, 3, H, W) with sides of at least {MIN_SIDE}, got {tuple(images.shape)}")
     if len(images):
-        require_values(images)
+        require_values(images, slack=LOOSE)

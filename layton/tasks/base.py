@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from distill.held import held_modules
 from layton.data.sources import SampleSource
-from layton.data.values import require_values
+from layton.data.values import LOOSE, require_values
 from layton.folder import class_name, weights_hashes
 from layton.losses.published import PublishedPerceptualLoss
 from layton.ranks import all_gather_items
@@ -266,7 +266,7 @@ class LaytonTask(LightningModule, ABC):
         images = batch.get("image") if isinstance(batch, Mapping) else None
         if self._images_seen or not isinstance(images, Tensor) or not bool(images.isfinite().all()):
             return  # what is not finite is the guard's
-        require_values(images)
+        require_values(images, slack=LOOSE)
         self._images_seen = True
 
     def on_fit_start(self) -> None:
