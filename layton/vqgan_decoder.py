@@ -61,7 +61,6 @@ class VQGANCodeDecoder(CodeDecoder):
             "norm_groups": norm_groups,
         }
 
-    @torch.no_grad()
     def decode(
         self,
         embeddings: Tensor,

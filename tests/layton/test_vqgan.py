@@ -8,6 +8,7 @@ import torch
 from layton.convert import ConvertError, convert_vqgan
 from layton.convert.llamagen import official_name, vqgan_layout
 from layton.vqgan import VQGANDecoder, VQGANEncoder
+from layton.vqgan_decoder import VQGANCodeDecoder
 
 SMALL = {"channels": 32, "multipliers": (1, 2), "num_res_blocks": 1, "z_channels": 16, "code_dim": 4}
 
@@ -98,3 +99,12 @@ def test_llamagen_file_that_lacks_a_tensor_is_refused(tmp_path):
     with pytest.raises(ConvertError) as error:
         convert_vqgan(tmp_path / "vq.pt")
     assert error.value.problems == ("missing decoder.mid.1.q.weight (64, 64, 1, 1)",)
+
+
+def test_gradients_pass_the_code_decoder():
+    decoder = VQGANCodeDecoder(
+        code_dim=4, channels=16, multipliers=(1, 1), num_res_blocks=1, z_channels=16, norm_groups=8
+    )
+    embeddings = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    decoder.decode(embeddings).square().mean().backward()
+    assert embeddings.grad.abs().sum() > 0
