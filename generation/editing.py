@@ -1,149 +1,55 @@
 """Tools on tokens: go on from an image's first tokens, draw chosen tokens again, walk from one image to another.
 
-Codes come from ``pipeline.tokenizer.encode`` or from an earlier result's ``codes``. The transformer sees what stands
+Codes come from ``pipeline.tokenizer.encode`` or from an earlier result's ``codes``; what is drawn anew, the pipeline
+draws: ``pipeline("a red star", known_codes=keep_first(codes, 64))``. The transformer sees what stands
 before a token only: a token that is drawn again knows its row so far and the rows above, not those below.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from generation.model.layout import PlacedObject
-from generation.pictures import OutputType
-from generation.pipeline import LaytonGenOutput, LaytonGenPipeline
+from generation.pipeline import LaytonGenPipeline
 from generation.sampling.decoding import FREE
 from generation.text.encoders import TextFeatures
-from layton.interface import Generators
 
 
-def continue_image(
-    pipeline: LaytonGenPipeline,
-    codes: Tensor,
-    prompt: str | Sequence[str],
-    *,
-    keep: int,
-    guidance_scale: float | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_entropy: float | None = None,
-    candidates: int | None = None,
-    layouts: Sequence[Sequence[PlacedObject] | None] | None = None,
-    decoder: str | None = None,
-    num_inference_steps: int | None = None,
-    generator: Generators | None = None,
-    output_type: OutputType = "pil",
-) -> LaytonGenOutput:
-    """Keep the first tokens of images, from the top left, and draw the others.
+def keep_first(codes: Tensor, count: int) -> Tensor:
+    """Codes of images of which the first ones, from the top left, stay: ``pipeline(prompt, known_codes=...)``.
 
     Args:
-        pipeline: Draws.
-        codes: (B, N) int64 of B images, or (1, N) for one image continued in B ways.
-        prompt: One for all images, or B.
-        keep: k in [0, N]; the first k codes stay.
-        guidance_scale: As for the pipeline; so are all others.
-        temperature: See there.
-        top_k: See there.
-        top_p: See there.
-        min_entropy: See there.
-        candidates: See there.
-        layouts: See there; nobody plans where objects stand in an image of which codes are known.
-        decoder: See there.
-        num_inference_steps: See there.
-        generator: See there.
-        output_type: See there.
+        codes: (B, N) int64.
+        count: k in [0, N].
+
+    Returns:
+        (B, N) int64, -1 where a code is to be drawn.
 
     Raises:
-        ValueError: If codes are not those of images, or k is out of range.
+        ValueError: ``count`` is out of range.
     """
-    if not isinstance(keep, int) or not 0 <= keep <= pipeline.num_tokens:
-        raise ValueError(f"keep must be a number of tokens in [0, {pipeline.num_tokens}], got {keep}")
-    drawn = torch.arange(pipeline.num_tokens) >= keep
-    return resample_tokens(
-        pipeline,
-        codes,
-        prompt,
-        drawn,
-        guidance_scale=guidance_scale,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_entropy=min_entropy,
-        candidates=candidates,
-        layouts=layouts,
-        decoder=decoder,
-        num_inference_steps=num_inference_steps,
-        generator=generator,
-        output_type=output_type,
-    )
+    if not isinstance(count, int) or not 0 <= count <= codes.shape[1]:
+        raise ValueError(f"count must be a number of tokens in [0, {codes.shape[1]}], got {count}")
+    return draw_again(codes, torch.arange(codes.shape[1]) >= count)
 
 
-def resample_tokens(
-    pipeline: LaytonGenPipeline,
-    codes: Tensor,
-    prompt: str | Sequence[str],
-    chosen: Tensor,
-    *,
-    guidance_scale: float | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_entropy: float | None = None,
-    candidates: int | None = None,
-    layouts: Sequence[Sequence[PlacedObject] | None] | None = None,
-    decoder: str | None = None,
-    num_inference_steps: int | None = None,
-    generator: Generators | None = None,
-    output_type: OutputType = "pil",
-) -> LaytonGenOutput:
-    """Draw chosen tokens of images again; all others stay.
+def draw_again(codes: Tensor, chosen: Tensor) -> Tensor:
+    """Codes of images of which chosen ones are to be drawn again: ``pipeline(prompt, known_codes=...)``.
 
     Args:
-        pipeline: Draws.
-        codes: (B, N) int64 of B images, or (1, N) for one image changed in B ways.
-        prompt: One for all images, or B.
-        chosen: (N,) or (B, N) bool, true where a token is drawn; `token_box` makes one from a rectangle.
-        guidance_scale: As for the pipeline; so are all others.
-        temperature: See there.
-        top_k: See there.
-        top_p: See there.
-        min_entropy: See there.
-        candidates: See there.
-        layouts: See there; nobody plans where objects stand in an image of which codes are known.
-        decoder: See there.
-        num_inference_steps: See there.
-        generator: See there.
-        output_type: See there.
+        codes: (B, N) int64.
+        chosen: (N,) or (B, N) bool; `token_box` makes one from a rectangle.
+
+    Returns:
+        (B, N) int64, -1 where a code is to be drawn.
 
     Raises:
-        ValueError: If codes are not those of images, or shapes do not fit.
+        ValueError: Shapes do not fit, or the mask is not of truth values.
     """
-    pipeline.tokenizer.quantizer.check_codes(codes, grid=pipeline.tokenizer.grid)
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    count = max(len(prompts), len(codes))
-    if {len(prompts), len(codes)} - {1, count} or chosen.dtype != torch.bool:
-        raise ValueError(f"{len(codes)} images, {len(prompts)} prompts and a mask of {chosen.dtype} do not fit")
-    if chosen.shape not in ((codes.shape[1],), (count, codes.shape[1])):
-        raise ValueError(f"the mask must be ({codes.shape[1]},) or ({count}, {codes.shape[1]}), got {chosen.shape}")
-    known = torch.where(chosen.to(codes.device), FREE, codes.long()).expand(count, -1)
-    return pipeline(
-        prompts * (count if len(prompts) == 1 else 1),
-        guidance_scale=guidance_scale,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_entropy=min_entropy,
-        candidates=candidates,
-        layouts=layouts,
-        decoder=decoder,
-        num_inference_steps=num_inference_steps,
-        generator=generator,
-        output_type=output_type,
-        known_codes=known,
-    )
+    if chosen.dtype != torch.bool or chosen.shape not in (codes.shape[1:], codes.shape):
+        wanted = f"({codes.shape[1]},) or {tuple(codes.shape)} of bool"
+        raise ValueError(f"the mask must be {wanted}, got {tuple(chosen.shape)} of {chosen.dtype}")
+    return torch.where(chosen.to(codes.device), FREE, codes.long())
 
 
 def token_box(grid: tuple[int, int], *, top: int, left: int, bottom: int, right: int) -> Tensor:

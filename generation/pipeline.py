@@ -238,7 +238,8 @@ class LaytonGenPipeline:
             output_type: "pil", "np", "pt", or "codes" for no pictures.
             callback_on_step_end: Called with the pipeline, the index of the code, the same again (diffusers' time
                 step), and a dictionary with ``codes`` (B, N) of all candidates so far, -1 where none is yet.
-            known_codes: (B, N) codes that are given, -1 where one is to be drawn.
+            known_codes: (B, N) codes that are given, -1 where one is to be drawn (`generation.editing` makes such); one
+                row stands for all images.
             layouts: Where objects shall stand, one list for each prompt (`generation.model.layout`); None instead of a
                 list tells nothing, and with an empty prompt nothing should be told. By default the planner says it,
                 anew for each image, where there is one and no codes are known, which it cannot look at (a warning
@@ -253,6 +254,8 @@ class LaytonGenPipeline:
             raise ValueError(f"prompt must be a text or several, got {type(prompt).__name__}")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         total = len(prompts) * num_images_per_prompt
+        if known_codes is not None and len(known_codes) == 1:
+            known_codes = known_codes.expand(total, -1)
         self._check(prompts, total, batch_size, known_codes)
         prompts = [each.strip() for each in prompts]
         if output_type not in OUTPUT_TYPES:
@@ -319,6 +322,10 @@ class LaytonGenPipeline:
             raise ValueError(
                 f"known_codes must be ({total}, {self.num_tokens}), one row an image, got {tuple(known_codes.shape)}"
             )
+        if known_codes is not None:
+            low, high = (int(value) for value in known_codes.aminmax())
+            if not FREE <= low <= high < self.tokenizer.vocab_size:
+                raise ValueError(f"known_codes must be in [-1, {self.tokenizer.vocab_size - 1}], got {low} to {high}")
 
     def _draw_best(
         self,

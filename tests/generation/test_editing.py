@@ -4,7 +4,7 @@ import pytest
 import torch
 from laytongen_parts import CODES, SIZE, TOKENS, tiny_generator, tiny_tokenizer
 
-from generation.editing import continue_image, interpolate_images, interpolate_prompts, resample_tokens, token_box
+from generation.editing import draw_again, interpolate_images, interpolate_prompts, keep_first, token_box
 from generation.pipeline import LaytonGenPipeline
 
 
@@ -21,31 +21,32 @@ def codes_of(seed: int, count: int = 1) -> torch.Tensor:
 def test_the_first_codes_stay_and_the_rest_is_what_follows(pipe: LaytonGenPipeline) -> None:
     first = pipe("a star", temperature=0.0, output_type="codes").codes
     for keep in (0, 5, TOKENS):
-        result = continue_image(pipe, first, "a star", keep=keep, temperature=0.0, output_type="codes")
+        result = pipe("a star", known_codes=keep_first(first, keep), temperature=0.0, output_type="codes")
         assert result.codes.equal(first)  # greedy: continued with the same prompt it is the same image
-    other = continue_image(pipe, codes_of(1), "a star", keep=5, output_type="codes").codes
+    other = pipe("a star", known_codes=keep_first(codes_of(1), 5), output_type="codes").codes
     assert other[:, :5].equal(codes_of(1)[:, :5])
     assert not other[:, 5:].equal(codes_of(1)[:, 5:])
-    ways = continue_image(pipe, codes_of(1), ["a star"] * 3, keep=5, output_type="codes").codes
+    ways = pipe(["a star"] * 3, known_codes=keep_first(codes_of(1), 5), output_type="codes").codes
     assert ways[0].equal(other[0])
     assert len(ways.unique(dim=0)) == 3
-    with pytest.raises(ValueError, match="keep"):
-        continue_image(pipe, first, "a star", keep=TOKENS + 1)
+    with pytest.raises(ValueError, match="count must be"):
+        keep_first(first, TOKENS + 1)
 
 
 def test_only_chosen_tokens_are_drawn_again(pipe: LaytonGenPipeline) -> None:
     box = token_box((4, 4), top=1, left=1, bottom=3, right=3)
     assert box.nonzero().flatten().tolist() == [5, 6, 9, 10]
-    result = resample_tokens(pipe, codes_of(2, 2), ["a star", "two hearts"], box)
+    result = pipe(["a star", "two hearts"], known_codes=draw_again(codes_of(2, 2), box))
     assert result.codes[:, ~box].equal(codes_of(2, 2)[:, ~box])
     assert not result.codes[:, box].equal(codes_of(2, 2)[:, box])
     assert [image.size for image in result.images] == [(SIZE, SIZE)] * 2
-    with pytest.raises(ValueError, match="do not fit"):
-        resample_tokens(pipe, codes_of(2, 2), ["a"] * 3, box)
-    with pytest.raises(ValueError, match="mask must be"):
-        resample_tokens(pipe, codes_of(2), "a", box[:5])
-    with pytest.raises(ValueError, match="codes must be in"):
-        resample_tokens(pipe, codes_of(2) + CODES, "a", box)
+    with pytest.raises(ValueError, match=rf"known_codes must be \(3, {TOKENS}\)"):
+        pipe(["a"] * 3, known_codes=draw_again(codes_of(2, 2), box))
+    for wrong in (box[:5], box.float(), box.expand(3, -1)):
+        with pytest.raises(ValueError, match="mask must be"):
+            draw_again(codes_of(2, 2), wrong)
+    with pytest.raises(ValueError, match="known_codes must be in"):
+        pipe("a", known_codes=draw_again(codes_of(2) + CODES, box))
     with pytest.raises(ValueError, match="no rectangle"):
         token_box((4, 4), top=2, left=0, bottom=2, right=1)
 

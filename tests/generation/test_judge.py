@@ -16,7 +16,7 @@ from generation.caption_judge import CaptionJudge
 from generation.data.source import TokenShards
 from generation.data.token_shards import verify
 from generation.data.tokenizing import TokenizeJob, tokenize_dataset
-from generation.editing import continue_image
+from generation.editing import keep_first
 from generation.generator import SamplingDefaults
 from generation.judge import Judge
 from generation.pipeline import LaytonGenPipeline
@@ -178,10 +178,10 @@ def test_an_empty_prompt_is_not_judged() -> None:
 def test_codes_are_drawn_again_by_candidates() -> None:
     pipe = picky_pipeline()
     codes = pipe("a red circle", generator=seeds(0), output_type="codes").codes
-    options: dict[str, Any] = {"keep": 6, "output_type": "codes"}
-    best = continue_image(pipe, codes, "a red circle", candidates=8, generator=seeds(5), **options).codes
+    options: dict[str, Any] = {"known_codes": keep_first(codes, 6), "output_type": "codes"}
+    best = pipe("a red circle", candidates=8, generator=seeds(5), **options).codes
     assert best[:, :6].equal(codes[:, :6])
-    once = continue_image(pipe, codes, "a red circle", candidates=1, generator=seeds(5), **options).codes
+    once = pipe("a red circle", candidates=1, generator=seeds(5), **options).codes
     assert best.sum() > once.sum()
 
 
