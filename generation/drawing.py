@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from generation.model.compiled import compile_decoding
 from generation.model.layout import PlacedObject
 from generation.model.quantization import choose_place, set_weights, weights_type
 from generation.model.weight_types import Weights
-from generation.pipeline import LaytonGenPipeline
+from generation.pipeline import LaytonGenPipeline, UnreadWordsWarning
 from generation.sampling.choice import SamplingChoice
 from generation.text.encoders import TextCut
 from layton.ldm.text import remark_on
@@ -85,6 +86,7 @@ class LaytonGenDrawer:
         from generation.generator import find_generator, find_tokenizer
         from layton.loading import default_decoder
 
+        warnings.filterwarnings("ignore", category=UnreadWordsWarning)  # commands tell it once, or keep it by prompt
         folder = find_generator(name)
         beside = tokenizer if tokenizer is not None else str(find_tokenizer(name, folder))
         chosen = decoder if decoder is not None else default_decoder(beside)

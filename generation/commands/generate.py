@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from generation.text.encoders import TextCut
 
 _SLUG_LENGTH = 60
+_TOLD_WORDS = 8
 _SAMPLING = SamplingChoice()
 
 
@@ -108,6 +109,7 @@ def generate(
         allow=allow or (),
     )
     loaded = time.perf_counter()
+    _tell_unread(draw.pipeline.text_encoder.unread(wanted))
     told: list[Sequence[PlacedObject] | None] = []
     cut: dict[int, TextCut] = {}  # by prompt, whose images may lie in several batches
     batches = list(_batches(len(wanted), images_per_prompt, batch_size))
@@ -156,6 +158,13 @@ def _prompts(given: Sequence[str], file: Path | None, *, unconditional: bool) ->
     if not all(prompt.strip() for prompt in found) and not unconditional:
         raise UsageError("a prompt is empty: say what to draw, or --unconditional")
     return found
+
+
+def _tell_unread(words: Sequence[str]) -> None:
+    """Say on stderr which words are letters only to a text encoder of Scenes, or the picture of a cat is a riddle."""
+    if words:
+        some = ", ".join(words[:_TOLD_WORDS]) + ", ..." * (len(words) > _TOLD_WORDS)
+        sys.stderr.write(f"layton: not in this model's vocabulary (that of Scenes: shapes, colours, places): {some}\n")
 
 
 def _batches(num_prompts: int, images_per_prompt: int, batch_size: int) -> Iterator[tuple[range, range]]:

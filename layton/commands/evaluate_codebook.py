@@ -30,7 +30,8 @@ def evaluate_codebook(
     Args:
         data: the word scenes, and beside or instead of it a folder of images or tar shards (files or patterns).
         split: train, validation or test; all takes every stored image.
-        count: how many images, the first ones, of each that is named; of scenes 1,000 by default.
+        count: how many images, the first ones; of scenes alone where these are named beside others. Of scenes 1,000 by
+            default.
         size: side in pixels to which images are cropped and scaled; the tokenizer's own by default.
         image_column: of a table; "image" by default.
         tokenizer: embedded tokenizer or folder.
@@ -49,8 +50,8 @@ def evaluate_codebook(
     stored = [item for item in data if item != SCENES]
     if image_column is not None and not stored:
         raise UsageError("only tables have columns, and scenes are none")
-    groups: list[tuple[list[str], str | None]] = [([SCENES], None)] if SCENES in data else []
-    groups += [(stored, image_column)] if stored else []
+    groups: list[tuple[list[str], int | None, str | None]] = [([SCENES], count, None)] if SCENES in data else []
+    groups += [(stored, None if groups else count, image_column)] if stored else []
     opened = [
         open_images(
             names,
@@ -60,7 +61,7 @@ def evaluate_codebook(
             batch_size=batch_size,
             image_column=column,
         )
-        for names, column in groups
+        for names, count, column in groups
     ]
     statistics = CodebookStatistics(model.vocab_size)
     with progress(sum(len(images.numbers) for images in opened), "encode") as bar:

@@ -70,7 +70,7 @@ class ImageDataModule(LightningDataModule):
         self.bad = BadImages(max_bad, tell=_say_bad)
         self._loader: ResumableLoader | None = None
         self._resume_from: dict[str, Any] | None = None
-        self._open: list[BatchLoader] = []
+        self._open: dict[str, BatchLoader] = {}
 
     def train_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
         """Loader of this rank over the mixed training sources; no loader without them."""
@@ -89,12 +89,11 @@ class ImageDataModule(LightningDataModule):
         )
         if self._loader is not None and self.trainer is not None and self.trainer.current_epoch > 0:
             loader.load_state_dict(self._loader.state_dict())  # reload_dataloaders_every_n_epochs
-            self._loader.close()
         if self._resume_from is not None:
             loader.load_state_dict(self._resume_from)
             self._resume_from = None
         self._loader = loader
-        self._open.append(loader)
+        self._replace("train", loader)
         return loader
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,13 +116,13 @@ class ImageDataModule(LightningDataModule):
 
     def val_dataloader(self) -> OrderedLoader | list[OrderedLoader]:
         """Loader of this rank over the validation sources; no loader without them."""
-        return self._ordered(self.validation)
+        return self._ordered("validation", self.validation)
 
     def test_dataloader(self) -> OrderedLoader | list[OrderedLoader]:
         """Loader of this rank over the test sources; no loader without them."""
-        return self._ordered(self.test)
+        return self._ordered("test", self.test)
 
-    def _ordered(self, sources: Sequence[SampleSource]) -> OrderedLoader | list[OrderedLoader]:
+    def _ordered(self, role: str, sources: Sequence[SampleSource]) -> OrderedLoader | list[OrderedLoader]:
         if not sources:
             return []
         rank, world_size = self._ranks()
@@ -136,8 +135,14 @@ class ImageDataModule(LightningDataModule):
             bad=self.bad,
             pin_memory=self.pin_memory,
         )
-        self._open.append(loader)
+        self._replace(role, loader)
         return loader
+
+    def _replace(self, role: str, loader: BatchLoader) -> None:
+        """End the worker processes of the loader that had this role, as Lightning may ask for another each epoch."""
+        if role in self._open:
+            self._open[role].close()
+        self._open[role] = loader
 
     def teardown(self, stage: str) -> None:
         """End all worker processes; called by Lightning.
@@ -145,8 +150,17 @@ class ImageDataModule(LightningDataModule):
         Args:
             stage: "fit", "validate" or "test".
         """
-        while self._open:
-            self._open.pop().close()
+        for loader in self._open.values():
+            loader.close()
+        self._open.clear()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """As `teardown`, of a run that failed or was interrupted; called by Lightning.
+
+        Args:
+            exception: What ended it.
+        """
+        self.teardown("fit")
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 
+import torch
 from torch import Tensor
 
-LOOSE = 0.25  # by which bicubic resizing and networks' answers may go beyond
+LOOSE = 0.5  # by which bicubic resizing and networks' answers may go beyond
 
 
 def require_values(images: Tensor, *, what: str = "images", slack: float = 0.01, stacklevel: int = 4) -> None:
@@ -35,4 +36,5 @@ def require_values(images: Tensor, *, what: str = "images", slack: float = 0.01,
 def _is_of_bytes(images: Tensor) -> bool:
     """Whether all values are those of bytes brought to [-1, 1], as of a bright picture."""
     values = (images.detach().float() + 1) * 127.5
-    return bool(((values - values.round()).abs() < 1e-3).all())
+    rounding = max(1e-3, 127.5 * torch.finfo(images.dtype).eps)
+    return bool(((values - values.round()).abs() < rounding).all())

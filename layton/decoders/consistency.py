@@ -72,8 +72,8 @@ class ConsistencyDecoder(LatentDecoder):
         """See `CodeDecoder.require_beside`."""
         super().require_beside(decoders)
         if self.difference is not None:
-            base = cast(LatentDecoder, decoders[self.difference.base])
-            for part, found in fingerprints(base.network).items():
+            base = getattr(decoders[self.difference.base], "network", None)
+            for part, found in fingerprints(base).items() if isinstance(base, LADD) else ():
                 require_alike(self.difference.fingerprints.get(part, ()), found, self.difference.base)
 
     def sample(self, x_T: Tensor, embeddings: Tensor, *, num_steps: int, generator: Generators) -> Tensor:

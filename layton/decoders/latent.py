@@ -7,17 +7,15 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import cast
 
 from torch import Tensor
 
 from distill.noise import gaussian_like
 from layton.control import load_unet
-from layton.decoders.light import LightDecoder
 from layton.interface import CodeDecoder, Generators, default_generators
 from layton.ladd import LADD
 from layton.ldm.autoencoder import Autoencoder
-from layton.pixel_decoder import reader_fingerprints
+from layton.pixel_decoder import PixelDecoder, reader_fingerprints
 
 SAMPLING_FOLDER = "sampling"
 
@@ -44,8 +42,9 @@ class LatentDecoder(CodeDecoder):
         super().require_beside(decoders)
         reader, name = self.network.reader, self.network.reader_name
         if reader is not None and name is not None:
-            beside = cast(LightDecoder, decoders[name]).network
-            require_alike(reader.fingerprints(), reader_fingerprints(beside), name)
+            beside = getattr(decoders[name], "network", None)
+            if isinstance(beside, PixelDecoder):  # of another kind none can tell
+                require_alike(reader.fingerprints(), reader_fingerprints(beside), name)
 
     @property
     def default_scale(self) -> float:

@@ -359,6 +359,8 @@ def _load_lora(pipeline: DiffusionPipeline, path: Path, part: str, adapter_name:
         key.removeprefix(part + "."): value for key, value in load_tensors(path).items() if key.startswith(part + ".")
     }
     _check_layers(network, saved, path)
+    if any(adapter_name in getattr(module, "merged_adapters", ()) for module in network.modules()):
+        raise ValueError(f"{adapter_name!r} is fused into the network's weights: pipeline.unfuse_lora() takes it out")
     if adapter_name in getattr(network, "peft_config", {}):
         pipeline.delete_adapters(adapter_name)
     before = active_adapters(network)

@@ -21,14 +21,16 @@ from layton.data.loader import collate
 from layton.data.randomness import mix
 from layton.data.sources import ImageSource, SampleSource, StoredSource, walk
 from layton.devices import choose_device
-from layton.folder import CONFIG_NAME, JsonValue, load_tensors, read_class, read_json, resolve_class, weights_hashes
-from layton.ldm.autoencoder import Autoencoder
+from layton.folder import CONFIG_NAME, JsonValue, read_class, read_json, resolve_class, weights_hashes
+from layton.ldm.autoencoder import Autoencoder, load_autoencoder
 from layton.precision import exact_float32, quick_dtype
 
 Images = Literal["none", "read", "stored"]
 _CAPTIONS = 64  # of so many a cache's fingerprint knows the captions
 _PIECE = 2**24
-_NOT_READING = ("architectures", "dtype", "torch_dtype", "transformers_version")
+_READING = ("num_attention_heads", "num_heads", "hidden_act", "num_hidden_layers", "num_layers")
+_VOCABULARIES = ("vocab.json", "merges.txt", "tokenizer.json", "spiece.model", "added_tokens.json")
+_USUAL_SCALE = 0.18215  # diffusers', of configurations that do not say it
 
 
 class CachedLatents(SampleSource):
@@ -153,13 +155,15 @@ def require_latents(sources: Iterable[SampleSource], autoencoder: Path) -> None:
     Raises:
         ValueError: With both folders.
     """
-    for source in walk(sources):
-        if not isinstance(source, CachedLatents) or source.autoencoder == autoencoder_digest(autoencoder):
-            continue
-        if not encoder_hashes(source.encoded_by) & encoder_hashes(autoencoder):
+    cached = [source for source in walk(sources) if isinstance(source, CachedLatents)]
+    if not cached:
+        return
+    own = autoencoder_digest(autoencoder)
+    for folder in {source.encoded_by for source in cached if source.autoencoder != own}:
+        if not encoder_hashes(folder) & encoder_hashes(autoencoder):
             raise ValueError(
-                f"the data's latents were made by the autoencoder in {source.encoded_by}, and the run decodes by the "
-                f"one in {autoencoder}, whose encoder is another: nothing that it learns would fit"
+                f"the data's latents were made by the autoencoder in {folder}, and the run decodes by the one in "
+                f"{autoencoder}, whose encoder is another: nothing that it learns would fit"
             )
 
 
@@ -338,11 +342,13 @@ def digest(folder: Path) -> str:
 def words_digest(root: Path) -> str:
     """16 hex digits over what decides, beside weights, how a pipeline reads captions: tokenizers and configurations."""
     total = hashlib.sha256()
-    for file in sorted(file for part in root.glob("tokenizer*") for file in part.rglob("*") if file.is_file()):
+    for file in sorted(
+        path for part in root.glob("tokenizer*") for path in part.iterdir() if path.name in _VOCABULARIES
+    ):
         total.update(file.read_bytes())
     for file in sorted(root.glob(f"text_encoder*/{CONFIG_NAME}")):
-        said = {name: value for name, value in read_json(file).items() if name[0] != "_" and name not in _NOT_READING}
-        total.update(json.dumps(said, sort_keys=True).encode())
+        config = read_json(file)
+        total.update(json.dumps([config.get(name) for name in _READING]).encode())
     return total.hexdigest()[:16]
 
 
@@ -354,13 +360,9 @@ def encoder_hashes(folder: Path) -> frozenset[str]:
     Raises:
         ValueError: There are no weights.
     """
-    files = sorted(folder.rglob("*.safetensors"))
-    if not files:
-        raise ValueError(f"no safetensors weights in {folder}")
-    state = {name: value for file in files for name, value in load_tensors(file).items()}
-    parts = {name: value for name, value in state.items() if name.startswith(("encoder.", "quant_conv."))}
-    config = _config_in(folder)
-    scaled = f"{config.get('scaling_factor', 1)} {config.get('shift_factor') or 0}"
+    model = load_autoencoder(folder)
+    parts = {n: value for n, value in model.state_dict().items() if n.startswith(("encoder.", "quant_conv."))}
+    scaled = f"{float(model.config.scaling_factor)} {float(model.config.shift_factor or 0)}"
     return frozenset(f"{found} {scaled}" for found in weights_hashes(parts))
 
 
@@ -371,7 +373,8 @@ def autoencoder_digest(folder: Path) -> str:
         ValueError: There are no weights.
     """
     weights, config = digest(folder), _config_in(folder)
-    scale, shift = config.get("scaling_factor"), config.get("shift_factor")
+    scale = config.get("scaling_factor", _USUAL_SCALE if config else None)
+    shift = config.get("shift_factor")
     if scale in (None, 1) and shift in (None, 0):
         return weights
     return hashlib.sha256(f"{weights} {scale} {shift}".encode()).hexdigest()[:16]

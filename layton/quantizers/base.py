@@ -104,9 +104,9 @@ class Quantizer(nn.Module, ABC):
     def _search(self, features: Tensor) -> Tensor:
         """Codes (n,) int64 of finite fp32 features (n, d), outside autocast, in memory that does not grow with n V."""
 
-    def _aligned(self, features: Tensor) -> Tensor:
-        """What embeddings stand for (B, d, h, w), through which their gradient reaches the features in evaluation."""
-        return features
+    def _straight_through(self, features: Tensor, embeddings: Tensor) -> Tensor:
+        """Embeddings (B, d, h, w) whose gradient reaches the features, too, in evaluation as in training."""
+        return embeddings + (features - features.detach())
 
     def _embed(self, codes: Tensor) -> Tensor:
         """Embeddings (B, N, d) of valid codes (B, N)."""
@@ -129,8 +129,8 @@ class Quantizer(nn.Module, ABC):
             codes = self.encode(features)
             embeddings = self.codes_to_embeddings(codes, (features.shape[2], features.shape[3]))
             if torch.is_grad_enabled() and features.requires_grad:
-                aligned = self._aligned(features.float())
-                embeddings = aligned + (embeddings - aligned).detach()
+                with torch.autocast(device_type=features.device.type, enabled=False):
+                    embeddings = self._straight_through(features.float(), embeddings)
             return QuantizerOutput(codes, embeddings.to(features.dtype), features.new_zeros((), dtype=torch.float32))
         with torch.autocast(device_type=features.device.type, enabled=False):
             output = self._quantize(features.float())

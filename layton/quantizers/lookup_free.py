@@ -159,7 +159,7 @@ class FSQQuantizer(Quantizer):
         _, codes = self.vq(features[None])
         return codes[0].long()
 
-    def _aligned(self, features: Tensor) -> Tensor:
+    def _straight_through(self, features: Tensor, embeddings: Tensor) -> Tensor:
         return self._quantize(features).embeddings
 
     def _quantize(self, features: Tensor) -> QuantizerOutput:
@@ -257,6 +257,12 @@ class LFQQuantizer(Quantizer):
         _, codes, _ = self.vq(features[None])
         self.vq.train(training)
         return codes[0].long()
+
+    def _straight_through(self, features: Tensor, embeddings: Tensor) -> Tensor:
+        bits = self.vq.maybe_l2norm(self.vq.project_in(rearrange(features, "b d h w -> b h w d")))
+        if isinstance(self.vq.project_out, nn.Linear):  # whose own gradient is that of the embeddings
+            bits = nn.functional.linear(bits, self.vq.project_out.weight.detach())
+        return super()._straight_through(rearrange(bits, "b h w d -> b d h w"), embeddings)
 
     def _quantize(self, features: Tensor) -> QuantizerOutput:
         tokens, finite = _finite_tokens(features)

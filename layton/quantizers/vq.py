@@ -126,8 +126,8 @@ class _LearnedCodebookVQ(Quantizer):
     def _search(self, features: Tensor) -> Tensor:
         return nearest_codes(nn.functional.normalize(features, dim=1), self.codebook, metric=self.metric, check=False)
 
-    def _aligned(self, features: Tensor) -> Tensor:
-        return nn.functional.normalize(features, dim=1)
+    def _straight_through(self, features: Tensor, embeddings: Tensor) -> Tensor:
+        return super()._straight_through(nn.functional.normalize(features, dim=1), embeddings)
 
     def _quantize(self, features: Tensor) -> QuantizerOutput:
         batch, _, height, _ = features.shape

@@ -286,7 +286,7 @@ def load_task(
     else:
         task.on_load_checkpoint(checkpoint)
         task.load_state_dict(checkpoint["state_dict"], strict=task.strict_loading)
-    states = [state for key, state in checkpoint["callbacks"].items() if key.startswith("EMA") and state]
+    states = [state for key, state in checkpoint.get("callbacks", {}).items() if key.startswith("EMA") and state]
     if averaged and states:
         named = dict(task.named_parameters())
         with torch.no_grad():

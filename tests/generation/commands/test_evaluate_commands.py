@@ -44,7 +44,6 @@ def test_an_image_without_caption_is_found_before_anything_is_drawn(
     assert capsys.readouterr().err == f"layton: {tmp_path.name}/2 has no caption to draw from\n"
 
 
-@pytest.mark.filterwarnings("ignore::generation.pipeline.UnreadWordsWarning")
 def test_geneval_draws_and_sums_up(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = {
         "tag": "colors",

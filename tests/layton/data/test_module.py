@@ -98,6 +98,25 @@ def test_reloading_the_loader_each_epoch_does_not_begin_the_data_again(tmp_path)
     assert models[0].keys == models[1].keys
 
 
+class Failing(Recorder):
+    def training_step(self, batch, batch_idx):
+        if self.current_epoch == 3:
+            raise RuntimeError("a bug")
+        self.epochs.append(len(multiprocessing.active_children()))
+        return super().training_step(batch, batch_idx)
+
+
+def test_workers_neither_pile_up_where_loaders_are_made_anew_nor_outlive_a_failure(tmp_path):
+    model = Failing()
+    with pytest.raises(RuntimeError, match="a bug"):
+        Trainer(
+            max_epochs=4, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, reload_dataloaders_every_n_epochs=1, default_root_dir=tmp_path,
+        ).fit(model, data(1))  # fmt: skip
+    assert max(model.epochs) <= 2  # one of each role
+    assert multiprocessing.active_children() == []
+
+
 def test_validation_sees_all_samples_in_order(tmp_path):
     model = Recorder()
     trainer(tmp_path, 1).validate(model, data(), verbose=False)

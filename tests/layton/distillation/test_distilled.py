@@ -281,6 +281,9 @@ def test_loaded_once_more_a_student_takes_its_own_place(tmp_path):
     assert pipe.get_active_adapters() == ["distilled"]
     arguments = pipeline_arguments(sampling, 2)
     assert_close(run("sd", pipe, arguments), run("sd", fresh, arguments), **CLOSE)
+    pipe.fuse_lora()
+    with pytest.raises(ValueError, match="fused into the network"):
+        load_distilled(pipe, tmp_path / "0")
 
 
 @pytest.mark.parametrize("kind", ["sd", "sd3", "flux"])

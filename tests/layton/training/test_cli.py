@@ -131,6 +131,11 @@ def test_a_task_comes_back_from_its_checkpoint_alone(tmp_path: Path) -> None:
     assert all(torch.equal(averaged.get_parameter(f"part.{name}"), tensor) for name, tensor in exported.items())
     with pytest.raises(CheckpointError, match=r"toy\.ToyTask"):
         load_task(path)
+    bare = torch.load(path, weights_only=True)
+    del bare["callbacks"], bare["hyper_parameters"]  # as Lightning saves weights only
+    SafeCheckpointIO().save_checkpoint(bare, tmp_path / "bare.ckpt")
+    found = load_task(tmp_path / "bare.ckpt", ToyTask(ToyPart(6), optimizer=torch.optim.SGD))
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in found.state_dict().items())
     given = ToyTask(ToyPart(6), optimizer=torch.optim.SGD)  # as of a run that the command line did not make
     assert load_task(path, given) is given
     assert all(torch.equal(tensor, averaged.state_dict()[name]) for name, tensor in given.state_dict().items())
