@@ -188,4 +188,6 @@ def test_a_critics_bad_step_undoes_no_good_step_of_the_model(tmp_path: Path) -> 
     start = BadCritic().model.weight.detach().clone()
     task, _ = duel(tmp_path, [torch.ones(2, 3)], accumulate=1, task=BadCritic())
     assert task.after_model is not None and task.skipped_steps == 1
-    assert torch.equal(task.model.weight.cpu(), task.after_model.cpu()) and not torch.equal(task.after_model, start)
+    assert torch.equal(task.model.weight.cpu(), task.after_model.cpu()) and not torch.equal(
+        task.after_model.cpu(), start
+    )
