@@ -44,6 +44,11 @@ _ELSEWHERE = (
 """What other programs call an option, and what it may be here: the first of these that a command has."""
 
 
+def plain_name(option: str) -> str:
+    """An option as it is called in run files: ``--max-steps`` and ``--max_steps`` are the same."""
+    return option.replace("-", "_").replace("__", "--", 1)
+
+
 def innermost_reason(text: str) -> str:
     """What jsonargparse could not do, without what it tried around it."""
     while (optional := _OPTIONAL_PART.search(text)) is not None:
@@ -83,7 +88,7 @@ def _one_reason(text: str) -> str:
 
 def did_you_mean(option: str, options: Collection[str], *, meant: Mapping[str, str] | None = None) -> str:
     """A question to the user, or nothing where no option is like the one that was typed; see `usage_error`."""
-    plain = option.replace("-", "_").replace("__", "--", 1)
+    plain = plain_name(option)
     known = (meant or {}).get(plain) or _called_here(plain, options)
     if known is not None:
         return f" (here it is {known})"

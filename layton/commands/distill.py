@@ -14,8 +14,8 @@ from layton.assets import find_pipeline
 from layton.data.stored import source_of
 from layton.errors import UsageError
 from layton.run.files import moved, set_scenes
-from layton.run.short_options import MEANT, plain_name, taken
-from layton.usage import did_you_mean
+from layton.run.short_options import MEANT, taken
+from layton.usage import did_you_mean, plain_name
 
 HELP = """usage: layton distill METHOD [--pipeline FOLDER] [--prompts FILE] [--run_dir DIR] [--max_steps N] [OVERRIDES]
 

@@ -19,8 +19,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 CONTAINERS = ("model", "state_dict", "module", "ema")
-
-
 _SHOWN_PROBLEMS = 10
 
 

@@ -11,6 +11,7 @@ import yaml  # type: ignore[import-untyped]
 
 from layton.data.stored import source_of
 from layton.errors import UsageError
+from layton.usage import plain_name
 
 HELP = """usage: layton {command} --config RUN.yaml [--config OVERLAY.yaml] [--data DATA.yaml] [--images PLACE] [...]
 
@@ -88,11 +89,6 @@ def said_in_full(words: Sequence[str]) -> list[str]:
         found += _image_words(short[_IMAGES], has_data=any(word.partition("=")[0] == _DATA for word in rest))
     _require_data_file(rest)
     return found
-
-
-def plain_name(option: str) -> str:
-    """An option as it is called in run files: ``--max-steps`` and ``--max_steps`` are the same."""
-    return option.replace("-", "_").replace("__", "--", 1)
 
 
 def taken(words: Sequence[str], names: Collection[str]) -> tuple[dict[str, str], list[str]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,22 +12,27 @@ from pathlib import Path
 import pytest
 import torch
 from command_tools import tiny_tokenizer
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
+from distill import VPSchedule
+from layton.assets import resolve
 from layton.data.folder import ImageFolderSource
 from layton.data.sources import ScenesSource
 from layton.data.transforms import Fit, RandomCrop
 from layton.ldm.autoencoder import Autoencoder, build_autoencoder, standardise_latents
-from layton.ldm.cache import CachedLatents, autoencoder_digest, digest, name_for
+from layton.ldm.cache import CachedLatents, autoencoder_digest, codes_digest, digest, name_for
 from layton.ldm.latent_data import LatentDataModule
 from layton.ldm.pipeline import save_pipeline
 from layton.ldm.positions import PlaceTeacher, places
 from layton.ldm.text import TextConditioner, build_text_encoder, build_tokenizer, tell_places, unread_words
 from layton.ldm.unet import build_unet, use_fast_attention
+from layton.quantizers import FSQQuantizer
 from layton.scenes import caption, render, sample_scene
 from layton.scenes.placed import DIAMETER_TOKENS, SQUARE_TOKENS, placed_caption
+from layton.tasks import AutoencoderTask, TextToImageTask
 
 
 def tiny_autoencoder() -> Autoencoder:
@@ -78,6 +85,50 @@ def test_standardised_latents_have_unit_variance_and_decode_to_the_same_images()
         rtol=1e-3,
         atol=1e-3,
     )
+
+
+def test_an_autoencoder_without_quant_convolutions_gets_one_scale_and_is_exported(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    sizes = {"block_out_channels": (8, 8), "latent_channels": 4, "norm_num_groups": 4}
+    scaled = {"scaling_factor": 1.5, "shift_factor": 0.06}  # as of SD3's and FLUX's
+    plain = AutoencoderKL(**blocks, **sizes, **scaled, use_quant_conv=False, use_post_quant_conv=False)
+    plain.save_pretrained(tmp_path / "vae")
+    for decoder_only in (False, True):
+        autoencoder = Autoencoder(pretrained=str(tmp_path / "vae"))
+        task = AutoencoderTask(autoencoder, optimizer=torch.optim.SGD, decoder_only=decoder_only)
+        images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        task.training_step({"image": images, "caption": [""] * 4, "key": ["a"] * 4}, 0)
+        task.export(tmp_path / str(decoder_only))
+        found = Autoencoder.from_pretrained(tmp_path / str(decoder_only))
+        torch.testing.assert_close(found.reconstruct(images), autoencoder.reconstruct(images), rtol=0, atol=1e-5)
+        power = found.encode(images).square().mean().detach()
+        assert decoder_only or float(power) == pytest.approx(1, abs=1e-4)
+
+
+def test_fsq_codes_of_other_levels_are_other_codes(tmp_path: Path) -> None:
+    for number, levels in enumerate([(8, 6, 5), (5, 6, 8)]):
+        FSQQuantizer(levels=levels).save_pretrained(tmp_path / str(number) / "quantizer")
+        (tmp_path / str(number) / "encoder").mkdir()
+        save_file({"weight": torch.zeros(1)}, tmp_path / str(number) / "encoder" / "model.safetensors")
+    assert codes_digest(tmp_path / "0") != codes_digest(tmp_path / "1")
+
+
+def test_a_pipeline_learns_on_in_its_own_schedule(tmp_path: Path) -> None:
+    place = tmp_path / "other"
+    shutil.copytree(resolve("mini", part="ldm"), place)
+    file = place / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "epsilon", "beta_end": 0.012}))
+    task = TextToImageTask("mini", optimizer=torch.optim.AdamW, pretrained=str(place))
+    assert task.denoiser.prediction_type == "eps"
+    usual = VPSchedule(beta_end=0.012)
+    times = torch.tensor([500.0, 999.0])
+    torch.testing.assert_close(
+        task.denoiser.schedule.coefficients(times).alpha, usual.coefficients(times).alpha, rtol=1e-5, atol=1e-6
+    )
+    task.export(tmp_path / "export")
+    config = json.loads((tmp_path / "export" / "scheduler" / "scheduler_config.json").read_text())
+    assert (config["prediction_type"], config["beta_end"]) == ("epsilon", 0.012)
 
 
 def test_places_are_tokens_that_begin_alike_where_they_are_near(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from reproduce_tools import CONFIGS, save_teacher, save_tokenizer, tiny_configs
+from safetensors.torch import save_file
 
 from layton.cli import main
 from layton.reproduce import mlcm_ablation, scott_ablation
@@ -93,6 +95,11 @@ def test_rows_whose_networks_are_not_there_are_told(tmp_path: Path, monkeypatch:
     assert set(needing) == {"perceptual", "preference"} and all(setting.missing for setting in needing.values())
     (tmp_path / needing["preference"].needs).mkdir(parents=True)
     assert not needing["preference"].missing
+    names = []
+    for value in (0.0, 1.0):  # trained anew, a network has a row of its own
+        save_file({"weight": torch.full((1,), value)}, tmp_path / needing["preference"].needs / "model.safetensors")
+        names.append(needing["preference"].arm(4).name)
+    assert names[0] != names[1] and all(name.startswith("preference-") for name in names)
     for setting in needing.values():
         run, option, data = setting.made_by.split()
         assert option == "--data" and all((CONFIGS.parent / path).is_file() for path in (run, data))
